@@ -1,0 +1,1 @@
+"""A Megatron-style toolkit that pre-trains Mixtral models."""

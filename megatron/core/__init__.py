@@ -1,0 +1,1 @@
+"""The library: parallel layers, data sets, optimizer and file formats, without argparse, environment or globals."""

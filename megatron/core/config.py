@@ -1,0 +1,255 @@
+"""Frozen configuration of the model, the parallel layout, the optimizer, the tokenizer and the data.
+
+Every field is a command-line flag of the same name with dashes; the sentence under it is its help text.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def _require_divisible(what: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{what} ({value}) is not divisible by {by} ({divisor})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Mixtral model and the numerics of its layers."""
+
+    num_layers: int = 32
+    """Transformer layers in the whole model."""
+    hidden_size: int = 4096
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 14336
+    """Inner width of one expert."""
+    num_attention_heads: int = 32
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); the number of query heads if not given."""
+    kv_channels: int | None = None
+    """Width of one attention head; hidden size / attention heads if not given."""
+    max_position_embeddings: int = 32768
+    """Longest sequence the model is meant for."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary position embedding (Mixtral uses 1000000)."""
+    norm_epsilon: float = 1e-5
+    """Epsilon inside RMSNorm."""
+    init_method_std: float = 0.02
+    """Standard deviation of freshly drawn weights."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary before padding; taken from the tokenizer or the checkpoint if not given."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    num_experts: int = 8
+    """Experts in each layer."""
+    moe_router_topk: int = 2
+    """Experts each token is sent to."""
+    moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"
+    """How experts are kept evenly loaded."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the load-balancing loss (times Megatron's E/(K*T^2) formula; a good start is 1e-2)."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the router z-loss, the mean of logsumexp(logits)^2."""
+    params_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of parameters and activations; --bf16 is short for bfloat16."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+            "kv_channels", "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size",
+            "make_vocab_size_divisible_by", "num_experts", "moe_router_topk",
+        )  # fmt: skip
+        if self.kv_channels is None:
+            _require_divisible(
+                "--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"the attention head width must be even for rotary embeddings, got {self.head_dim}")
+        _require_divisible(
+            "--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups
+        )
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
+        if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
+            raise ValueError("--moe-aux-loss-coeff and --moe-z-loss-coeff must not be negative")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """`params_dtype` as a torch dtype."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[self.params_dtype]
+
+    def padded_vocab_size(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding table: `vocab_size` rounded up so that TP ranks hold equal, aligned parts."""
+        assert self.vocab_size is not None, "the vocabulary size is not known yet"
+        multiple = self.make_vocab_size_divisible_by * tensor_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks divide the model and the data."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each weight matrix (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the layers into stages (PP)."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share out the experts of a layer (EP)."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that split each expert's matrices; the tensor-parallel size if not given."""
+    context_parallel_size: int = 1
+    """Ranks that split the sequence in attention (CP)."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+            "expert_tensor_parallel_size", "context_parallel_size",
+        )  # fmt: skip
+        if self.expert_model_parallel_size > 1:
+            raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
+        if self.expert_tensor_parallel not in (1, self.tensor_model_parallel_size) or (
+            self.expert_tensor_parallel != self.tensor_model_parallel_size
+        ):
+            raise ValueError("--expert-tensor-parallel-size must equal --tensor-model-parallel-size for now")
+        if self.context_parallel_size > 1:
+            raise ValueError("--context-parallel-size above 1 is not supported yet: leave it at 1")
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Ranks that split each expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in `world_size` ranks. Raises ValueError if TP x PP x CP does not divide it."""
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        if world_size % model:
+            raise ValueError(
+                f"world size {world_size} is not divisible by tensor ({self.tensor_model_parallel_size}) x pipeline "
+                f"({self.pipeline_model_parallel_size}) x context ({self.context_parallel_size}) parallel size "
+                f"= {model}: start a multiple of {model} processes or change the layout"
+            )
+        return world_size // model
+
+    def check_model(self, model: ModelConfig, seq_length: int) -> None:
+        """Raises ValueError if heads, layers, experts or the sequence cannot be split evenly over this layout."""
+        tp = ("--tensor-model-parallel-size", self.tensor_model_parallel_size)
+        _require_divisible("--num-attention-heads", model.num_attention_heads, *tp)
+        _require_divisible("--num-query-groups", model.query_groups, *tp)
+        _require_divisible("--ffn-hidden-size", model.ffn_hidden_size, *tp)
+        _require_divisible(
+            "--num-layers", model.num_layers, "--pipeline-model-parallel-size", self.pipeline_model_parallel_size
+        )
+        _require_divisible(
+            "--num-experts", model.num_experts, "--expert-model-parallel-size", self.expert_model_parallel_size
+        )
+        if self.sequence_parallel:
+            _require_divisible("--seq-length", seq_length, *tp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
+    lr: float = 3e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate the decay ends at."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the decay after warm-up."""
+    lr_decay_iters: int | None = None
+    """Iterations until the decay reaches --min-lr; --train-iters if not given."""
+    lr_decay_samples: int | None = None
+    """The same in samples, for --train-samples runs."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from --lr-warmup-init."""
+    lr_warmup_samples: int = 0
+    """The same in samples, for --train-samples runs."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of the decay length, instead of a number."""
+    lr_warmup_init: float = 0.0
+    """Learning rate the warm-up starts from."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; norm weights are not decayed."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Epsilon in the denominator of Adam."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or not 0 <= self.min_lr <= self.lr or self.lr_warmup_init > self.lr:
+            raise ValueError(
+                f"need 0 <= --min-lr <= --lr and --lr-warmup-init <= --lr, got "
+                f"{self.min_lr}, {self.lr}, {self.lr_warmup_init}"
+            )
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
+            raise ValueError(f"--lr-warmup-fraction must be in [0, 1), got {self.lr_warmup_fraction}")
+        if self.clip_grad < 0 or self.weight_decay < 0:
+            raise ValueError("--clip-grad and --weight-decay must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which tokenizer, and where its files are."""
+
+    tokenizer_type: Literal[
+        "PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer"
+    ] = "PretrainedTokenizerFromHF"
+    """Kind of tokenizer: a Hugging Face folder, a sentencepiece model, GPT-2 vocabulary and merges, or none (numbers)."""
+    tokenizer_model: str | None = None
+    """Folder of a Hugging Face tokenizer (or a file in it), or a sentencepiece tokenizer.model."""
+    vocab_file: str | None = None
+    """vocab.json of a GPT-2 tokenizer."""
+    merge_file: str | None = None
+    """merges.txt of a GPT-2 tokenizer."""
+    trust_remote_code: bool = False
+    """Allow a Hugging Face tokenizer to run Python code from its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and in which order."""
+
+    seq_length: int = 4096
+    """Tokens in one training sample."""
+    data_path: tuple[str, ...] = ()
+    """Data set prefixes, each optionally preceded by its weight: 0.6 a_text_document 0.4 b_text_document."""
+    split: str = "969,30,1"
+    """Shares of documents for training, validation and test."""
+    data_cache_path: str | None = None
+    """Folder for index files; a folder 'cache' beside the first data set if not given."""
+    eod_mask_loss: bool = False
+    """Leave the loss at end-of-document tokens out."""
+    mock_data: bool = False
+    """Train on generated tokens instead of files."""
+    num_workers: int = 2
+    """Loader processes a rank; 0 loads in the training process."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "seq_length")
+        if self.num_workers < 0:
+            raise ValueError(f"--num-workers must not be negative, got {self.num_workers}")
