@@ -1,0 +1,1 @@
+"""Gradient accumulation and its reduction over data-parallel ranks."""

@@ -1,0 +1,1 @@
+"""One operation a file: the plain PyTorch form of each, which picks the fastest backend the device has."""

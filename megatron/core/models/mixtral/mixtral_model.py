@@ -1,0 +1,101 @@
+"""The Mixtral language model, or one pipeline stage of it (arXiv:2401.04088)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.config import ModelConfig
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+
+class ModelOutput(NamedTuple):
+    """What one stage makes of one microbatch."""
+
+    tensor: Tensor
+    """Hidden states [S, B, H] (or [S/tp, B, H]) for the next stage; on the last stage the loss of each token [B, S]
+    if labels were given, else the logits [B, S, vocabulary]."""
+    statistics: RouterStatistics
+    """Router statistics of the stage's layers, stacked [layers, ...]."""
+
+
+class MixtralModel(nn.Module):
+    """The stage of the model that belongs to `groups.pp.rank`; in groups of one, the whole model."""
+
+    def __init__(
+        self, config: ModelConfig, *, groups: ProcessGroups, sequence_parallel: bool, device: torch.device
+    ) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the vocabulary size is not known yet"
+        self.vocab_size = config.vocab_size
+        self.tp = groups.tp
+        self.sequence_parallel = sequence_parallel = sequence_parallel and groups.tp.size > 1
+        padded = config.padded_vocab_size(groups.tp.size)
+        self.embedding: nn.ModuleDict | None = None
+        if groups.pp.is_first:
+            word_embeddings = VocabParallelEmbedding(
+                config.vocab_size,
+                padded,
+                config.hidden_size,
+                init_std=config.init_method_std,
+                group=groups.tp,
+                sequence_parallel=sequence_parallel,
+                dtype=config.dtype,
+                device=device,
+            )
+            self.embedding = nn.ModuleDict({"word_embeddings": word_embeddings})
+        self.decoder = TransformerBlock(
+            config, groups=groups, sequence_parallel=sequence_parallel, device=device
+        )
+        self.output_layer = (
+            ColumnParallelLinear(
+                config.hidden_size,
+                padded,
+                init_std=config.init_method_std,
+                init_rows=config.vocab_size,
+                group=groups.tp,
+                sequence_parallel=sequence_parallel,
+                dtype=config.dtype,
+                device=device,
+            )
+            if groups.pp.is_last
+            else None
+        )
+
+    @property
+    def first_layer(self) -> int:
+        """Number of the stage's first layer in the whole model."""
+        return self.decoder.first_layer
+
+    def forward(
+        self,
+        tokens: Tensor,
+        hidden: Tensor | None = None,
+        labels: Tensor | None = None,
+        auxiliary_loss_scale: float = 1.0,
+    ) -> ModelOutput:
+        """Runs the stage.
+
+        Args:
+            tokens: [B, S] int64; read by the first stage.
+            hidden: the previous stage's output; None on the first stage.
+            labels: [B, S] int64, the tokens to predict; read by the last stage.
+            auxiliary_loss_scale: share of this microbatch in the step's loss.
+        """
+        if self.embedding is not None:
+            hidden = self.embedding["word_embeddings"](tokens)
+        assert hidden is not None, "a later stage needs the hidden states of the one before"
+        hidden, statistics = self.decoder(hidden, auxiliary_loss_scale)
+        if self.output_layer is None:
+            return ModelOutput(hidden, statistics)
+        logits = self.output_layer(hidden)
+        if labels is None:
+            whole = mappings.gather_last(logits, self.tp)[..., : self.vocab_size]
+            return ModelOutput(whole.transpose(0, 1), statistics)
+        loss = vocab_parallel_cross_entropy(logits, labels.t(), self.vocab_size, self.tp)
+        return ModelOutput(loss.t(), statistics)

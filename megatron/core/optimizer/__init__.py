@@ -1,0 +1,1 @@
+"""AdamW on full-precision master weights, gradient clipping and learning-rate schedules."""

@@ -1,0 +1,1 @@
+"""Pipeline parallelism: communication between stages and the order in which they work."""

@@ -1,0 +1,111 @@
+"""Linear layers and the embedding, split over the tensor-parallel ranks.
+
+Shapes: S sequence, B batch, H input width, O output width, V padded vocabulary; `/tp` marks a split axis. With sequence
+parallelism, activations outside the tensor-parallel regions are [S/tp, B, H].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.parallel_state import Group
+from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T with the rows of W split: x [S, B, H] (or [S/tp, B, H]) -> y [S, B, O/tp]."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        init_std: float,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        init_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        spec = ParameterSpec(
+            global_shape=(output_size, input_size), group=group, partition_dim=0, init_std=init_std, init_rows=init_rows
+        )
+        self.weight = new_parameter(spec, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns this rank's output columns."""
+        if self.sequence_parallel:
+            x = mappings.gather_from_sequence_parallel(x, self.group)
+        else:
+            x = mappings.copy_to_tensor_parallel(x, self.group)
+        return F.linear(x, self.weight)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T with the columns of W split: x [S, B, H/tp] -> y [S, B, O] (or [S/tp, B, O]), summed over ranks."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        init_std: float,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        spec = ParameterSpec(global_shape=(output_size, input_size), group=group, partition_dim=1, init_std=init_std)
+        self.weight = new_parameter(spec, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the complete output, or this rank's slice of the sequence."""
+        y = F.linear(x, self.weight)
+        if self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel(y, self.group)
+        return mappings.reduce_from_tensor_parallel(y, self.group)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of the embedding table split by token id: tokens [B, S] -> [S, B, H] (or [S/tp, B, H])."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        padded_vocab_size: int,
+        hidden_size: int,
+        *,
+        init_std: float,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.group, self.sequence_parallel = group, sequence_parallel
+        self.rows = padded_vocab_size // group.size
+        self.first_row = self.rows * group.rank
+        spec = ParameterSpec(
+            global_shape=(padded_vocab_size, hidden_size),
+            group=group,
+            partition_dim=0,
+            init_std=init_std,
+            init_rows=vocab_size,
+        )
+        self.weight = new_parameter(spec, dtype, device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Looks up int64 `tokens` [B, S]; ids that other ranks hold contribute zero here and are summed in."""
+        ids = tokens.t() - self.first_row
+        if self.group.size == 1:
+            return F.embedding(ids, self.weight)
+        elsewhere = (ids < 0) | (ids >= self.rows)
+        vectors = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        if self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel(vectors, self.group)
+        return mappings.reduce_from_tensor_parallel(vectors, self.group)

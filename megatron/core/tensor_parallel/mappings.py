@@ -1,0 +1,135 @@
+"""Conjugate collectives: each autograd Function's backward is the transpose of its forward.
+
+With `f` the identity whose backward is an all-reduce and `g` the all-reduce whose backward is the identity
+(arXiv:1909.08053, section 3), and their sequence-parallel twins `g_bar` and its conjugate (arXiv:2205.05198, section
+4.2.2). The split axis of all sequence mappings is the first. Every mapping is the identity in a group of one.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron.core.parallel_state import Group
+
+# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Sum (or `op`) of `x` over the group, as a new tensor; not differentiable."""
+    if group.size == 1:
+        return x
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, op=op, group=group.handle)
+    return x
+
+
+def all_gather_first(x: Tensor, group: Group) -> Tensor:
+    """Concatenation along the first axis of all ranks' `x`: [n, ...] -> [n * size, ...]; not differentiable."""
+    if group.size == 1:
+        return x
+    out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    _all_gather(out, x.contiguous(), group=group.handle)
+    return out
+
+
+def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
+    """This rank's slice of the sum over ranks: [n * size, ...] -> [n, ...]; not differentiable."""
+    if group.size == 1:
+        return x
+    assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows cannot be scattered over {group.size} ranks"
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    _reduce_scatter(out, x.contiguous(), group=group.handle)
+    return out
+
+
+def split_first(x: Tensor, group: Group) -> Tensor:
+    """This rank's slice along the first axis: [n * size, ...] -> [n, ...]."""
+    return x.chunk(group.size, dim=0)[group.rank]
+
+
+class _Copy(Function):
+    """`f`: identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class _Reduce(Function):
+    """`g`: all-reduce forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(Function):
+    """All-gather forward; backward a reduce-scatter if each rank goes on with other weights, else a split."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, partial_grad: bool) -> Tensor:
+        ctx.group, ctx.partial_grad = group, partial_grad
+        return all_gather_first(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        back = reduce_scatter_first if ctx.partial_grad else split_first
+        return back(grads[0], ctx.group), None, None
+
+
+class _ReduceScatterSequence(Function):
+    """`g_bar`: reduce-scatter forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter_first(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_first(grads[0], ctx.group), None
+
+
+def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """Hands a replicated tensor to ranks that each use it differently: identity, backward sums the gradients."""
+    return x if group.size == 1 else _Copy.apply(x, group)
+
+
+def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
+    """Sums the ranks' partial results into a replicated tensor; backward is the identity."""
+    return x if group.size == 1 else _Reduce.apply(x, group)
+
+
+def gather_from_sequence_parallel(x: Tensor, group: Group, partial_grad: bool = True) -> Tensor:
+    """Joins sequence slices: [s/tp, ...] -> [s, ...].
+
+    `partial_grad` says that the ranks' gradients of the result are parts of a sum (each rank used other weights).
+    """
+    return x if group.size == 1 else _GatherSequence.apply(x, group, partial_grad)
+
+
+def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group) -> Tensor:
+    """Sums the ranks' partial results and keeps this rank's slice of the sequence: [s, ...] -> [s/tp, ...]."""
+    return x if group.size == 1 else _ReduceScatterSequence.apply(x, group)
+
+
+def gather_last(x: Tensor, group: Group) -> Tensor:
+    """Joins slices of the last axis: [..., n] -> [..., n * size]; not differentiable in a group larger than one."""
+    if group.size == 1:
+        return x
+    parts = all_gather_first(x.detach().unsqueeze(0), group)
+    return torch.cat(tuple(parts), dim=-1)

@@ -1,0 +1,1 @@
+"""The layers of a Mixtral transformer, parallel by construction."""

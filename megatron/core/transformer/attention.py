@@ -1,0 +1,53 @@
+"""Causal self-attention with grouped queries (arXiv:2305.13245) and rotary positions, heads split over TP ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.core.config import ModelConfig
+from megatron.core.fusions.rotary import apply_rotary
+from megatron.core.parallel_state import Group
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+
+class SelfAttention(nn.Module):
+    """Attention over one sequence: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
+
+    def __init__(self, config: ModelConfig, *, output_std: float, group: Group, sequence_parallel: bool, device: torch.device) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.local_groups = config.query_groups // group.size
+        self.queries_per_group = config.num_attention_heads // config.query_groups
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.query_groups * config.head_dim
+        # rows: for each key/value group its query heads, its key, its value, so that TP splits whole groups
+        self.linear_qkv = ColumnParallelLinear(
+            config.hidden_size,
+            query_size + 2 * key_size,
+            init_std=config.init_method_std,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            dtype=config.dtype,
+            device=device,
+        )
+        self.linear_proj = RowParallelLinear(
+            query_size,
+            config.hidden_size,
+            init_std=output_std,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            dtype=config.dtype,
+            device=device,
+        )
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """`rotary` holds cos and sin, each [S, head_dim/2]."""
+        qkv = self.linear_qkv(x)
+        sequence, batch, _ = qkv.shape
+        qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
+        query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
+        # [S, B, groups, n, d] -> [B, heads, S, d]
+        query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.linear_proj(context.permute(2, 0, 1, 3).reshape(sequence, batch, -1))

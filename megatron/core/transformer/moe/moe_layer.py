@@ -1,0 +1,38 @@
+"""The mixture-of-experts layer (Mixtral, arXiv:2401.04088)."""
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.config import ModelConfig
+from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.transformer.moe.experts import Experts
+from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import LocalTokenDispatcher
+
+
+class MoELayer(nn.Module):
+    """Router, dispatch, experts, combine: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        output_std: float,
+        groups: ProcessGroups,
+        sequence_parallel: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.router = TopKRouter(config, token_group=groups.tp if sequence_parallel else Group(), device=device)
+        self.experts = Experts(config, output_std=output_std, ep_group=groups.ep, group=groups.etp, device=device)
+        self.dispatcher = LocalTokenDispatcher(
+            config.num_experts, group=groups.etp, sequence_parallel=sequence_parallel
+        )
+
+    def forward(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
+        """Returns the experts' output and what the router did."""
+        x_TH = x.reshape(-1, x.shape[-1])
+        routing, statistics = self.router(x_TH, auxiliary_loss_scale)
+        dispatched = self.dispatcher.dispatch(x_TH, routing)
+        rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.index.offsets_E)
+        return self.dispatcher.combine(rows, dispatched).view_as(x), statistics

@@ -1,0 +1,61 @@
+"""The layers of one pipeline stage."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megatron.core.config import ModelConfig
+from megatron.core.fusions.rotary import rotary_tables
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.transformer.norm import RMSNorm
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+
+class BlockOutput(NamedTuple):
+    """The residual stream after the stage's layers, and each layer's router statistics stacked [layers, ...]."""
+
+    hidden: Tensor
+    statistics: RouterStatistics
+
+
+class TransformerBlock(nn.Module):
+    """Layers `first_layer` ... of the model, in order; the last stage also applies the final norm."""
+
+    def __init__(
+        self, config: ModelConfig, *, groups: ProcessGroups, sequence_parallel: bool, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.sequence_shards = groups.tp.size if sequence_parallel else 1
+        layers = config.num_layers // groups.pp.size
+        self.first_layer = layers * groups.pp.rank
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
+            for _ in range(layers)
+        )
+        self.final_layernorm = (
+            RMSNorm(
+                config.hidden_size,
+                epsilon=config.norm_epsilon,
+                sequence_parallel=sequence_parallel,
+                dtype=config.dtype,
+                device=device,
+            )
+            if groups.pp.is_last
+            else None
+        )
+
+    def forward(self, x: Tensor, auxiliary_loss_scale: float) -> BlockOutput:
+        """x: [S, B, H] (or [S/tp, B, H])."""
+        config = self.config
+        length = x.shape[0] * self.sequence_shards
+        rotary = rotary_tables(length, config.head_dim, config.rotary_base, x.dtype, x.device)
+        statistics = []
+        for layer in self.layers:
+            x, layer_statistics = layer(x, rotary, auxiliary_loss_scale)
+            statistics.append(layer_statistics)
+        if self.final_layernorm is not None:
+            x = self.final_layernorm(x)
+        return BlockOutput(x, RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True))))
