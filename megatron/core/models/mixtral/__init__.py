@@ -1,0 +1,1 @@
+"""Mixtral: decoder-only transformer with sparse experts."""

@@ -1,0 +1,130 @@
+"""Hugging Face's config.json of a Mixtral model <-> `ModelConfig`."""
+
+from typing import Any
+
+import torch
+
+from megatron.core.config import ModelConfig
+
+SHAPE_FIELDS: dict[str, str] = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rotary_base": "rope_theta",
+    "norm_epsilon": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "num_experts": "num_local_experts",
+    "moe_router_topk": "num_experts_per_tok",
+}
+"""Attributes of ModelConfig that the meaning of the weights depends on, with their names in config.json."""
+
+
+def _number(config: dict[str, Any], key: str) -> Any:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"config.json: {key} must be a number, got {value!r}: add it, it is never guessed")
+    return value
+
+
+def _whole(config: dict[str, Any], key: str) -> int:
+    value = _number(config, key)
+    if not isinstance(value, int):
+        raise ValueError(f"config.json: {key} must be a whole number, got {value!r}")
+    return value
+
+
+def rope_theta_from_hf(config: dict[str, Any]) -> float:
+    """Theta of the rotary embedding, from `rope_theta` or transformers 5's `rope_parameters`.
+
+    Raises ValueError if it is missing, given twice with different values, or scaled in a way that is not supported.
+    """
+    found: list[float] = []
+    if config.get("rope_theta") is not None:
+        found.append(float(_number(config, "rope_theta")))
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(key)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict):
+            raise ValueError(f"config.json: {key} must be an object, got {parameters!r}")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"config.json: {key} asks for {parameters!r}; only plain rotary embeddings are supported")
+        if parameters.get("rope_theta") is not None:
+            found.append(float(_number(parameters, "rope_theta")))
+    if not found:
+        raise ValueError(
+            "config.json has no rope theta: add rope_theta (Mixtral 8x7B: 1000000.0) or rope_parameters.rope_theta"
+        )
+    if len(set(found)) > 1:
+        raise ValueError(f"config.json gives different rope thetas: {found}")
+    return found[0]
+
+
+def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
+    """The model that a Hugging Face config.json describes.
+
+    `params_dtype` is the file's dtype where `ModelConfig` has it, otherwise float32. Raises ValueError for another
+    architecture, a missing number, or an option that would change the model and is not supported.
+    """
+    kind = config.get("model_type")
+    if kind != "mixtral":
+        raise ValueError(f"config.json: model_type is {kind!r}, only 'mixtral' is supported")
+    if config.get("tie_word_embeddings"):
+        raise ValueError("config.json: tie_word_embeddings is true; only untied embeddings are supported")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}, only 'silu' is supported")
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise ValueError("config.json asks for biases, Mixtral has none")
+    if config.get("quantization_config") is not None:
+        raise ValueError("config.json: quantized weights are not supported, use the unquantized model")
+    if "num_key_value_heads" not in config:
+        raise ValueError("config.json has no num_key_value_heads: add it, it is never guessed")
+    groups = config["num_key_value_heads"]
+    dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return ModelConfig(
+        num_layers=_whole(config, "num_hidden_layers"),
+        hidden_size=_whole(config, "hidden_size"),
+        ffn_hidden_size=_whole(config, "intermediate_size"),
+        num_attention_heads=_whole(config, "num_attention_heads"),
+        num_query_groups=None if groups is None else _whole(config, "num_key_value_heads"),
+        kv_channels=None if config.get("head_dim") is None else _whole(config, "head_dim"),
+        max_position_embeddings=_whole(config, "max_position_embeddings"),
+        rotary_base=rope_theta_from_hf(config),
+        norm_epsilon=float(_number(config, "rms_norm_eps")),
+        init_method_std=float(config.get("initializer_range", 0.02)),
+        vocab_size=_whole(config, "vocab_size"),
+        num_experts=_whole(config, "num_local_experts"),
+        moe_router_topk=_whole(config, "num_experts_per_tok"),
+        params_dtype=dtype if dtype in ("float32", "bfloat16", "float64") else "float32",  # type: ignore[arg-type]
+    )
+
+
+def sliding_window_from_hf(config: dict[str, Any]) -> int | None:
+    """Tokens each position may attend to, itself included; None if there is no such limit."""
+    if config.get("sliding_window") is None:
+        return None
+    window = _whole(config, "sliding_window")
+    return window if window < _whole(config, "max_position_embeddings") else None
+
+
+def check_config_matches(model: ModelConfig, config: dict[str, Any]) -> None:
+    """Raises ValueError, listing the fields, if config.json describes another model than `model`."""
+    described = model_config_from_hf(config)
+    differences = [
+        f"{theirs} is {getattr(described, ours)} in config.json but {getattr(model, ours)} in the checkpoint"
+        for ours, theirs in SHAPE_FIELDS.items()
+        if getattr(described, ours) != getattr(model, ours)
+    ]
+    if differences:
+        raise ValueError("the Hugging Face config is of another model: " + "; ".join(differences))
+
+
+def hf_config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """`config` with every field kept and the type of the weights set to `dtype`."""
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+    return {**config, **dict.fromkeys(keys, name)}
