@@ -1,0 +1,1 @@
+"""Token files, training samples, blends and the order they are read in."""

@@ -1,0 +1,87 @@
+"""Tokenizers behind one small interface; each is imported only when it is asked for."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What training and preprocessing need from a tokenizer. No token is ever added to a text by itself."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id plus one, added tokens included."""
+
+    @property
+    def eod(self) -> int:
+        """Token id that ends a document."""
+
+    @property
+    def bos(self) -> int | None:
+        """Token id that begins a sequence, if the vocabulary has one."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Type, vocabulary size, end-of-document id and SHA-256 of the files: equal if and only if ids mean the same."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts."""
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+
+
+class TokenizerSettings(Protocol):
+    """The fields of `TokenizerConfig`, which is not imported here because it needs torch."""
+
+    @property
+    def tokenizer_type(self) -> str: ...
+    @property
+    def tokenizer_model(self) -> str | None: ...
+    @property
+    def vocab_file(self) -> str | None: ...
+    @property
+    def merge_file(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+TOKENIZER_TYPES = ("PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
+
+
+def _required(kind: str, flag: str, value: str | None) -> str:
+    if not value:
+        raise ValueError(f"--tokenizer-type {kind} needs {flag}")
+    return value
+
+
+def build_tokenizer(config: TokenizerSettings, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer that `config` asks for; `vocab_size` is for NullTokenizer, which has no files to take it from.
+
+    Raises ValueError or FileNotFoundError, naming the flag or the file, if it cannot be built.
+    """
+    kind = config.tokenizer_type
+    if kind == "PretrainedTokenizerFromHF":
+        from megatron.core.tokenizers.pretrained import build_pretrained_tokenizer
+
+        model = _required(kind, "--tokenizer-model (a folder with tokenizer.json or tokenizer.model)", config.tokenizer_model)
+        return build_pretrained_tokenizer(model, config.trust_remote_code)
+    if kind == "Llama2Tokenizer":
+        from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+        model = _required(kind, "--tokenizer-model (a sentencepiece tokenizer.model)", config.tokenizer_model)
+        return SentencePieceTokenizer(model)
+    if kind == "GPT2BPETokenizer":
+        from megatron.core.tokenizers.gpt2_bpe_tokenizer import GPT2BPETokenizer
+
+        vocab_file = _required(kind, "--vocab-file (vocab.json)", config.vocab_file)
+        return GPT2BPETokenizer(vocab_file, _required(kind, "--merge-file (merges.txt)", config.merge_file))
+    if kind == "NullTokenizer":
+        from megatron.core.tokenizers.null_tokenizer import NullTokenizer
+
+        if vocab_size is None:
+            raise ValueError("--tokenizer-type NullTokenizer needs --vocab-size")
+        return NullTokenizer(vocab_size)
+    raise ValueError(f"--tokenizer-type {kind} is not one of {', '.join(TOKENIZER_TYPES)}")

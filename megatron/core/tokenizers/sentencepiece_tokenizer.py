@@ -1,0 +1,65 @@
+"""Tokenizers that are a sentencepiece model."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megatron.core.tokenizers.identity import tokenizer_identity
+
+
+class SentencePieceTokenizer:
+    """The sentencepiece model in a file, as Llama 2 and Mixtral use it.
+
+    `eos_token` and `bos_token` name the pieces where the folder's configuration does; else the model's own are taken.
+    Special tokens written out in a text ("</s>") are ordinary text. Tokens that a configuration adds beyond the
+    model (`added_vocab_size` in all) count in `vocab_size`, but no text becomes them.
+    """
+
+    def __init__(
+        self,
+        model_file: str | Path,
+        eos_token: str | None = None,
+        bos_token: str | None = None,
+        added_vocab_size: int = 0,
+    ) -> None:
+        self._path = Path(model_file)
+        if not self._path.is_file():
+            raise FileNotFoundError(f"{model_file} is not a file: give --tokenizer-model a sentencepiece tokenizer.model")
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{model_file} is not a sentencepiece model ({error})") from None
+        self.vocab_size = max(self._model.get_piece_size(), added_vocab_size)
+        eod = self._piece(eos_token, self._model.eos_id())
+        if eod is None:
+            raise ValueError(f"{model_file} has no end-of-sequence token to end documents with")
+        self.eod: int = eod
+        self.bos: int | None = self._piece(bos_token, self._model.bos_id())
+
+    def _piece(self, token: str | None, default: int) -> int | None:
+        if token is not None:
+            piece = self._model.piece_to_id(token)
+            if piece == self._model.unk_id() and token != self._model.id_to_piece(piece):
+                raise ValueError(f"{self._path} has no piece {token!r}, which the configuration beside it names")
+            return piece
+        return default if default >= 0 else None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """See `Tokenizer.identity`."""
+        return tokenizer_identity("SentencePiece", self.vocab_size, self.eod, [self._path])
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._model.encode(text)
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts, one after the other in this thread."""
+        return [self._model.encode(text) for text in texts]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._model.decode(list(map(int, ids)))

@@ -1,0 +1,38 @@
+"""The C++ extension; everything else about the package is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+
+HELPERS = "megatron.core.datasets.helpers_cpp"
+
+
+class OptionalBuild(build_ext):
+    """Builds the extension where there is a compiler, and says what is lost where there is none."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.inplace and not Path(self.get_ext_fullpath(HELPERS)).exists():
+            self._warn()
+
+    def copy_extensions_to_source(self) -> None:
+        # An editable install fails on a missing optional extension here instead of going on without it.
+        if Path(self.build_lib, self.get_ext_filename(HELPERS)).exists():
+            super().copy_extensions_to_source()
+        else:
+            self._warn()
+
+    def _warn(self) -> None:
+        print(
+            f"warning: {HELPERS} could not be compiled (is a C++ compiler installed?). "
+            "Everything works without it, but building data set indices is slower.",
+            file=sys.stderr,
+        )
+
+
+setup(
+    ext_modules=[Pybind11Extension(HELPERS, ["megatron/core/datasets/helpers.cpp"], cxx_std=17, optional=True)],
+    cmdclass={"build_ext": OptionalBuild},
+)
