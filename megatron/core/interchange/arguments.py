@@ -73,9 +73,8 @@ def model_config_from_args(args: Namespace, vocab_size: int | None = None) -> Mo
     for name in _REQUIRED:
         if getattr(args, name, None) is None:
             raise ValueError(f"the checkpoint's args have no {name}: it is not a Mixtral checkpoint")
-    values = {
-        field.name: getattr(args, field.name) for field in fields(ModelConfig) if getattr(args, field.name, None) is not None
-    }
+    stored_values = {field.name: getattr(args, field.name, None) for field in fields(ModelConfig)}
+    values = {name: value for name, value in stored_values.items() if value is not None}
     if not getattr(args, "group_query_attention", True):
         values["num_query_groups"] = args.num_attention_heads
     dtype = str(getattr(args, "params_dtype", "float32")).removeprefix("torch.")

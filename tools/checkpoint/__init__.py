@@ -1,0 +1,1 @@
+"""Conversion of checkpoints between Hugging Face's format and Megatron's."""

@@ -1,0 +1,94 @@
+"""Loader: a Mixtral model folder in Hugging Face's format, both spellings of its tensors, read slice by slice."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron.core.models.mixtral.hf_config import model_config_from_hf, sliding_window_from_hf
+from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule, mixtral_weights
+from tools.checkpoint.hf_files import HuggingFaceFolder
+from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some
+
+# Buffers that old versions of transformers saved with the weights; they follow from the config.
+_BUFFERS = (".rotary_emb.inv_freq",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nothing beyond --load-dir and --params-dtype."""
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """The model folder `args.load_dir`."""
+    return HuggingFaceSource(Path(args.load_dir), args.params_dtype)
+
+
+class HuggingFaceSource:
+    """A model folder of which every tensor has its place in the Megatron model.
+
+    Raises ValueError naming a tensor that is unknown, missing, there in both spellings, or of another shape.
+    """
+
+    def __init__(self, folder: Path, params_dtype: str | None = None) -> None:
+        self._folder = HuggingFaceFolder(folder)
+        model = model_config_from_hf(self._folder.config)
+        dtypes = self._check_names(model.num_layers, [s for rule in mixtral_weights(model) for s in rule.sources])
+        dtype = common_dtype(dtypes, params_dtype)
+        window = sliding_window_from_hf(self._folder.config)
+        tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        self._description = Description(
+            model=replace(model, params_dtype=config_dtype(dtype)),
+            dtype=dtype,
+            folder=folder,
+            seq_length=min(model.max_position_embeddings, window or model.max_position_embeddings),
+            sliding_window=window,
+            tokenizer_model=str(folder.resolve()) if tokenizer else None,
+        )
+
+    @property
+    def description(self) -> Description:
+        """What the checkpoint holds."""
+        return self._description
+
+    def _check_names(self, num_layers: int, sources: list[HuggingFaceTensor]) -> dict[str, torch.dtype]:
+        """Types of the tensors that are used, after every name and shape has been accounted for."""
+        stored = self._folder.tensors
+        where = self._folder.folder
+        used: dict[str, torch.dtype] = {}
+        missing = []
+        for source in sources:
+            if source.name != source.fused_name and source.name in stored and source.fused_name in stored:
+                raise ValueError(f"{where} has both {source.name} and {source.fused_name}: which one counts?")
+            name, shape = (
+                (source.name, source.shape) if source.name in stored else (source.fused_name, source.fused_shape)
+            )
+            if name not in stored:
+                missing.append(source.name)
+            elif stored[name].shape != shape:
+                raise ValueError(f"{where}: {name} is of shape {stored[name].shape}, config.json asks for {shape}")
+            else:
+                used[name] = stored[name].dtype
+        if missing:
+            raise ValueError(f"{where} lacks {list_some(missing)} (config.json says {num_layers} layers)")
+        unknown = sorted(name for name in stored if name not in used and not name.endswith(_BUFFERS))
+        if unknown:
+            raise ValueError(f"{where} has tensors that a Mixtral model does not: {list_some(unknown)}")
+        return used
+
+    def read(self, rule: WeightRule, rank: int = 0, size: int = 1) -> torch.Tensor:
+        """Part `rank` of `size` of one Megatron weight, in the description's type."""
+        pairs = zip(rule.sources, rule.source_ranges(rank, size), strict=True)
+        parts = [self._read_source(source, index) for source, index in pairs]
+        return rule.from_huggingface(parts, rank, size).to(self._description.dtype)
+
+    def _read_source(self, source: HuggingFaceTensor, index: tuple[slice, ...]) -> torch.Tensor:
+        shape = [part.stop - part.start for part in index]
+        if 0 in shape:  # a rank that holds only padding of the vocabulary
+            return torch.empty(shape, dtype=self._folder.tensors[source.name].dtype)
+        if source.name in self._folder.tensors:
+            return self._folder.read(source.name, index)
+        if source.expert is None:
+            return self._folder.read(source.fused_name, index)
+        rows = slice(index[0].start + source.first_row, index[0].stop + source.first_row)
+        return self._folder.read(source.fused_name, (source.expert, rows, *index[1:]))

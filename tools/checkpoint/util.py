@@ -1,0 +1,97 @@
+"""Converts a checkpoint from one format or parallel layout to another, one weight at a time.
+
+Example:
+  PYTHONPATH=$(pwd) python tools/checkpoint/util.py --model-type GPT --loader mixtral_hf --saver mixtral \\
+      --load-dir Mixtral-8x7B-v0.1 --save-dir megatron --tokenizer-model Mixtral-8x7B-v0.1/tokenizer.model \\
+      --target-tensor-parallel-size 4 --target-pipeline-parallel-size 2
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+from tools.checkpoint.stream import DTYPES, CheckedSource, Progress, Source, model_bytes
+
+
+def find_plugin(kind: str, name: str) -> ModuleType:
+    """The module `loader_NAME` or `saver_NAME`: one of ours, or else one on the Python path.
+
+    Raises ValueError if there is none.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"--{kind} {name!r} is not the name of a plugin")
+    for module in (f"tools.checkpoint.{kind}_{name}", f"{kind}_{name}"):
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+    raise ValueError(f"no {kind} {name!r}: it would be a file {kind}_{name}.py; ours are mixtral and mixtral_hf")
+
+
+def convert(source: Source, write: Callable[[CheckedSource], None]) -> None:
+    """Gives `source` to the function that writes, with a progress line, and checks that all of it was written."""
+    description = source.description
+    checked = CheckedSource(source, Progress("converting", model_bytes(description.model, description.dtype)))
+    write(checked)
+    checked.check_complete()
+
+
+def run_tool(action: Callable[[], None]) -> int:
+    """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {text}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_params_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds --params-dtype."""
+    parser.add_argument("--params-dtype", choices=tuple(DTYPES), help="type to write (default: the source's)")
+
+
+def build_parser(loader: ModuleType | None, saver: ModuleType | None) -> argparse.ArgumentParser:
+    """The command line, with the flags of the chosen loader and saver."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-type", choices=("GPT",), default="GPT", help="family of the model")
+    parser.add_argument("--loader", required=True, help="format to read: mixtral_hf or mixtral")
+    parser.add_argument("--saver", required=True, help="format to write: mixtral or mixtral_hf")
+    parser.add_argument("--load-dir", required=True, help="folder to read")
+    parser.add_argument("--save-dir", required=True, help="folder to write, new or empty")
+    add_params_dtype(parser)
+    for kind, plugin in (("loader", loader), ("saver", saver)):
+        if plugin is not None:
+            plugin.add_arguments(parser.add_argument_group(f"of the {kind} {plugin.__name__.rpartition('.')[2]}"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tool; returns its exit code."""
+    names = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names.add_argument("--loader")
+    names.add_argument("--saver")
+    chosen, _ = names.parse_known_args(argv)
+    plugins: list[ModuleType | None] = []
+    for kind in ("loader", "saver"):
+        name = getattr(chosen, kind)
+        try:
+            plugins.append(find_plugin(kind, name) if name else None)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    args = build_parser(*plugins).parse_args(argv)
+    loader, saver = plugins
+    assert loader is not None and saver is not None
+    return run_tool(lambda: convert(loader.open_source(args), lambda source: saver.save(source, args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
