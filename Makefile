@@ -31,7 +31,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) $(wildcard $(HELPE
 	@command -v "$(PYTHON)" >/dev/null || \
 		{ echo "error: there is no '$(PYTHON)' here: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.10 or newer is needed: name one with PYTHON=..." % v[:2])'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@[ "$(INSTALLED_AT)" = "$(CURDIR)" ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	$(PIP_INSTALL) setuptools wheel pybind11
 	$(PIP_INSTALL) --no-build-isolation -e '.[dev,demo,tensorboard]'
 	@printf %s "$(CURDIR)" > $@

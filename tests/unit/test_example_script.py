@@ -1,0 +1,181 @@
+"""The example script: the command that it would run, and what it says when something is missing."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "mixtral_4x7b_example.sh"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine with eight GPUs, a tokenizer, and nothing of the caller's own settings."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("torchrun", "python"):
+        add_program(programs, name, "echo unused")
+    add_program(programs, "nvidia-smi", 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: some (UUID: $gpu)"; done')
+    (tmp_path / "tokenizer").mkdir()
+    return {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "CHECKPOINT_PATH": str(tmp_path / "check points"),
+        "BLENDED_DATA": "0.6 a_text_document 0.4 b_text_document",
+        "TOKENIZER_MODEL": str(tmp_path / "tokenizer"),
+        "DRY_RUN": "1",
+    }
+
+
+def add_program(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def run(environment: dict[str, str], *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [shutil.which("bash") or "bash", str(SCRIPT), *arguments],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def command(environment: dict[str, str], *arguments: str, folder: Path | None = None) -> list[str]:
+    result = run(environment, *arguments, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout.splitlines()[-1])
+
+
+def values(words: list[str], flag: str) -> list[str]:
+    """The words after the only occurrence of `flag`, up to the next flag."""
+    assert words.count(flag) == 1, flag
+    rest = words[words.index(flag) + 1 :]
+    return rest[: next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))]
+
+
+def test_defaults_are_mixtral_4x7b_on_eight_gpus(machine: dict[str, str]) -> None:
+    words = command(machine)
+    assert Path(words[0]).name == "torchrun"
+    assert str(SCRIPT.parent / "pretrain_gpt.py") in words
+    expected = {
+        "--nproc-per-node": "8", "--nnodes": "1", "--tensor-model-parallel-size": "4", "--seq-length": "4096",
+        "--pipeline-model-parallel-size": "2", "--num-layers": "32", "--hidden-size": "4096", "--num-experts": "4",
+        "--ffn-hidden-size": "14336", "--num-attention-heads": "32", "--num-query-groups": "8",
+        "--rotary-base": "1000000", "--moe-router-topk": "2",
+    }  # fmt: skip
+    assert {flag: values(words, flag)[0] for flag in expected} == expected
+    assert "--bf16" in words and "--sequence-parallel" in words
+    assert values(words, "--data-path") == machine["BLENDED_DATA"].split()
+
+
+def test_every_flag_is_one_that_the_trainer_knows(machine: dict[str, str]) -> None:
+    from megatron.training.arguments import parse_arguments
+
+    machine |= {"VOCAB_SIZE": "32000", "TENSORBOARD_DIR": "t", "METRICS_PATH": "m", "DATA_CACHE_PATH": "c"}
+    words = command(machine)
+    arguments, _ = parse_arguments(words[words.index(str(SCRIPT.parent / "pretrain_gpt.py")) + 1 :])
+    assert arguments.model.params_dtype == "bfloat16"
+    assert arguments.parallel.sequence_parallel
+    assert arguments.training.exit_signal_handler
+    assert (arguments.model.vocab_size, arguments.logging.metrics_path) == (32000, "m")
+
+
+def test_load_equals_save_and_nothing_is_left_out_of_it(machine: dict[str, str]) -> None:
+    words = command(machine)
+    assert values(words, "--load") == values(words, "--save") == [machine["CHECKPOINT_PATH"]]
+    assert not [word for word in words if word.startswith("--no-load") or word == "--finetune"]
+
+
+def test_environment_overrides_and_arguments_are_passed_on(machine: dict[str, str], tmp_path: Path) -> None:
+    machine |= {"DEVICE": "cpu", "PRECISION": "fp32", "TP": "2", "PP": "2", "NUM_LAYERS": "4", "SEQUENCE_PARALLEL": "0"}
+    words = command(machine, "--exit-interval", "50", "--name", "two words", folder=tmp_path)
+    assert values(words, "--nproc-per-node") == ["4"]
+    assert values(words, "--device") == ["cpu"]
+    assert values(words, "--num-layers") == ["4"]
+    assert "--bf16" not in words and "--sequence-parallel" not in words
+    assert words[-4:] == ["--exit-interval", "50", "--name", "two words"]
+
+
+@pytest.mark.parametrize(
+    ("blend", "expected"),
+    [
+        ("0.6 'my data/a' 0.4 b", ["0.6", "my data/a", "0.4", "b"]),
+        ('"one two"', ["one two"]),
+        ("a\n b\t0.5", ["a", "b", "0.5"]),
+        ("$(touch planted) `id` *", ["$(touch", "planted)", "`id`", "*"]),
+    ],
+)
+def test_data_paths_are_split_like_words_and_never_evaluated(
+    machine: dict[str, str], tmp_path: Path, blend: str, expected: list[str]
+) -> None:
+    words = command(machine | {"BLENDED_DATA": blend}, folder=tmp_path)
+    assert values(words, "--data-path") == expected
+    assert not (tmp_path / "planted").exists()
+
+
+def test_an_existing_prefix_with_spaces_is_one_path(machine: dict[str, str], tmp_path: Path) -> None:
+    prefix = tmp_path / "my data_text_document"
+    (tmp_path / "my data_text_document.idx").touch()
+    assert values(command(machine | {"BLENDED_DATA": str(prefix)}), "--data-path") == [str(prefix)]
+
+
+def test_several_machines_meet_at_the_master(machine: dict[str, str]) -> None:
+    words = command(machine | {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MAX_RESTARTS": "1"})
+    assert values(words, "--node-rank") == ["1"]
+    assert values(words, "--master-addr") == ["first"]
+    assert values(words, "--master-port")[0] == "6000"
+    assert values(words, "--max-restarts") == ["1"]
+    assert "--standalone" not in words
+
+
+@pytest.mark.parametrize("gpus", ["", "0,1,2"])
+def test_too_few_gpus_say_how_many_and_what_to_change(machine: dict[str, str], gpus: str) -> None:
+    result = run(machine | {"CUDA_VISIBLE_DEVICES": gpus})
+    assert result.returncode == 2
+    count = len(gpus.replace(",", ""))
+    assert f"this machine has {count} GPUs, but 8 processes" in result.stderr
+    for variable in ("TP", "PP", "GPUS_PER_NODE", "DEVICE=cpu"):
+        assert variable in result.stderr
+
+
+def test_gpus_are_counted_with_nvidia_smi(machine: dict[str, str]) -> None:
+    assert run(machine | {"TP": "8", "GPUS_PER_NODE": "16"}).returncode == 2
+    folder = Path(machine["PATH"].split(os.pathsep)[0])
+    add_program(folder, "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
+    assert "this machine has 0 GPUs" in run(machine).stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"CHECKPOINT_PATH": ""}, "CHECKPOINT_PATH is not set"),
+        ({"BLENDED_DATA": " "}, "BLENDED_DATA is not set"),
+        ({"BLENDED_DATA": "0.6 'a 0.4 b"}, "BLENDED_DATA has a quote without its partner"),
+        ({"TOKENIZER_MODEL": ""}, "TOKENIZER_MODEL is not set"),
+        ({"TOKENIZER_MODEL": "/no/such"}, "there is no '/no/such'"),
+        ({"DEVICE": "tpu"}, "DEVICE must be auto, cuda or cpu, got 'tpu'"),
+        ({"PRECISION": "fp16"}, "PRECISION must be bf16 or fp32, got 'fp16'"),
+        ({"TP": "two"}, "TP must be a whole number, got 'two'"),
+        ({"PP": "0"}, "PP must be at least 1"),
+        ({"GPUS_PER_NODE": "6"}, "6 processes cannot be divided by TP x PP = 8"),
+    ],
+)
+def test_bad_settings_get_a_sentence(machine: dict[str, str], change: dict[str, str], message: str) -> None:
+    result = run(machine | change)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_it_says_what_it_starts_from(machine: dict[str, str]) -> None:
+    assert "starting from fresh weights" in run(machine).stdout
+    folder = Path(machine["CHECKPOINT_PATH"])
+    (folder / "iter_0000010").mkdir(parents=True)
+    assert "no latest_checkpointed_iteration.txt" in run(machine).stdout
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    assert f"Loading from {folder}: 10" in run(machine).stdout
