@@ -69,14 +69,10 @@ class ModelConfig:
             "make_vocab_size_divisible_by", "num_experts", "moe_router_topk",
         )  # fmt: skip
         if self.kv_channels is None:
-            _require_divisible(
-                "--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads
-            )
+            _require_divisible("--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads)
         if self.head_dim % 2:
             raise ValueError(f"the attention head width must be even for rotary embeddings, got {self.head_dim}")
-        _require_divisible(
-            "--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups
-        )
+        _require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
         if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
@@ -216,10 +212,10 @@ class OptimizerConfig:
 class TokenizerConfig:
     """Which tokenizer, and where its files are."""
 
-    tokenizer_type: Literal[
-        "PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer"
-    ] = "PretrainedTokenizerFromHF"
-    """Kind of tokenizer: a Hugging Face folder, a sentencepiece model, GPT-2 vocabulary and merges, or none (numbers)."""
+    tokenizer_type: Literal["PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer"] = (
+        "PretrainedTokenizerFromHF"
+    )
+    """Hugging Face folder, sentencepiece model, GPT-2 vocabulary and merges, or none (text is numbers)."""
     tokenizer_model: str | None = None
     """Folder of a Hugging Face tokenizer (or a file in it), or a sentencepiece tokenizer.model."""
     vocab_file: str | None = None

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2i/head_dim), each [length, head_dim/2], in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, dtype=wide, device=device) / head_dim

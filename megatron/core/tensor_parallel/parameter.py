@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class ParameterSpec:
 
     global_shape: tuple[int, ...]
     """Shape of the unsplit tensor (of one expert, where experts are stacked), vocabulary padding included."""
-    group: Group = Group()
+    group: Group = field(default_factory=Group)
     """Ranks the tensor is split over."""
     partition_dim: int | None = None
     """Axis it is split along; None for a tensor that every rank holds whole."""
@@ -38,7 +38,9 @@ class ParameterSpec:
     """Whether each tensor-parallel rank sees only its slice of the sequence, so that gradients must be summed."""
 
 
-def new_parameter(spec: ParameterSpec, dtype: torch.dtype, device: torch.device, stack: int | None = None) -> nn.Parameter:
+def new_parameter(
+    spec: ParameterSpec, dtype: torch.dtype, device: torch.device, stack: int | None = None
+) -> nn.Parameter:
     """An uninitialised parameter of this rank's local shape, with `spec` attached.
 
     `stack` is the number of local experts of a stacked parameter.
@@ -106,4 +108,6 @@ def initialize_parameters(module: nn.Module, first_layer: int, seed: int) -> Non
         whole = torch.zeros(spec.global_shape, dtype=torch.float32)
         drawn = whole[: spec.init_rows] if spec.init_rows is not None else whole
         drawn.normal_(std=spec.init_std, generator=generator)
-        shard.data.copy_(slice_for_rank(whole, spec.partition_dim, spec.partition_stride, spec.group.rank, spec.group.size))
+        shard.data.copy_(
+            slice_for_rank(whole, spec.partition_dim, spec.partition_stride, spec.group.rank, spec.group.size)
+        )

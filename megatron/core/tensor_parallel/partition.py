@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import torch
 
 
-def slice_for_rank(
-    tensor: torch.Tensor, partition_dim: int | None, stride: int, rank: int, size: int
-) -> torch.Tensor:
+def slice_for_rank(tensor: torch.Tensor, partition_dim: int | None, stride: int, rank: int, size: int) -> torch.Tensor:
     """Part of `tensor` that rank `rank` of `size` holds; a view where possible.
 
     Raises ValueError if the dimension does not divide by stride x size.

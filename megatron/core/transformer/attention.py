@@ -13,7 +13,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 class SelfAttention(nn.Module):
     """Attention over one sequence: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
 
-    def __init__(self, config: ModelConfig, *, output_std: float, group: Group, sequence_parallel: bool, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, output_std: float, group: Group, sequence_parallel: bool, device: torch.device
+    ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.local_groups = config.query_groups // group.size

@@ -15,9 +15,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon = epsilon
-        spec = ParameterSpec(
-            global_shape=(hidden_size,), weight_decay=False, sequence_partial_grad=sequence_parallel
-        )
+        spec = ParameterSpec(global_shape=(hidden_size,), weight_decay=False, sequence_partial_grad=sequence_parallel)
         self.weight = new_parameter(spec, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:

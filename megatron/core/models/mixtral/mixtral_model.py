@@ -49,9 +49,7 @@ class MixtralModel(nn.Module):
                 device=device,
             )
             self.embedding = nn.ModuleDict({"word_embeddings": word_embeddings})
-        self.decoder = TransformerBlock(
-            config, groups=groups, sequence_parallel=sequence_parallel, device=device
-        )
+        self.decoder = TransformerBlock(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
         self.output_layer = (
             ColumnParallelLinear(
                 config.hidden_size,
@@ -74,7 +72,7 @@ class MixtralModel(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         auxiliary_loss_scale: float = 1.0,
@@ -82,12 +80,13 @@ class MixtralModel(nn.Module):
         """Runs the stage.
 
         Args:
-            tokens: [B, S] int64; read by the first stage.
+            tokens: [B, S] int64; read by the first stage only.
             hidden: the previous stage's output; None on the first stage.
             labels: [B, S] int64, the tokens to predict; read by the last stage.
             auxiliary_loss_scale: share of this microbatch in the step's loss.
         """
         if self.embedding is not None:
+            assert tokens is not None, "the first stage needs tokens"
             hidden = self.embedding["word_embeddings"](tokens)
         assert hidden is not None, "a later stage needs the hidden states of the one before"
         hidden, statistics = self.decoder(hidden, auxiliary_loss_scale)

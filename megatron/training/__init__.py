@@ -1,0 +1,1 @@
+"""The training program: flags, start-up, the loop, checkpoints and logs."""

@@ -1,0 +1,183 @@
+"""Command-line flags, generated from the configuration dataclasses, plus those that Megatron-LM scripts also pass."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
+
+from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.training.compatibility import COMPATIBILITY_FLAGS, check_compatibility
+from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "optimizer": OptimizerConfig,
+    "tokenizer": TokenizerConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+# Fields that describe the weights themselves, which --use-checkpoint-args takes from the checkpoint.
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size", "num_experts", "moe_router_topk",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """The sentence under each field of a configuration dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    sentences = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
+            sentences[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return sentences
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `pretrain_gpt.py`; only flags that were given end up in its result."""
+    parser = _Parser(
+        prog="pretrain_gpt.py",
+        description="Pre-train a Mixtral model.",
+        epilog="Example: torchrun --nproc-per-node 8 pretrain_gpt.py --tensor-model-parallel-size 4 "
+        "--pipeline-model-parallel-size 2 --sequence-parallel --bf16 --load CHECKPOINTS --save CHECKPOINTS "
+        "--use-checkpoint-args --data-path 0.6 a_text_document 0.4 b_text_document --train-iters 1000 ...",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for section, config_class in _SECTIONS.items():
+        group = parser.add_argument_group(section, config_class.__doc__)
+        sentences = field_help(config_class)
+        for field in dataclasses.fields(config_class):
+            _add_field(group, field, typing.get_type_hints(config_class)[field.name], sentences[field.name])
+    parser.add_argument("--bf16", action="store_true", help="Train in bfloat16 with float32 masters and gradients.")
+    group = parser.add_argument_group(
+        "compatibility", "Flags of Megatron-LM scripts that are always on here, have no effect, or allow one value."
+    )
+    for name, flag in COMPATIBILITY_FLAGS.items():
+        if flag.values:
+            nargs = "*" if flag.values == "many" else None
+            group.add_argument(f"--{name}", nargs=nargs, help=flag.help, metavar="VALUE")
+        else:
+            group.add_argument(f"--{name}", action="store_true", help=flag.help)
+    return parser
+
+
+def _add_field(group: Any, field: dataclasses.Field, hint: Any, sentence: str) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        assert field.default is False, f"{field.name}: a flag without a value must be off by default"
+        group.add_argument(flag, action="store_true", help=sentence)
+        return
+    if field.default not in (None, ()):
+        sentence = f"{sentence} (default: {field.default})"
+    sentence = sentence.replace("%", "%%")
+    if typing.get_origin(hint) is Literal:
+        group.add_argument(flag, choices=typing.get_args(hint), help=sentence)
+    elif typing.get_origin(hint) is tuple:
+        group.add_argument(flag, nargs="*", help=sentence)
+    else:
+        group.add_argument(flag, type=hint, help=sentence)
+
+
+def parse_arguments(
+    argv: Sequence[str], checkpoint_model: Callable[[str], ModelConfig] | None = None
+) -> tuple[Arguments, list[str]]:
+    """Parses and checks the command line; returns the arguments and remarks to print once.
+
+    `checkpoint_model` reads the model's shape from a checkpoint folder, for --use-checkpoint-args.
+    Raises ValueError for unknown flags, bad values and values that do not fit together.
+    """
+    parser = build_parser()
+    # flags may be spelled with underscores, as in --json_keys
+    normal = [
+        argument.split("=")[0].replace("_", "-") + argument[len(argument.split("=")[0]) :]
+        if argument.startswith("--")
+        else argument
+        for argument in argv
+    ]
+    namespace, unknown = parser.parse_known_args(normal)
+    if unknown:
+        raise ValueError(_unknown_flags(unknown, parser))
+    given = vars(namespace)
+    remarks = check_compatibility(given)
+    if given.pop("bf16", False) and given.setdefault("params_dtype", "bfloat16") != "bfloat16":
+        raise ValueError(f"--bf16 contradicts --params-dtype {given['params_dtype']}")
+    if given.get("use_checkpoint_args") and given.get("load") and checkpoint_model is not None:
+        remarks += _take_shape(given, checkpoint_model(given["load"]))
+    sections = {
+        section: config_class(
+            **{
+                field.name: tuple(given[field.name]) if isinstance(given[field.name], list) else given[field.name]
+                for field in dataclasses.fields(config_class)
+                if field.name in given
+            }
+        )
+        for section, config_class in _SECTIONS.items()
+    }
+    arguments = Arguments(**sections)
+    _check_together(arguments)
+    return arguments, remarks
+
+
+def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    known = [option for action in parser._actions for option in action.option_strings]
+    hints = []
+    for argument in unknown:
+        close = difflib.get_close_matches(argument, known, n=1)
+        hints.append(argument + (f" (did you mean {close[0]}?)" if close else ""))
+    return f"unknown arguments: {', '.join(hints)}"
+
+
+def _take_shape(given: dict[str, Any], checkpoint: ModelConfig) -> list[str]:
+    """Overwrites the shape in `given` by the checkpoint's; returns a remark for every value that changes."""
+    remarks = []
+    for name in SHAPE_FIELDS:
+        value = getattr(checkpoint, name)
+        if name in given and given[name] != value:
+            remarks.append(f"--use-checkpoint-args: --{name.replace('_', '-')} is {value}, not {given[name]}")
+        given[name] = value
+    return remarks
+
+
+def _check_together(arguments: Arguments) -> None:
+    """Checks that need more than one section. Raises ValueError."""
+    model, data = arguments.model, arguments.data
+    arguments.parallel.check_model(model, data.seq_length)
+    if data.seq_length > model.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length ({data.seq_length}) exceeds --max-position-embeddings ({model.max_position_embeddings})"
+        )
+    if not data.data_path and not data.mock_data:
+        raise ValueError("nothing to train on: give --data-path (or --mock-data for generated tokens)")
+    if arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
+        raise ValueError("NullTokenizer needs --vocab-size")
+    samples_run = arguments.training.train_samples is not None
+    optimizer = arguments.optimizer
+    iterations = optimizer.lr_decay_iters is not None or optimizer.lr_warmup_iters
+    samples = optimizer.lr_decay_samples is not None or optimizer.lr_warmup_samples
+    if (samples_run and iterations) or (not samples_run and samples):
+        raise ValueError(
+            "give the schedule in the unit of the run: --lr-decay-iters and --lr-warmup-iters with --train-iters, "
+            "--lr-decay-samples and --lr-warmup-samples with --train-samples"
+        )
+    if arguments.checkpoint.save_interval and not arguments.checkpoint.save:
+        raise ValueError("--save-interval needs --save")

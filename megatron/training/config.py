@@ -1,0 +1,132 @@
+"""Frozen configuration of the training loop, its checkpoints and its logs; every field is a command-line flag."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, on what device and in which batches."""
+
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one model replica."""
+    global_batch_size: int | None = None
+    """Samples in one step over all replicas; micro batch x data-parallel size if not given."""
+    train_iters: int | None = None
+    """Steps to train."""
+    train_samples: int | None = None
+    """Samples to train, instead of --train-iters."""
+    eval_interval: int = 1000
+    """Steps between evaluations on the validation split; 0 for none."""
+    eval_iters: int = 100
+    """Global batches in one evaluation, always the same ones; 0 for none."""
+    exit_interval: int | None = None
+    """Save and exit when the iteration is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit after this many minutes."""
+    exit_signal_handler: bool = False
+    """Save and exit with status 0 on SIGTERM."""
+    max_skipped_iterations: int = 10
+    """End with an error after this many iterations in a row whose gradients were not finite."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the data."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train: CUDA with NCCL where there are GPUs, otherwise CPU with gloo."""
+    distributed_timeout_minutes: int = 10
+    """How long a collective waits for a rank before the job fails."""
+    deterministic_mode: bool = False
+    """Use only algorithms that give the same bits in every run."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size <= 0:
+            raise ValueError(f"--micro-batch-size must be positive, got {self.micro_batch_size}")
+        if (self.train_iters is None) == (self.train_samples is None):
+            raise ValueError("give exactly one of --train-iters and --train-samples")
+        if min(self.train_iters or 0, self.train_samples or 0, self.eval_iters, self.eval_interval) < 0:
+            raise ValueError("--train-iters, --train-samples, --eval-iters and --eval-interval must not be negative")
+        if self.exit_interval is not None and self.exit_interval <= 0:
+            raise ValueError(f"--exit-interval must be positive, got {self.exit_interval}")
+        if self.max_skipped_iterations <= 0 or self.distributed_timeout_minutes <= 0:
+            raise ValueError("--max-skipped-iterations and --distributed-timeout-minutes must be positive")
+
+    def batch_size(self, data_parallel_size: int) -> int:
+        """Samples in one step. Raises ValueError if the micro-batches cannot be shared out evenly."""
+        step = self.micro_batch_size * data_parallel_size
+        size = step if self.global_batch_size is None else self.global_batch_size
+        if size <= 0 or size % step:
+            raise ValueError(
+                f"--global-batch-size ({size}) is not a multiple of --micro-batch-size ({self.micro_batch_size}) x "
+                f"data-parallel size ({data_parallel_size}) = {step}"
+            )
+        return size
+
+    def iterations(self, batch_size: int) -> int:
+        """Steps of the whole run."""
+        if self.train_iters is not None:
+            return self.train_iters
+        assert self.train_samples is not None
+        return self.train_samples // batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is loaded at the start and saved on the way."""
+
+    save: str | None = None
+    """Folder to save checkpoints to."""
+    load: str | None = None
+    """Folder to load the newest checkpoint from. Equal to --save, it may still be empty on the first run."""
+    save_interval: int | None = None
+    """Steps between checkpoints; the last step is saved in any case."""
+    finetune: bool = False
+    """Load weights only and start at iteration 0 with a fresh optimizer and the data from its beginning."""
+    no_load_optim: bool = False
+    """Do not load the optimizer's state (weights come from the checkpoint, moments start at zero)."""
+    no_load_rng: bool = False
+    """Do not load random number states."""
+    no_save_optim: bool = False
+    """Do not save the optimizer's state; such a checkpoint cannot be resumed exactly."""
+    use_checkpoint_args: bool = False
+    """Take the model's shape from the checkpoint instead of the command line."""
+    ckpt_format: Literal["torch"] = "torch"
+    """Format of saved checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.save_interval is not None and self.save_interval <= 0:
+            raise ValueError(f"--save-interval must be positive, got {self.save_interval}")
+        if self.use_checkpoint_args and not self.load:
+            raise ValueError("--use-checkpoint-args needs --load")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is printed and recorded."""
+
+    log_interval: int = 100
+    """Steps between log lines."""
+    log_throughput: bool = False
+    """Print TFLOP/s per GPU, counted from active parameters and attention."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard event files."""
+    metrics_path: str | None = None
+    """File that gets one JSON line an iteration, with numbers in full precision."""
+
+    def __post_init__(self) -> None:
+        if self.log_interval <= 0:
+            raise ValueError(f"--log-interval must be positive, got {self.log_interval}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Everything a run is told."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig

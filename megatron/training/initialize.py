@@ -1,0 +1,125 @@
+"""Start-up: the one reader of the environment, the device, torch.distributed, and errors that all ranks share."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.parallel_state import ProcessGroups, build_process_groups
+from megatron.training.config import Arguments
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process's place in the job, as torchrun tells it; a process started without torchrun is alone."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def read_environment() -> Environment:
+    """Reads torchrun's variables."""
+    return Environment(
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+
+
+def choose_device(setting: str, environment: Environment) -> torch.device:
+    """The device of this process. Raises ValueError if there are fewer GPUs than processes on this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if gpus < environment.local_world_size:
+        raise ValueError(
+            f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
+            "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
+        )
+    return torch.device("cuda", environment.local_rank)
+
+
+def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
+    """Joins the job and builds this process's groups. Raises ValueError if the layout does not fit the world size."""
+    arguments.training.batch_size(arguments.parallel.data_parallel_size(environment.world_size))
+    if arguments.training.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if environment.world_size == 1:
+        return ProcessGroups()
+    timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
+
+
+def together(action: Callable[[], T], groups: ProcessGroups) -> T:
+    """Runs `action` on every rank; if it raises ValueError or OSError on any, every rank raises ValueError.
+
+    `action` must not communicate, since another rank may fail before it does.
+    """
+    message: str | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        message = str(error)
+    messages = [message]
+    if groups.world.size > 1:
+        messages = [None] * groups.world.size
+        dist.all_gather_object(messages, message, group=groups.world.handle)
+    failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
+        raise ValueError(
+            text if groups.world.size == 1 or len(failed) == len(messages) else f"rank {rank}{others}: {text}"
+        )
+    return result  # type: ignore[return-value]
+
+
+def print_once(groups: ProcessGroups, text: str) -> None:
+    """Prints on the first rank."""
+    if groups.world.is_first:
+        print(text, flush=True)
+
+
+def run(main: Callable[[Environment], None]) -> None:
+    """Runs the program; a ValueError ends every rank with status 1 and one sentence from the first rank."""
+    environment = read_environment()
+    try:
+        main(environment)
+    except ValueError as error:
+        if environment.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(1)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave(status: int) -> None:
+    """Ends the process at once: other ranks may hang in a collective, and tearing down groups would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,189 @@
+"""Numbers of each step: brought together from all ranks, printed, and recorded."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core.interchange.files import atomic_writer
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.training.config import LoggingConfig
+
+
+class MicrobatchResult(NamedTuple):
+    """What is kept of one microbatch on one stage, without gradient."""
+
+    loss: Tensor | None
+    """Mean loss of its tokens; on the last stage only."""
+    statistics: RouterStatistics
+    """Router statistics of the stage's layers."""
+
+
+class StepAverages(NamedTuple):
+    """Averages over a whole step, the same on every rank."""
+
+    lm_loss: float
+    load_balancing_loss: float
+    """Mean over layers and microbatches, without coefficient; 1 when balanced."""
+    z_loss: float
+    stop: bool
+    """Whether any rank wants to stop."""
+
+
+def average_over_ranks(
+    results: list[MicrobatchResult], groups: ProcessGroups, num_layers: int, device: torch.device, stop: bool = False
+) -> StepAverages:
+    """Averages over microbatches, data-parallel ranks and layers, in one all-reduce of the whole job."""
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    if groups.tp.is_first:  # tensor-parallel ranks hold the same numbers
+        microbatches = len(results) * groups.dp_cp.size
+        for result in results:
+            if result.loss is not None:
+                totals[0] += result.loss.double() / microbatches
+            totals[1] += result.statistics.load_balancing_loss.double().sum() / (microbatches * num_layers)
+            totals[2] += result.statistics.z_loss.double().sum() / (microbatches * num_layers)
+    totals[3] = float(stop)
+    if groups.world.size > 1:
+        dist.all_reduce(totals, group=groups.world.handle)
+    loss, balance, z_loss, stops = totals.tolist()
+    return StepAverages(loss, balance, z_loss, stops > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One training iteration."""
+
+    iteration: int
+    consumed_samples: int
+    lm_loss: float
+    load_balancing_loss: float
+    z_loss: float
+    grad_norm: float
+    learning_rate: float
+    global_batch_size: int
+    tokens_per_second: float
+    skipped: bool
+    seconds: float
+
+
+class MetricsLog:
+    """Console, JSON lines and TensorBoard; only the first rank makes one."""
+
+    def __init__(
+        self, config: LoggingConfig, *, total_iterations: int, flops_per_iteration_and_rank: float, resumed_at: int
+    ) -> None:
+        self.config, self.total_iterations = config, total_iterations
+        self.flops = flops_per_iteration_and_rank
+        self.interval: list[StepRecord] = []
+        self.json_file = _open_json_lines(Path(config.metrics_path), resumed_at) if config.metrics_path else None
+        self.tensorboard = _tensorboard_writer(config.tensorboard_dir, resumed_at) if config.tensorboard_dir else None
+
+    def step(self, record: StepRecord) -> None:
+        """Records one iteration; prints the line of an interval at its end."""
+        self._write_json(
+            {
+                "iteration": record.iteration,
+                "consumed_samples": record.consumed_samples,
+                "lm_loss": record.lm_loss,
+                "load_balancing_loss": record.load_balancing_loss,
+                "z_loss": record.z_loss,
+                "grad_norm": record.grad_norm,
+                "learning_rate": record.learning_rate,
+                "tokens_per_second": record.tokens_per_second,
+                "skipped": record.skipped,
+            }
+        )
+        self.interval.append(record)
+        if record.iteration % self.config.log_interval == 0 or record.iteration == self.total_iterations:
+            print(self._line(), flush=True)
+            self._tensorboard(
+                record.iteration,
+                {
+                    "lm loss": record.lm_loss,
+                    "load_balancing_loss": record.load_balancing_loss,
+                    "grad-norm": record.grad_norm,
+                    "learning-rate": record.learning_rate,
+                    "tokens-per-second": record.tokens_per_second,
+                },
+            )
+            self.interval = []
+
+    def evaluation(self, split: str, iteration: int, consumed_samples: int, loss: float) -> None:
+        """Records the loss on a split."""
+        self._write_json({"iteration": iteration, "consumed_samples": consumed_samples, f"{split}_loss": loss})
+        perplexity = math.exp(min(20.0, loss))
+        print(
+            f" {split} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |",
+            flush=True,
+        )
+        self._tensorboard(iteration, {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity})
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self.json_file is not None:
+            self.json_file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _line(self) -> str:
+        """Megatron-LM's line: averages over the interval's steps, the last step's learning rate and gradient norm."""
+        records, last = self.interval, self.interval[-1]
+        finite = [record for record in records if math.isfinite(record.lm_loss)]
+
+        def mean(name: str) -> float:
+            return sum(getattr(record, name) for record in finite) / len(finite) if finite else math.nan
+
+        seconds = sum(record.seconds for record in records) / len(records)
+        throughput = f" throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.1f} |"
+        return (
+            f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {last.iteration:8d}/{self.total_iterations:8d} |"
+            f" consumed samples: {last.consumed_samples:12d} |"
+            f" elapsed time per iteration (ms): {seconds * 1000:.1f} |"
+            f"{throughput if self.config.log_throughput else ''}"
+            f" learning rate: {last.learning_rate:.6E} | global batch size: {last.global_batch_size:5d} |"
+            f" lm loss: {mean('lm_loss'):.6E} | load_balancing_loss: {mean('load_balancing_loss'):.6E} |"
+            f" loss scale: 1.0 | grad norm: {last.grad_norm:.3f} |"
+            f" number of skipped iterations: {sum(record.skipped for record in records):3d} |"
+            f" number of nan iterations: {len(records) - len(finite):3d} |"
+        )
+
+    def _write_json(self, values: dict[str, Any]) -> None:
+        if self.json_file is not None:
+            self.json_file.write(json.dumps(values) + "\n")
+            self.json_file.flush()
+
+    def _tensorboard(self, iteration: int, values: dict[str, float]) -> None:
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+
+
+def _open_json_lines(path: Path, resumed_at: int) -> Any:
+    """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                kept += [line] if json.loads(line)["iteration"] <= resumed_at else []
+            except (ValueError, KeyError, TypeError):  # cut off when the job was killed
+                continue
+        with atomic_writer(path) as file:
+            file.write("".join(line + os.linesep for line in kept).encode())
+    return open(path, "a")
+
+
+def _tensorboard_writer(folder: str, resumed_at: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard-dir needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]

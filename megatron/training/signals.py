@@ -1,0 +1,18 @@
+"""SIGTERM as a request to save and stop."""
+
+import signal
+from types import FrameType
+
+
+class StopSignal:
+    """Remembers that SIGTERM came; the loop asks at the end of each step."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def install(self) -> None:
+        """Handles SIGTERM from now on."""
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.received = True

@@ -1,0 +1,361 @@
+"""The training program: set-up, the loop, evaluation."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megatron.core.config import ModelConfig
+from megatron.core.datasets.sampler import PretrainingSampler
+from megatron.core.distributed.gradient_buffers import GradientBuffers
+from megatron.core.models.mixtral.flops import training_flops_per_token
+from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.param_scheduler import LearningRateSchedule
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.pipeline_parallel.p2p_communication import StageLink
+from megatron.core.pipeline_parallel.schedules import forward_backward
+from megatron.core.tensor_parallel.parameter import initialize_parameters
+from megatron.core.tokenizers import build_tokenizer
+from megatron.training.arguments import parse_arguments
+from megatron.training.checkpointing import Progress, checkpoint_model, load_checkpoint, save_checkpoint
+from megatron.training.config import Arguments
+from megatron.training.initialize import (
+    Environment,
+    choose_device,
+    print_once,
+    run,
+    start_distributed,
+    together,
+)
+from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+from megatron.training.signals import StopSignal
+
+Batch = dict[str, Tensor]
+
+
+class ModelProvider(Protocol):
+    """Builds this rank's stage of the model, uninitialised."""
+
+    def __call__(self, arguments: Arguments, groups: ProcessGroups, device: torch.device) -> MixtralModel: ...
+
+
+class DatasetsProvider(Protocol):
+    """Builds the train, validation and test data sets; `num_samples` of each, None where there is nothing."""
+
+    def __call__(
+        self, arguments: Arguments, num_samples: tuple[int, int, int], tokenizer: Any
+    ) -> tuple[Any, Any, Any]: ...
+
+
+class ForwardStep(Protocol):
+    """Runs one microbatch through a stage; `batch` is None on stages between the first and the last."""
+
+    def __call__(
+        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, auxiliary_loss_scale: float
+    ) -> tuple[Tensor, MicrobatchResult]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All that a step needs on this rank."""
+
+    arguments: Arguments
+    groups: ProcessGroups
+    device: torch.device
+    model: MixtralModel
+    buffers: GradientBuffers
+    optimizer: MixedPrecisionAdamW
+    schedule: LearningRateSchedule
+    forward_step: ForwardStep
+    link: StageLink
+    batch_size: int
+    num_microbatches: int
+
+
+def pretrain(model_provider: ModelProvider, datasets_provider: DatasetsProvider, forward_step: ForwardStep) -> None:
+    """Trains as the command line says; bad input ends every rank with status 1 and one sentence."""
+    run(lambda environment: _pretrain(environment, model_provider, datasets_provider, forward_step))
+
+
+def _pretrain(
+    environment: Environment,
+    model_provider: ModelProvider,
+    datasets_provider: DatasetsProvider,
+    forward_step: ForwardStep,
+) -> None:
+    arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
+    device = choose_device(arguments.training.device, environment)
+    groups = start_distributed(arguments, environment, device)
+    together(lambda: _check_save_folder(arguments, groups), groups)
+    for remark in remarks:
+        print_once(groups, f"note: {remark}")
+    stop_signal = StopSignal()
+    if arguments.training.exit_signal_handler:
+        stop_signal.install()
+
+    tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
+    arguments = replace(arguments, model=_with_vocabulary(arguments.model, tokenizer.vocab_size))
+    datasets = build_datasets(arguments, groups, tokenizer, datasets_provider)
+    trainer = build_trainer(arguments, groups, device, model_provider, forward_step)
+    progress, loaded = load_checkpoint(arguments, groups, trainer.model, trainer.optimizer)
+    print_once(groups, f"{_summary(trainer)}\n{loaded}")
+    train(trainer, datasets, progress, stop_signal)
+
+
+def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
+    """Raises OSError before the first step if checkpoints could not be written after it."""
+    if arguments.checkpoint.save is None or not groups.world.is_first:
+        return
+    folder = Path(arguments.checkpoint.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
+    if model.vocab_size is None:
+        return replace(model, vocab_size=tokenizer_size)
+    if tokenizer_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer_size} entries but the model's vocabulary only {model.vocab_size}: use the "
+            "tokenizer the model was made with, or a larger --vocab-size"
+        )
+    return model
+
+
+def build_datasets(
+    arguments: Arguments, groups: ProcessGroups, tokenizer: Any, provider: DatasetsProvider
+) -> tuple[Any, Any, Any]:
+    """The three data sets, indexed by the first rank before the others look."""
+    training = arguments.training
+    batch_size = training.batch_size(groups.dp.size)
+    iterations = training.iterations(batch_size)
+    evaluated = training.eval_iters * batch_size if training.eval_interval else 0
+    num_samples = (iterations * batch_size, evaluated, evaluated)
+
+    def build(mine: bool) -> tuple[Any, Any, Any] | None:
+        return provider(arguments, num_samples, tokenizer) if mine else None
+
+    first = together(lambda: build(groups.world.is_first), groups)
+    others = together(lambda: build(not groups.world.is_first), groups)
+    datasets = first or others
+    assert datasets is not None
+    return datasets
+
+
+def build_trainer(
+    arguments: Arguments,
+    groups: ProcessGroups,
+    device: torch.device,
+    model_provider: ModelProvider,
+    forward_step: ForwardStep,
+) -> Trainer:
+    """Model with its initial weights, gradient buffers, optimizer, schedule and pipeline link of this rank."""
+    config, training = arguments.optimizer, arguments.training
+    batch_size = training.batch_size(groups.dp.size)
+    total = training.iterations(batch_size) * batch_size
+    decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
+    warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
+    if config.lr_warmup_fraction is not None:
+        warmup = int(config.lr_warmup_fraction * decay)
+    schedule = LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
+
+    model = model_provider(arguments, groups, device)
+    initialize_parameters(model, model.first_layer, training.seed)
+    buffers = GradientBuffers(model.parameters(), groups)
+    shards = groups.tp.size if model.sequence_parallel else 1
+    length = arguments.data.seq_length // shards
+    link = StageLink(
+        pp=groups.pp,
+        shape=(length, training.micro_batch_size, arguments.model.hidden_size),
+        dtype=arguments.model.dtype,
+        device=device,
+    )
+    return Trainer(
+        arguments=arguments,
+        groups=groups,
+        device=device,
+        model=model,
+        buffers=buffers,
+        optimizer=MixedPrecisionAdamW(model, buffers, config, groups),
+        schedule=schedule,
+        forward_step=forward_step,
+        link=link,
+        batch_size=batch_size,
+        num_microbatches=batch_size // (training.micro_batch_size * groups.dp.size),
+    )
+
+
+def _summary(trainer: Trainer) -> str:
+    groups, model = trainer.groups, trainer.arguments.model
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return (
+        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
+        f"{model.ffn_hidden_size}, top {model.moe_router_topk}, vocabulary {model.vocab_size}, {model.params_dtype}\n"
+        f"{groups.world.size} {trainer.device.type} process(es): tensor {groups.tp.size} x pipeline {groups.pp.size} x "
+        f"data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "
+        f"{parameters:,} parameters on the first rank; batch {trainer.batch_size} = {groups.dp.size} x "
+        f"{trainer.num_microbatches} microbatches of {trainer.arguments.training.micro_batch_size}"
+    )
+
+
+def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
+    """This rank's microbatches from `consumed_samples` on; None on stages that read no tokens."""
+    if not (trainer.groups.pp.is_first or trainer.groups.pp.is_last):
+        while True:
+            yield None
+    sampler = PretrainingSampler(
+        total_samples=len(dataset),
+        consumed_samples=consumed_samples,
+        micro_batch_size=trainer.arguments.training.micro_batch_size,
+        data_parallel_rank=trainer.groups.dp.rank,
+        data_parallel_size=trainer.groups.dp.size,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=trainer.arguments.data.num_workers,
+        pin_memory=trainer.device.type == "cuda",
+    )
+    for batch in loader:
+        yield {name: tensor.to(trainer.device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_only: bool) -> list[MicrobatchResult]:
+    scale = 1.0 / trainer.num_microbatches
+    return forward_backward(
+        lambda hidden: trainer.forward_step(trainer.model, next(source), hidden, scale),
+        num_microbatches=trainer.num_microbatches,
+        link=trainer.link,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    trainer: Trainer, source: Iterator[Batch | None], progress: Progress, stop: bool = False
+) -> tuple[StepRecord, bool]:
+    """One iteration: all microbatches, reduction, update. Returns its record and whether any rank wants to stop."""
+    start = time.perf_counter()
+    trainer.buffers.zero()
+    results = _run_microbatches(trainer, source, forward_only=False)
+    trainer.buffers.finalize()
+    learning_rate = trainer.schedule.learning_rate(progress.scheduled_samples)
+    update = trainer.optimizer.step(learning_rate)
+    averages = average_over_ranks(results, trainer.groups, trainer.arguments.model.num_layers, trainer.device, stop)
+    progress.iteration += 1
+    progress.consumed_samples += trainer.batch_size
+    if update.updated:
+        progress.scheduled_samples += trainer.batch_size
+    else:
+        progress.skipped_iterations += 1
+    seconds = time.perf_counter() - start
+    record = StepRecord(
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        lm_loss=averages.lm_loss,
+        load_balancing_loss=averages.load_balancing_loss,
+        z_loss=averages.z_loss,
+        grad_norm=update.grad_norm,
+        learning_rate=learning_rate,
+        global_batch_size=trainer.batch_size,
+        tokens_per_second=trainer.batch_size * trainer.arguments.data.seq_length / seconds,
+        skipped=not update.updated,
+        seconds=seconds,
+    )
+    return record, averages.stop
+
+
+def evaluate(trainer: Trainer, dataset: Any) -> float:
+    """Mean loss over the first `eval_iters` global batches of a data set; always the same samples."""
+    trainer.model.eval()
+    source = batches(trainer, dataset, 0)
+    total = 0.0
+    for _ in range(trainer.arguments.training.eval_iters):
+        results = _run_microbatches(trainer, source, forward_only=True)
+        averages = average_over_ranks(results, trainer.groups, trainer.arguments.model.num_layers, trainer.device)
+        total += averages.lm_loss
+    trainer.model.train()
+    return total / trainer.arguments.training.eval_iters
+
+
+def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, stop_signal: StopSignal) -> None:
+    """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end."""
+    arguments, training = trainer.arguments, trainer.arguments.training
+    train_set, validation_set, test_set = datasets
+    last = training.iterations(trainer.batch_size)
+    log = _open_log(trainer, last, progress.iteration)
+    deadline = math.inf
+    if training.exit_duration_in_mins is not None:
+        deadline = time.monotonic() + 60 * training.exit_duration_in_mins
+    saved_at = evaluated_at = progress.iteration
+    skipped_in_a_row = 0
+    source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
+    stop = False
+    while progress.iteration < last and not stop:
+        wants_stop = stop_signal.received or time.monotonic() > deadline
+        record, stop = train_step(trainer, source, progress, wants_stop)
+        if log is not None:
+            log.step(record)
+        skipped_in_a_row = skipped_in_a_row + 1 if record.skipped else 0
+        if skipped_in_a_row >= training.max_skipped_iterations:
+            raise ValueError(
+                f"the gradients of {skipped_in_a_row} iterations in a row were not finite (loss {record.lm_loss}): "
+                "lower --lr or look at the data; nothing was saved after the last checkpoint"
+            )
+        iteration = progress.iteration
+        stop = stop or bool(training.exit_interval and iteration % training.exit_interval == 0)
+        if validation_set is not None and training.eval_interval and iteration % training.eval_interval == 0:
+            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
+            evaluated_at = iteration
+        if arguments.checkpoint.save_interval and iteration % arguments.checkpoint.save_interval == 0:
+            _save(trainer, progress)
+            saved_at = iteration
+    if arguments.checkpoint.save and saved_at != progress.iteration:
+        _save(trainer, progress)
+    if progress.iteration >= last:
+        if validation_set is not None and evaluated_at != progress.iteration:
+            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
+        if test_set is not None:
+            _evaluate_and_log(trainer, "test", test_set, progress, log)
+    else:
+        print_once(trainer.groups, f"stopped at iteration {progress.iteration} of {last}")
+    if log is not None:
+        log.close()
+
+
+def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None:
+    """The log on the first rank, None on the others."""
+    tokens = trainer.batch_size * trainer.arguments.data.seq_length
+    flops = tokens * training_flops_per_token(trainer.arguments.model, trainer.arguments.data.seq_length)
+
+    def make() -> MetricsLog | None:
+        if not trainer.groups.world.is_first:
+            return None
+        return MetricsLog(
+            trainer.arguments.logging,
+            total_iterations=last,
+            flops_per_iteration_and_rank=flops / trainer.groups.world.size,
+            resumed_at=resumed_at,
+        )
+
+    return together(make, trainer.groups)
+
+
+def _save(trainer: Trainer, progress: Progress) -> None:
+    save_checkpoint(trainer.arguments, trainer.groups, trainer.model, trainer.optimizer, progress)
+    print_once(trainer.groups, f"saved iteration {progress.iteration} to {trainer.arguments.checkpoint.save}")
+
+
+def _evaluate_and_log(trainer: Trainer, split: str, dataset: Any, progress: Progress, log: MetricsLog | None) -> None:
+    loss = evaluate(trainer, dataset)
+    if log is not None:
+        log.evaluation(split, progress.iteration, progress.consumed_samples, loss)

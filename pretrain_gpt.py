@@ -1,0 +1,46 @@
+"""Pre-trains a Mixtral model; `python pretrain_gpt.py --help` lists the flags."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.parallel_state import ProcessGroups
+from megatron.training.config import Arguments
+from megatron.training.metrics import MicrobatchResult
+from megatron.training.training import pretrain
+
+
+def model_provider(arguments: Arguments, groups: ProcessGroups, device: torch.device) -> MixtralModel:
+    """This rank's stage of the model."""
+    return MixtralModel(
+        arguments.model,
+        groups=groups,
+        sequence_parallel=arguments.parallel.sequence_parallel,
+        device=device,
+    )
+
+
+def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], tokenizer: Any) -> tuple[Any, Any, Any]:
+    """Train, validation and test data sets, None where a split is empty."""
+    from megatron.core.datasets import build_train_valid_test_datasets
+
+    return build_train_valid_test_datasets(arguments.data, num_samples, arguments.training.seed, tokenizer)
+
+
+def forward_step(
+    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, auxiliary_loss_scale: float
+) -> tuple[Tensor, MicrobatchResult]:
+    """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1."""
+    batch = batch or {}
+    output, statistics = model(batch.get("tokens"), hidden, batch.get("labels"), auxiliary_loss_scale)
+    if model.output_layer is None:
+        return output, MicrobatchResult(None, statistics)
+    mask = batch["loss_mask"]
+    loss = (output * mask).sum() / mask.sum().clamp(min=1)
+    return loss, MicrobatchResult(loss.detach(), statistics)
+
+
+if __name__ == "__main__":
+    pretrain(model_provider, datasets_provider, forward_step)

@@ -1,0 +1,78 @@
+"""Runs a function on several gloo ranks, as an ordinary call."""
+
+import io
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Children are forked from a server that has imported torch once and started no threads.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "distributed_testing"])
+
+
+def _child(function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Any, args: tuple) -> None:
+    torch.set_num_threads(1)
+    try:
+        if world_size > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=60),
+            )
+        result: tuple[bool, Any] = (True, function(rank, world_size, *args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    buffer = io.BytesIO()
+    torch.save(result, buffer)
+    pipe.send_bytes(buffer.getvalue())
+    pipe.close()
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Calls `function(rank, world_size, *args)` on every rank; returns the results in rank order.
+
+    `function` must be importable. Raises AssertionError with the first failing rank's traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receiver, sender = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_child, args=(function, rank, world_size, str(Path(folder) / "store"), sender, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        results: list[Any] = [None] * world_size
+        failures: list[str] = []
+        waiting = dict(zip(pipes, range(world_size), strict=True))
+        while waiting and not failures:
+            ready = multiprocessing.connection.wait(list(waiting), timeout=120)
+            if not ready:
+                failures.append("no rank answered for two minutes")
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    ok, value = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, "the process died"
+                if ok:
+                    results[rank] = value
+                else:
+                    failures.append(f"rank {rank}: {value}")
+        for process in processes:
+            if failures:
+                process.kill()
+            process.join()
+        assert not failures, failures[0]
+    return results

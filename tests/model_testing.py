@@ -1,0 +1,153 @@
+"""A tiny Mixtral, one training step of it under any layout, and the comparison of two steps."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pretrain_gpt
+import torch
+from torch import Tensor
+
+from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.core.distributed.gradient_buffers import main_grad
+from megatron.core.parallel_state import ProcessGroups, build_process_groups
+from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
+from megatron.core.tensor_parallel.partition import join_from_tp
+from megatron.training.checkpointing import Progress
+from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
+from megatron.training.training import build_trainer, train_step
+
+TINY_MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    max_position_embeddings=64,
+    rotary_base=10000.0,
+    vocab_size=203,
+    make_vocab_size_divisible_by=8,
+    num_experts=4,
+    init_method_std=0.2,
+    moe_aux_loss_coeff=0.1,
+    moe_z_loss_coeff=0.01,
+    params_dtype="float64",
+)
+SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 16, 2, 8
+
+
+def tiny_arguments(parallel: ParallelConfig, params_dtype: str = "float64") -> Arguments:
+    """Settings of a run of the tiny model."""
+    return Arguments(
+        model=replace(TINY_MODEL, params_dtype=params_dtype),
+        parallel=parallel,
+        optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=2, weight_decay=0.1),
+        tokenizer=TokenizerConfig(),
+        data=DataConfig(seq_length=SEQ_LENGTH, mock_data=True),
+        training=TrainingConfig(
+            micro_batch_size=MICRO_BATCH, global_batch_size=GLOBAL_BATCH, train_iters=10, device="cpu"
+        ),
+        checkpoint=CheckpointConfig(),
+        logging=LoggingConfig(),
+    )
+
+
+def step_batches(step: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
+    """This rank's microbatches of a step; the same ones, differently shared out, for every data-parallel size."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    text = torch.randint(0, TINY_MODEL.vocab_size or 0, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    mask = (torch.rand(GLOBAL_BATCH, SEQ_LENGTH, generator=generator) > 0.2).double()
+    microbatches = [
+        {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "loss_mask": rows_mask}
+        for rows, rows_mask in zip(text.split(MICRO_BATCH), mask.split(MICRO_BATCH), strict=True)
+    ]
+    return microbatches[dp_rank::dp_size]
+
+
+@dataclass
+class StepOutcome:
+    """What one rank saw; plain values and tensors, so that it can be sent between processes."""
+
+    numbers: list[dict[str, float]]
+    """Loss, load-balancing loss, z-loss and gradient norm of each step."""
+    gradients: dict[str, tuple[Tensor, int | None, int, int]]
+    """Unclipped gradients of the first step by global name: local part, partition_dim, stride, tp rank."""
+    weights: dict[str, tuple[Tensor, int | None, int, int]]
+    """Weights after the last step."""
+
+
+def _shards(shards: list[NamedShard], groups: ProcessGroups) -> dict[str, tuple[Tensor, int | None, int, int]]:
+    return {
+        shard.global_name: (
+            shard.data.clone(),
+            shard.spec.partition_dim,
+            shard.spec.partition_stride,
+            groups.tp.rank,
+        )  # fmt: skip
+        for shard in shards
+    }
+
+
+def _gradient_shards(model: Any) -> list[NamedShard]:
+    shards = []
+    with torch.no_grad():
+        saved = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.copy_(main_grad(parameter))
+        for shard in named_shards(model, model.first_layer):
+            shards.append(NamedShard(shard.global_name, shard.stage_name, shard.data.clone(), shard.spec))
+        for parameter, value in zip(model.parameters(), saved, strict=True):
+            parameter.copy_(value)
+    return shards
+
+
+def train_tiny(rank: int, world_size: int, parallel: ParallelConfig, params_dtype: str, steps: int) -> StepOutcome:
+    """Trains the tiny model for some steps on this rank of the layout."""
+    groups = build_process_groups(parallel, rank, world_size) if world_size > 1 else ProcessGroups()
+    arguments = tiny_arguments(parallel, params_dtype)
+    cpu = torch.device("cpu")
+    trainer = build_trainer(arguments, groups, cpu, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
+    progress, numbers, gradients = Progress(), [], {}
+    finalize = trainer.buffers.finalize
+
+    def finalize_and_keep() -> None:
+        finalize()
+        if not gradients:
+            gradients.update(_shards(_gradient_shards(trainer.model), groups))
+
+    trainer.buffers.finalize = finalize_and_keep  # type: ignore[method-assign]
+    for step in range(steps):
+        source = iter(step_batches(step, groups.dp.rank, groups.dp.size))
+        record, _ = train_step(trainer, source, progress)
+        numbers.append(
+            {
+                "lm_loss": record.lm_loss,
+                "load_balancing_loss": record.load_balancing_loss,
+                "z_loss": record.z_loss,
+                "grad_norm": record.grad_norm,
+            }
+        )
+    weights = _shards(list(named_shards(trainer.model, trainer.model.first_layer)), groups)
+    return StepOutcome(numbers, gradients, weights)
+
+
+def join_shards(parts: list[dict[str, tuple[Tensor, int | None, int, int]]]) -> dict[str, Tensor]:
+    """Whole tensors from the parts of all ranks; copies on several ranks must be equal."""
+    whole: dict[str, Tensor] = {}
+    for name in sorted({name for part in parts for name in part}):
+        by_rank: dict[int, Tensor] = {}
+        for part in parts:
+            if name in part:
+                tensor, dim, stride, tp_rank = part[name]
+                if tp_rank in by_rank:
+                    assert torch.equal(by_rank[tp_rank], tensor), f"{name} differs between data-parallel ranks"
+                by_rank[tp_rank] = tensor
+        whole[name] = join_from_tp([by_rank[rank] for rank in sorted(by_rank)], dim, stride)
+    return whole
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, in float64, with vocabulary padding rows cut."""
+    rows = min(a.shape[0], b.shape[0])
+    assert not a[rows:].any() and not b[rows:].any(), "padding rows must stay zero"
+    a, b = a[:rows].double(), b[:rows].double()
+    return float((a - b).norm() / b.norm())
