@@ -1,6 +1,8 @@
 """`.pt` files without open pickle: written atomically, read so that nothing in them can run."""
 
 import contextlib
+import pickle
+import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +28,10 @@ class _Inert:
         pass
 
 
+class _DamagedError(ValueError):
+    """The content of a file is not what was written."""
+
+
 def save_torch(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` (tensors, plain values, argparse.Namespace) to `path`, which appears only when it is complete.
 
@@ -42,7 +48,7 @@ def _check_sums(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} does not match")
+        raise _DamagedError(f"the checksum of {damaged} does not match")
 
 
 def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -61,12 +67,14 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
             _check_sums(path)
         with torch.serialization.safe_globals([Namespace, *_inert_globals(path, zipped)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except (OSError, MemoryError):
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # whatever torch, pickle or zip make of a damaged file
-        reason = str(error).strip().split("\n")[-1] or type(error).__name__
-        if "Unsupported" in str(error) or "weights_only" in str(error).lower() or "safe_globals" in str(error):
-            reason = "it holds something other than tensors and plain values, which is never run"
+        reason = str(error) if isinstance(error, _DamagedError) else "it is damaged or cut short"
+        if isinstance(error, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = found.group(1) if found else "something other than tensors and plain values"
+            reason = f"it is damaged, or made to do harm: it holds {what}, which is never run"
         raise ValueError(f"cannot read {path}: {reason}; restore the file from its source") from error
     if not isinstance(content, dict):
         raise ValueError(f"cannot read {path}: it holds a {type(content).__name__}, not a checkpoint")

@@ -1,0 +1,184 @@
+"""The table of names against a hand-written one, cutting against hand-cut tensors, config.json in both spellings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.core.config import ModelConfig
+from megatron.core.models.mixtral.hf_config import (
+    check_config_matches,
+    hf_config_with_dtype,
+    model_config_from_hf,
+    sliding_window_from_hf,
+)
+from megatron.core.models.mixtral.hf_weights import mixtral_weights, stage_weights
+from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
+
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=12, ffn_hidden_size=8, num_attention_heads=8, num_query_groups=4, kv_channels=2,
+    vocab_size=10, num_experts=3, rotary_base=1e6,
+)  # fmt: skip
+
+HF_CONFIG = {
+    "model_type": "mixtral", "num_hidden_layers": 4, "hidden_size": 12, "intermediate_size": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 2, "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "vocab_size": 10, "num_local_experts": 3,
+    "num_experts_per_tok": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+
+
+def test_table_is_the_documented_one() -> None:
+    """Names, shapes and sources of one layer and of the ends, written out by hand."""
+    found = {rule.name: rule for rule in mixtral_weights(MODEL, padded_vocab_size=16)}
+    expected = {
+        "embedding.word_embeddings.weight": ((16, 12), ["model.embed_tokens.weight"]),
+        "decoder.final_layernorm.weight": ((12,), ["model.norm.weight"]),
+        "output_layer.weight": ((16, 12), ["lm_head.weight"]),
+    }
+    for n in range(4):
+        here, there = f"decoder.layers.{n}.", f"model.layers.{n}."
+        attention = there + "self_attn."
+        expected |= {
+            here + "input_layernorm.weight": ((12,), [there + "input_layernorm.weight"]),
+            here + "self_attention.linear_qkv.weight": (
+                (32, 12),
+                [attention + "q_proj.weight", attention + "k_proj.weight", attention + "v_proj.weight"],
+            ),
+            here + "self_attention.linear_proj.weight": ((12, 16), [attention + "o_proj.weight"]),
+            here + "pre_mlp_layernorm.weight": ((12,), [there + "post_attention_layernorm.weight"]),
+            here + "mlp.router.weight": ((3, 12), [there + "block_sparse_moe.gate.weight"]),
+        }
+        for e in range(3):
+            expert = f"{here}mlp.experts.local_experts.{e}."
+            sparse = f"{there}block_sparse_moe.experts.{e}."
+            expected[expert + "linear_fc1.weight"] = ((16, 12), [sparse + "w1.weight", sparse + "w3.weight"])
+            expected[expert + "linear_fc2.weight"] = ((12, 8), [sparse + "w2.weight"])
+    assert {name: (rule.shape, [s.name for s in rule.sources]) for name, rule in found.items()} == expected
+    assert [rule.layer for rule in mixtral_weights(MODEL)] == [None, *sorted([0, 1, 2, 3] * 11), None, None]
+
+
+def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
+    first, last = (dict(stage_weights(MODEL, stage, 2)) for stage in range(2))
+    assert sorted(rule.name for rule in [*first.values(), *last.values()]) == sorted(
+        rule.name for rule in mixtral_weights(MODEL)
+    )
+    assert "embedding.word_embeddings.weight" in first and "output_layer.weight" in last
+    assert "decoder.final_layernorm.weight" in last and "decoder.final_layernorm.weight" not in first
+    assert last["decoder.layers.1.mlp.router.weight"].name == "decoder.layers.3.mlp.router.weight"
+    assert not any(name.startswith("decoder.layers.2.") for name in [*first, *last])
+    with pytest.raises(ValueError, match="4 layers are not divisible"):
+        list(stage_weights(MODEL, 0, 3))
+
+
+def test_qkv_interleaves_by_group() -> None:
+    """Rows carry their own label, and the expected order is written as a loop over groups."""
+    rule = next(rule for rule in mixtral_weights(MODEL) if "qkv" in rule.name)
+    query, key, value = (
+        torch.arange(float(rows)).add(start).unsqueeze(1).expand(rows, 12)
+        for rows, start in ((16, 100), (8, 200), (8, 300))
+    )
+    expected = []
+    for group in range(4):
+        expected += [100 + group * 4 + row for row in range(4)]
+        expected += [200 + group * 2 + row for row in range(2)]
+        expected += [300 + group * 2 + row for row in range(2)]
+    whole = rule.from_huggingface([query, key, value])
+    assert whole[:, 0].tolist() == expected
+    for tensor, original in zip(rule.to_huggingface(whole), (query, key, value), strict=True):
+        assert torch.equal(tensor, original)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_rank_from_parts_of_sources_is_the_rank_of_the_whole(size: int) -> None:
+    """Cutting commutes with combining, which is what lets the tools read only slices."""
+    generator = torch.Generator().manual_seed(1)
+    for rule in mixtral_weights(MODEL, padded_vocab_size=16):
+        sources = [torch.randn(source.shape, generator=generator) for source in rule.sources]
+        whole = rule.from_huggingface(sources)
+        assert whole.shape == rule.shape
+        ranks = []
+        for rank in range(size):
+            parts = [source[index] for source, index in zip(sources, rule.source_ranges(rank, size), strict=True)]
+            ranks.append(rule.from_huggingface(parts, rank, size))
+            assert torch.equal(ranks[-1], slice_for_rank(whole, rule.partition_dim, rule.partition_stride, rank, size))
+            assert torch.equal(ranks[-1], rule.slice_padded(whole, rank, size))
+        joined = join_from_tp(ranks, rule.partition_dim, rule.partition_stride)
+        for tensor, original in zip(rule.to_huggingface(joined), sources, strict=True):
+            assert torch.equal(tensor, original), rule.name
+
+
+def test_groups_that_do_not_divide_are_refused() -> None:
+    single = replace(MODEL, num_query_groups=1)
+    rule = next(rule for rule in mixtral_weights(single) if "qkv" in rule.name)
+    with pytest.raises(ValueError, match="1 groups are not divisible"):
+        rule.source_ranges(0, 2)
+
+
+def test_stride_keeps_gate_and_up_apart() -> None:
+    gate_up = torch.tensor([10, 11, 12, 13, 20, 21, 22, 23]).unsqueeze(1)
+    parts = split_for_tp(gate_up, 0, 2, 2)
+    assert [part[:, 0].tolist() for part in parts] == [[10, 11, 20, 21], [12, 13, 22, 23]]
+    assert torch.equal(join_from_tp(parts, 0, 2), gate_up)
+    columns = split_for_tp(gate_up.T, 1, 1, 4)
+    assert [part.tolist() for part in columns] == [[[10, 11]], [[12, 13]], [[20, 21]], [[22, 23]]]
+    with pytest.raises(ValueError, match="cannot be cut into 3"):
+        split_for_tp(gate_up, 0, 2, 3)
+
+
+def test_copies_that_differ_between_ranks_are_refused() -> None:
+    same = torch.ones(3)
+    assert join_from_tp([same, same.clone()], None, 1) is same
+    with pytest.raises(ValueError, match="differs between ranks 0 and 1"):
+        join_from_tp([same, same * 2], None, 1)
+
+
+def test_config_in_both_spellings() -> None:
+    expected = replace(MODEL, params_dtype="bfloat16", max_position_embeddings=32768)
+    assert model_config_from_hf(HF_CONFIG) == expected
+    new = {key: value for key, value in HF_CONFIG.items() if key not in ("rope_theta", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "dtype": "bfloat16"}
+    assert model_config_from_hf(new) == expected
+    check_config_matches(expected, new)
+    assert model_config_from_hf({**HF_CONFIG, "head_dim": None, "hidden_size": 16}).head_dim == 2
+    assert model_config_from_hf({**HF_CONFIG, "num_key_value_heads": None}).query_groups == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": None}, "no rope theta"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default"}}, "no rope theta"),
+        ({"rope_parameters": {"rope_theta": 10000.0}}, "different rope thetas"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "only plain rotary"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "mistral"}, "model_type"),
+        ({"num_local_experts": None}, "num_local_experts"),
+        ({"hidden_size": "12"}, "hidden_size must be a number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a number"),
+        ({"vocab_size": 10.5}, "vocab_size must be a whole number"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
+def test_config_that_cannot_be_kept_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_config_from_hf({**HF_CONFIG, **change})
+
+
+def test_config_of_another_model_is_named() -> None:
+    with pytest.raises(ValueError, match=r"num_local_experts is 8 in config.json but 3 in the checkpoint"):
+        check_config_matches(MODEL, {**HF_CONFIG, "num_local_experts": 8})
+    with pytest.raises(ValueError, match=r"rope_theta is 10000\.0"):
+        check_config_matches(MODEL, {**HF_CONFIG, "rope_theta": 10000.0})
+
+
+def test_exported_config_keeps_every_field() -> None:
+    source = {**HF_CONFIG, "something_else": [1, 2]}
+    assert hf_config_with_dtype(source, torch.bfloat16) == source
+    assert hf_config_with_dtype(source, torch.float32) == {**source, "torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, None), (4096, 4096), (32768, None)])
+def test_sliding_window(window: int | None, expected: int | None) -> None:
+    assert sliding_window_from_hf({**HF_CONFIG, "sliding_window": window}) == expected
