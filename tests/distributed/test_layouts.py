@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import torch
 from distributed_testing import run_distributed
 from model_testing import join_shards, relative_difference, train_tiny
 
@@ -44,6 +45,9 @@ def _compare(layout: str, params_dtype: str, tolerance: float, weight_tolerance:
         differences = {name: relative_difference(ours[name], theirs[name]) for name in theirs}
         worst = max(differences, key=lambda name: differences[name])
         assert differences[worst] <= bound, (kind, worst, differences[worst])
+        if kind == "gradients":
+            norm = torch.stack([gradient.norm() for gradient in ours.values()]).norm().item()
+            assert outcomes[0].numbers[0]["grad_norm"] == pytest.approx(norm, rel=tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
