@@ -157,13 +157,18 @@ def _kind(value: object) -> str:
 _encoder: Encoder | None = None
 
 
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(args: argparse.Namespace) -> None:
     global _encoder
     # The parent answers Ctrl-C for all; a worker whose parent was killed must not wait for work for ever.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(args)
 
 
@@ -202,7 +207,9 @@ def chunks_of(files: list[Path]) -> Iterator[Chunk]:
             yield Chunk(str(path), start, min(start + CHUNK_BYTES, size))
 
 
-def encoded_chunks(args: argparse.Namespace, files: list[Path], encoder: Encoder) -> Iterator[tuple[int, list[Encoded]]]:
+def encoded_chunks(
+    args: argparse.Namespace, files: list[Path], encoder: Encoder
+) -> Iterator[tuple[int, list[Encoded]]]:
     """(bytes of input, its documents) of every chunk in order, from `args.workers` processes."""
     if args.workers == 1:
         for chunk in chunks_of(files):

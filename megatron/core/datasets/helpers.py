@@ -1,10 +1,14 @@
-"""Index builders of the GPT and blended data sets: C++ where it was built, NumPy where not, the same numbers from both."""
+"""Index builders of the GPT and blended data sets: C++ where it was built, else NumPy, with the same results."""
+
+import importlib
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
+helpers_cpp: ModuleType | None
 try:
-    from megatron.core.datasets import helpers_cpp
+    helpers_cpp = importlib.import_module("megatron.core.datasets.helpers_cpp")
 except ImportError:
     helpers_cpp = None
 

@@ -26,8 +26,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype] = {
-    code: np.dtype(name)
-    for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
+    code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _BLOCK = 1 << 20
@@ -217,7 +216,7 @@ class IndexedDataset:
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} does not exist{self._suggestion()}")
         self._index = np.asarray(self._map(self._idx_path))
-        self.dtype, sequences, documents = self._read_header()
+        self.dtype, sequences = self._read_header()
         lengths_end = _HEADER.size + 4 * sequences
         offsets_end = lengths_end + 8 * sequences
         self.sequence_lengths: NDArray[np.int32] = self._index[_HEADER.size : lengths_end].view("<i4")
@@ -236,7 +235,7 @@ class IndexedDataset:
             return f"; did you mean {str(matches[0]).removesuffix('.idx')}?"
         return "; give the path of a data set without .bin or .idx, as tools/preprocess_data.py wrote it"
 
-    def _read_header(self) -> tuple[np.dtype, int, int]:
+    def _read_header(self) -> tuple[np.dtype, int]:
         size = len(self._index)
         if size < _HEADER.size:
             raise ValueError(f"{self._idx_path} is {size} bytes long, too short for an index: write the data set again")
@@ -253,7 +252,7 @@ class IndexedDataset:
                 f"{self._idx_path} is {size} bytes long, but {sequences} sequences and {documents} document indices "
                 f"take {expected}: write the data set again"
             )
-        return _DTYPES[code], sequences, documents
+        return _DTYPES[code], sequences
 
     def _check_index(self, sequences: int) -> int:
         """Check that lengths, offsets, document indices and the size of `.bin` agree; returns the token count."""
@@ -266,8 +265,10 @@ class IndexedDataset:
                 raise ValueError(f"{self._idx_path} has sequence lengths and offsets that disagree")
             position = int(ends[-1])
         documents = self.document_indices
-        if documents[0] != 0 or documents[-1] != sequences or any(
-            np.any(np.diff(documents[block.start : block.stop + 1]) < 0) for block in _blocks(len(documents))
+        if (
+            documents[0] != 0
+            or documents[-1] != sequences
+            or any(np.any(np.diff(documents[block.start : block.stop + 1]) < 0) for block in _blocks(len(documents)))
         ):
             raise ValueError(f"{self._idx_path} has document indices that do not rise from 0 to {sequences}")
         size = os.path.getsize(self._bin_path)
@@ -301,9 +302,11 @@ class IndexedDataset:
 
     def document_lengths(self, start: int, stop: int) -> NDArray[np.int32]:
         """Tokens of each of the documents `[start, stop)`. Raises ValueError if one has 2^31 or more."""
-        bounds = np.asarray(self.document_indices[start : stop + 1])
-        ends = np.append(self._offsets, self.token_count * self.dtype.itemsize) // self.dtype.itemsize
-        lengths = np.diff(ends[bounds])
+        sequences = self.document_indices[start : stop + 1]
+        bounds = np.full(len(sequences), self.token_count, np.int64)
+        inside = sequences < len(self)
+        bounds[inside] = self._offsets[sequences[inside]] // self.dtype.itemsize
+        lengths = np.diff(bounds)
         if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
             raise ValueError(f"{self.prefix}: a document of {lengths.max()} tokens is too long (2^31 - 1 at most)")
         return lengths.astype(np.int32)
@@ -313,9 +316,15 @@ class IndexedDataset:
 
     def _slice(self, byte_offset: int, size: int, offset: int, length: int | None) -> NDArray:
         length = size - offset if length is None else length
-        assert 0 <= offset and 0 <= length and offset + length <= size, (offset, length, size)
+        assert offset >= 0 and length >= 0 and offset + length <= size, (offset, length, size)
         start = byte_offset // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
+
+    def token_blocks(self, size: int) -> Iterator[NDArray]:
+        """Up to `size` tokens each from the beginning, the middle and the end, for a quick look at the contents."""
+        last = max(self.token_count - size, 0)
+        for start in (0, last // 2, last):
+            yield self._tokens[start : start + size]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Type, vocabulary size, end-of-document id and SHA-256 of the files: equal if and only if ids mean the same."""
+        """Type, vocabulary size, end-of-document id and SHA-256 of the files: equal only if ids mean the same."""
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -66,7 +66,9 @@ def build_tokenizer(config: TokenizerSettings, vocab_size: int | None = None) ->
     if kind == "PretrainedTokenizerFromHF":
         from megatron.core.tokenizers.pretrained import build_pretrained_tokenizer
 
-        model = _required(kind, "--tokenizer-model (a folder with tokenizer.json or tokenizer.model)", config.tokenizer_model)
+        model = _required(
+            kind, "--tokenizer-model (a folder with tokenizer.json or tokenizer.model)", config.tokenizer_model
+        )
         return build_pretrained_tokenizer(model, config.trust_remote_code)
     if kind == "Llama2Tokenizer":
         from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer

@@ -27,7 +27,9 @@ class SentencePieceTokenizer:
     ) -> None:
         self._path = Path(model_file)
         if not self._path.is_file():
-            raise FileNotFoundError(f"{model_file} is not a file: give --tokenizer-model a sentencepiece tokenizer.model")
+            raise FileNotFoundError(
+                f"{model_file} is not a file: --tokenizer-model takes a sentencepiece tokenizer.model"
+            )
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
         except RuntimeError as error:

@@ -44,4 +44,4 @@ class TransformersTokenizer:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""
-        return self._tokenizer.decode(list(map(int, ids)))
+        return str(self._tokenizer.decode(list(map(int, ids))))

@@ -1,0 +1,160 @@
+"""Training samples cut from the documents of an indexed data set."""
+
+import math
+import os
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.core.datasets.helpers import build_sample_index
+from megatron.core.datasets.index_cache import cached_arrays
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+Sample = dict[str, NDArray]
+
+_DOCUMENTS, _SAMPLES = 0, 1
+
+
+class Dataset(Protocol):
+    """A map-style data set of samples `{"tokens": int64 [S], "labels": int64 [S], "loss_mask": float32 [S]}`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+def make_sample(tokens: NDArray, eod_token: int | None, eod_mask_loss: bool) -> Sample:
+    """A sample from seq_length + 1 consecutive tokens; with `eod_mask_loss`, without loss where the input is EOD."""
+    tokens = tokens.astype(np.int64)
+    loss_mask = np.ones(len(tokens) - 1, np.float32)
+    if eod_mask_loss:
+        loss_mask[tokens[:-1] == eod_token] = 0
+    return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": loss_mask}
+
+
+def _shuffled(count: int, start: int, seed: int, epoch: int, purpose: int) -> NDArray[np.integer]:
+    # RandomState, unlike Generator, promises the same stream in every version of NumPy.
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch, purpose])))
+    numbers = np.arange(start, start + count, dtype=np.int32 if start + count <= np.iinfo(np.int32).max else np.int64)
+    random.shuffle(numbers)
+    return numbers
+
+
+class GPTDataset:
+    """`num_samples` samples of `seq_length` tokens from a range of documents, over as many epochs as they take.
+
+    In each epoch the documents are shuffled and laid end to end after those of the epoch before; the stream is cut
+    into samples that share one token with their neighbours, and the samples that end within an epoch are shuffled
+    among themselves. So every epoch, the last and partial one too, is shuffled apart from the others, every token of
+    an epoch is seen before the next begins (but for the sample across the edge), and sample k depends on the seed
+    and k alone: a longer run sees the samples of a shorter one first, in the same order.
+
+    Indices are kept in `cache_dir` (see `index_cache`). Raises ValueError if the documents hold no tokens or, when
+    read, a token is not below `vocab_size`.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        documents: tuple[int, int],
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+        name: str,
+        cache_dir: str | os.PathLike[str] | None = None,
+        eod_token: int | None = None,
+        eod_mask_loss: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        assert num_samples > 0 and seq_length > 0, (num_samples, seq_length)
+        assert not (eod_mask_loss and eod_token is None), "eod_mask_loss needs eod_token"
+        self.indexed, self.name = indexed, name
+        self._first_document = documents[0]
+        self._num_samples, self.seq_length, self._seed = num_samples, seq_length, seed
+        self._eod_token, self._eod_mask_loss, self._vocab_size = eod_token, eod_mask_loss, vocab_size
+        self.tokens_per_epoch = count_tokens(indexed, documents)
+        if self.tokens_per_epoch == 0:
+            raise ValueError(
+                f"{indexed.prefix}: the {name} split (documents {documents[0]}-{documents[1]}) has no tokens"
+            )
+        self.num_epochs = math.ceil((num_samples * seq_length + 1) / self.tokens_per_epoch)
+        description = {
+            "format": 1,
+            "prefix": os.path.basename(indexed.prefix),
+            "index_sha256": indexed.fingerprint,
+            "documents": list(documents),
+            "seq_length": seq_length,
+            "seed": seed,
+            "num_epochs": self.num_epochs,
+        }
+        arrays = cached_arrays(cache_dir, description, partial(self._build, documents))
+        self.document_index = arrays["document_index"]
+        self.sample_index = arrays["sample_index"]
+        self.shuffle_index = arrays["shuffle_index"]
+
+    def _build(self, documents: tuple[int, int]) -> dict[str, NDArray]:
+        start, stop = documents
+        lengths = self.indexed.document_lengths(start, stop)
+        epochs = range(self.num_epochs)
+        document_index = np.concatenate([_shuffled(stop - start, 0, self._seed, e, _DOCUMENTS) for e in epochs])
+        sample_index = build_sample_index(
+            lengths, document_index, self.seq_length, self.num_epochs, self.tokens_per_epoch
+        )
+        ends = [((epoch + 1) * self.tokens_per_epoch - 1) // self.seq_length for epoch in epochs]
+        starts = [0, *ends[:-1]]
+        shuffle_index = np.concatenate(
+            [_shuffled(ends[e] - starts[e], starts[e], self._seed, e, _SAMPLES) for e in epochs]
+        )
+        return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        tokens = self._read(int(self.shuffle_index[index]))
+        if self._vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(
+                f"{self.indexed.prefix} has the token id {tokens.max()}, which is outside the vocabulary of "
+                f"{self._vocab_size}: it was made with another tokenizer"
+            )
+        return make_sample(tokens, self._eod_token, self._eod_mask_loss)
+
+    def _read(self, sample: int) -> NDArray:
+        """The seq_length + 1 tokens of a sample, counted in the order before shuffling."""
+        (first, offset), (last, end) = self.sample_index[sample].tolist(), self.sample_index[sample + 1].tolist()
+        parts = []
+        for position in range(first, last + 1):
+            document = self._first_document + int(self.document_index[position])
+            start = offset if position == first else 0
+            length = end + 1 - start if position == last else None
+            parts.append(self.indexed.get_document(document, start, length))
+        return np.concatenate(parts)
+
+
+def count_tokens(indexed: IndexedDataset, documents: tuple[int, int]) -> int:
+    """Tokens in the documents `[start, stop)`."""
+    return int(indexed.document_lengths(*documents).sum(dtype=np.int64))
+
+
+class MockGPTDataset:
+    """Generated samples: each counts up from a random token by a random step, so that a model can learn them.
+
+    Sample k depends on the seed and k alone.
+    """
+
+    def __init__(self, vocab_size: int, seq_length: int, num_samples: int, seed: int) -> None:
+        assert vocab_size > 0 and seq_length > 0 and num_samples > 0, (vocab_size, seq_length, num_samples)
+        self._vocab_size, self.seq_length, self._num_samples, self._seed = vocab_size, seq_length, num_samples, seed
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, index])))
+        start, step = random.randint(0, self._vocab_size), random.randint(1, 8)
+        return make_sample((start + step * np.arange(self.seq_length + 1)) % self._vocab_size, None, False)
