@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.datasets import build_train_valid_test_datasets
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.config import Arguments
@@ -24,8 +25,6 @@ def model_provider(arguments: Arguments, groups: ProcessGroups, device: torch.de
 
 def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], tokenizer: Any) -> tuple[Any, Any, Any]:
     """Train, validation and test data sets, None where a split is empty."""
-    from megatron.core.datasets import build_train_valid_test_datasets
-
     return build_train_valid_test_datasets(arguments.data, num_samples, arguments.training.seed, tokenizer)
 
 

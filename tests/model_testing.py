@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pretrain_gpt
 import torch
 from torch import Tensor
 
+import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
 from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
-from megatron.training.training import build_trainer, train_step
+from megatron.training.setup import build_trainer
+from megatron.training.training import train_step
 
 TINY_MODEL = ModelConfig(
     num_layers=4,
@@ -82,7 +83,7 @@ def _shards(shards: list[NamedShard], groups: ProcessGroups) -> dict[str, tuple[
             shard.spec.partition_dim,
             shard.spec.partition_stride,
             groups.tp.rank,
-        )  # fmt: skip
+        )
         for shard in shards
     }
 

@@ -40,7 +40,8 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags(
         "no effect", "", "use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather",
         "moe-permute-fusion", "use-flash-attn", "async-save", "recompute-activations",
-        "no-gradient-accumulation-fusion",        "no-rope-fusion", "no-persist-layer-norm", "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
+        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm",
+        "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
         "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
         "log-memory-to-tensorboard", "log-validation-ppl-to-tensorboard",
         "no-async-tensor-model-parallel-allreduce", "no-save-rng", "moe-per-layer-logging", "no-mmap-bin-files",

@@ -1,28 +1,18 @@
-"""The training program: set-up, the loop, evaluation."""
+"""The training program: the loop and its evaluations."""
 
 import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from typing import Any
 
 from megatron.core.config import ModelConfig
-from megatron.core.datasets.sampler import PretrainingSampler
-from megatron.core.distributed.gradient_buffers import GradientBuffers
+from megatron.core.datasets import blend_summary
 from megatron.core.models.mixtral.flops import training_flops_per_token
-from megatron.core.models.mixtral.mixtral_model import MixtralModel
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
-from megatron.core.optimizer.param_scheduler import LearningRateSchedule
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.schedules import forward_backward
-from megatron.core.tensor_parallel.parameter import initialize_parameters
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import Progress, checkpoint_model, load_checkpoint, save_checkpoint
@@ -36,48 +26,17 @@ from megatron.training.initialize import (
     together,
 )
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+from megatron.training.setup import (
+    Batch,
+    DatasetsProvider,
+    ForwardStep,
+    ModelProvider,
+    Trainer,
+    batches,
+    build_datasets,
+    build_trainer,
+)
 from megatron.training.signals import StopSignal
-
-Batch = dict[str, Tensor]
-
-
-class ModelProvider(Protocol):
-    """Builds this rank's stage of the model, uninitialised."""
-
-    def __call__(self, arguments: Arguments, groups: ProcessGroups, device: torch.device) -> MixtralModel: ...
-
-
-class DatasetsProvider(Protocol):
-    """Builds the train, validation and test data sets; `num_samples` of each, None where there is nothing."""
-
-    def __call__(
-        self, arguments: Arguments, num_samples: tuple[int, int, int], tokenizer: Any
-    ) -> tuple[Any, Any, Any]: ...
-
-
-class ForwardStep(Protocol):
-    """Runs one microbatch through a stage; `batch` is None on stages between the first and the last."""
-
-    def __call__(
-        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, auxiliary_loss_scale: float
-    ) -> tuple[Tensor, MicrobatchResult]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """All that a step needs on this rank."""
-
-    arguments: Arguments
-    groups: ProcessGroups
-    device: torch.device
-    model: MixtralModel
-    buffers: GradientBuffers
-    optimizer: MixedPrecisionAdamW
-    schedule: LearningRateSchedule
-    forward_step: ForwardStep
-    link: StageLink
-    batch_size: int
-    num_microbatches: int
 
 
 def pretrain(model_provider: ModelProvider, datasets_provider: DatasetsProvider, forward_step: ForwardStep) -> None:
@@ -106,7 +65,7 @@ def _pretrain(
     datasets = build_datasets(arguments, groups, tokenizer, datasets_provider)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step)
     progress, loaded = load_checkpoint(arguments, groups, trainer.model, trainer.optimizer)
-    print_once(groups, f"{_summary(trainer)}\n{loaded}")
+    print_once(groups, f"{_summary(trainer)}\n{_data_table(datasets[0])}{loaded}")
     train(trainer, datasets, progress, stop_signal)
 
 
@@ -132,69 +91,6 @@ def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
     return model
 
 
-def build_datasets(
-    arguments: Arguments, groups: ProcessGroups, tokenizer: Any, provider: DatasetsProvider
-) -> tuple[Any, Any, Any]:
-    """The three data sets, indexed by the first rank before the others look."""
-    training = arguments.training
-    batch_size = training.batch_size(groups.dp.size)
-    iterations = training.iterations(batch_size)
-    evaluated = training.eval_iters * batch_size if training.eval_interval else 0
-    num_samples = (iterations * batch_size, evaluated, evaluated)
-
-    def build(mine: bool) -> tuple[Any, Any, Any] | None:
-        return provider(arguments, num_samples, tokenizer) if mine else None
-
-    first = together(lambda: build(groups.world.is_first), groups)
-    others = together(lambda: build(not groups.world.is_first), groups)
-    datasets = first or others
-    assert datasets is not None
-    return datasets
-
-
-def build_trainer(
-    arguments: Arguments,
-    groups: ProcessGroups,
-    device: torch.device,
-    model_provider: ModelProvider,
-    forward_step: ForwardStep,
-) -> Trainer:
-    """Model with its initial weights, gradient buffers, optimizer, schedule and pipeline link of this rank."""
-    config, training = arguments.optimizer, arguments.training
-    batch_size = training.batch_size(groups.dp.size)
-    total = training.iterations(batch_size) * batch_size
-    decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
-    warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
-    if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay)
-    schedule = LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
-
-    model = model_provider(arguments, groups, device)
-    initialize_parameters(model, model.first_layer, training.seed)
-    buffers = GradientBuffers(model.parameters(), groups)
-    shards = groups.tp.size if model.sequence_parallel else 1
-    length = arguments.data.seq_length // shards
-    link = StageLink(
-        pp=groups.pp,
-        shape=(length, training.micro_batch_size, arguments.model.hidden_size),
-        dtype=arguments.model.dtype,
-        device=device,
-    )
-    return Trainer(
-        arguments=arguments,
-        groups=groups,
-        device=device,
-        model=model,
-        buffers=buffers,
-        optimizer=MixedPrecisionAdamW(model, buffers, config, groups),
-        schedule=schedule,
-        forward_step=forward_step,
-        link=link,
-        batch_size=batch_size,
-        num_microbatches=batch_size // (training.micro_batch_size * groups.dp.size),
-    )
-
-
 def _summary(trainer: Trainer) -> str:
     groups, model = trainer.groups, trainer.arguments.model
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -208,26 +104,13 @@ def _summary(trainer: Trainer) -> str:
     )
 
 
-def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
-    """This rank's microbatches from `consumed_samples` on; None on stages that read no tokens."""
-    if not (trainer.groups.pp.is_first or trainer.groups.pp.is_last):
-        while True:
-            yield None
-    sampler = PretrainingSampler(
-        total_samples=len(dataset),
-        consumed_samples=consumed_samples,
-        micro_batch_size=trainer.arguments.training.micro_batch_size,
-        data_parallel_rank=trainer.groups.dp.rank,
-        data_parallel_size=trainer.groups.dp.size,
+def _data_table(dataset: Any) -> str:
+    """A line for every source of the blend: its share, its tokens, and how often the run reads them."""
+    rows = blend_summary(dataset)
+    return "".join(
+        f"data: {row.weight:7.2%} of samples from {row.prefix}, {row.tokens:,} tokens, {row.epochs:.2f} epochs\n"
+        for row in rows
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
-        num_workers=trainer.arguments.data.num_workers,
-        pin_memory=trainer.device.type == "cuda",
-    )
-    for batch in loader:
-        yield {name: tensor.to(trainer.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_only: bool) -> list[MicrobatchResult]:

@@ -11,14 +11,14 @@ from megatron.core.config import ParallelConfig
 
 STEPS = 5
 LAYOUTS = {
-    "tp2": (2, dict(tensor_model_parallel_size=2)),
-    "tp2_sp": (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp2": (2, dict(pipeline_model_parallel_size=2)),
-    "pp4": (4, dict(pipeline_model_parallel_size=4)),
-    "dp2": (2, dict()),
-    "tp2_sp_pp2": (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True)),
-    "tp2_dp2": (4, dict(tensor_model_parallel_size=2)),
-    "pp2_dp2": (4, dict(pipeline_model_parallel_size=2)),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "dp2": (2, {}),
+    "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
+    "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
+    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
 }
 
 
