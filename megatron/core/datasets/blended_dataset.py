@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,20 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 if TYPE_CHECKING:
     from megatron.core.config import DataConfig
-    from megatron.core.tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid", "test")
 _CHECKED_TOKENS = 1 << 16
+
+
+class Vocabulary(Protocol):
+    """What data sets need to know of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eod(self) -> int: ...
 
 
 class BlendRow(NamedTuple):
@@ -131,7 +139,7 @@ def _open(prefix: str, vocab_size: int) -> IndexedDataset:
 class _Builder:
     """Builds the data set of one split after the other from opened data sets."""
 
-    def __init__(self, config: DataConfig, seed: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: DataConfig, seed: int, tokenizer: Vocabulary) -> None:
         blend = parse_blend(config.data_path)
         opened = {prefix: _open(prefix, tokenizer.vocab_size) for prefix in {prefix for _, prefix in blend}}
         self._sources = [(weight, opened[prefix]) for weight, prefix in blend]
@@ -186,7 +194,7 @@ class _Builder:
 
 
 def build_train_valid_test_datasets(
-    config: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Tokenizer
+    config: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Vocabulary
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Data sets of `num_samples` training, validation and test samples.
 
