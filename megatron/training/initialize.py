@@ -56,6 +56,7 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     if arguments.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.manual_seed(arguments.training.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment.world_size == 1:

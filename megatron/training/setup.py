@@ -142,6 +142,7 @@ def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[B
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=trainer.arguments.data.num_workers,
         pin_memory=trainer.device.type == "cuda",
+        generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
     )
     for batch in loader:
         yield {name: tensor.to(trainer.device, non_blocking=True) for name, tensor in batch.items()}

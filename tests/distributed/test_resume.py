@@ -1,0 +1,79 @@
+"""N + N steps with a restart in between equal 2N steps, bit for bit, through the real program."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.core.interchange import load_torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--tokenizer-type NullTokenizer --vocab-size 203 --mock-data --num-layers 2 --hidden-size 32 "
+    "--ffn-hidden-size 48 --num-attention-heads 4 --num-query-groups 2 --num-experts 4 --seq-length 16 "
+    "--max-position-embeddings 16 --micro-batch-size 2 --global-batch-size 4 --train-iters 6 --lr 1e-2 "
+    "--lr-decay-style cosine --lr-warmup-iters 2 --eval-interval 0 --log-interval 1 --moe-aux-loss-coeff 1e-2 "
+    "--num-workers 0 --device cpu"
+).split()
+
+
+def pretrain(processes: int, *flags: str) -> subprocess.CompletedProcess:
+    """Runs pretrain_gpt.py under torchrun."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        str(REPOSITORY / "pretrain_gpt.py"),
+        *FLAGS,
+        *flags,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def assert_equal(a: object, b: object, where: str) -> None:
+    """Both hold the same values, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+        (2, "--pipeline-model-parallel-size 2"),
+    ],
+    ids=["tp2_bf16", "pp2_fp32"],
+)
+def test_a_restart_changes_nothing(tmp_path: Path, processes: int, layout: str) -> None:
+    whole = ["--save", str(tmp_path / "whole"), "--metrics-path", str(tmp_path / "whole.jsonl")]
+    halves = ["--save", str(tmp_path / "halves"), "--load", str(tmp_path / "halves")]
+    halves += ["--metrics-path", str(tmp_path / "halves.jsonl")]
+    for flags in (whole, [*halves, "--exit-interval", "3"], halves):
+        result = pretrain(processes, *layout.split(), *flags)
+        assert result.returncode == 0, result.stderr
+    assert "resumed at iteration 3" in result.stdout
+
+    def numbers(name: str) -> list[str]:
+        lines = (tmp_path / name).read_text().splitlines()
+        return [line.partition(', "tokens_per_second"')[0] for line in lines]
+
+    assert len(numbers("whole.jsonl")) == 6
+    assert numbers("whole.jsonl") == numbers("halves.jsonl")
+    files = sorted((tmp_path / "whole" / "iter_0000006").glob("*/model_optim_rng.pt"))
+    assert len(files) == 2
+    for file in files:
+        ours = load_torch(tmp_path / "halves" / file.relative_to(tmp_path / "whole"))
+        theirs = load_torch(file)
+        for key in ("model", "optimizer", "opt_param_scheduler", "iteration", "rng_state"):
+            assert_equal(ours[key], theirs[key], key)
