@@ -149,8 +149,7 @@ def _replace_weights(staging: Path, target: Path, names: list[str]) -> None:
     sync_folder(target)
     os.replace(staging / "config.json", target / "config.json")
     keep = {*names, INDEX_FILE} if len(names) > 1 else set(names)
-    # The index goes first: without it nothing refers to the old shards.
-    for name in sorted(old - keep, key=lambda name: not name.endswith(".index.json")):
+    for name in sorted(old - keep):
         (target / name).unlink(missing_ok=True)
     staging.rmdir()
     sync_folder(target)

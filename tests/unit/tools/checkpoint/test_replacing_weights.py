@@ -38,12 +38,16 @@ def export(source: Path, folder: Path, shard_size: str) -> int:
     )  # fmt: skip
 
 
+def to_megatron(source: Path, target: Path) -> None:
+    flags = ["--loader", "mixtral_hf", "--saver", "mixtral", "--load-dir", str(source), "--save-dir", str(target)]
+    assert util.main(flags) == 0
+
+
 @pytest.fixture
 def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A Megatron checkpoint whose weights are not those of the folders it is exported to."""
     source = make_model(seed=1)
-    assert util.main(["--loader", "mixtral_hf", "--saver", "mixtral", "--load-dir", str(source),
-                      "--save-dir", str(tmp_path / "m")]) == 0  # fmt: skip
+    to_megatron(source, tmp_path / "m")
     return tmp_path / "m", disk_tensors(source)
 
 
@@ -68,7 +72,7 @@ def test_old_weights_are_replaced_and_nothing_stale_is_left(
 
 
 @pytest.mark.parametrize("shard_size", ["1GB", "60KB"])
-@pytest.mark.parametrize("form", ["single", "sharded", "bin"])
+@pytest.mark.parametrize("form", ["single", "sharded", "bin", "ours"])
 def test_killed_at_any_point(
     copy_model: MakeModel,
     trained: tuple[Path, dict[str, torch.Tensor]],
@@ -77,9 +81,14 @@ def test_killed_at_any_point(
     shard_size: str,
 ) -> None:
     """Each rename and removal in turn is the last thing that happens; the folder loads, as the old or the new model."""
+    original = trained[0].parent / "original"
+    if form == "ours":
+        to_megatron(copy_model("source"), original)
     outcomes = []
     for survived in range(200):
-        folder = copy_model(f"hf{survived}", form=form)
+        folder = copy_model(f"hf{survived}", form="single" if form == "ours" else form)
+        if form == "ours":  # shards whose names the next export would use too
+            assert export(original, folder, "60KB") == 0
         old = what_loads(folder)
         calls = 0
 
