@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,8 @@ def run(main: Callable[[Environment], None]) -> None:
     except ValueError as error:
         if environment.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
         _leave(1)
     except Exception:
         traceback.print_exc()

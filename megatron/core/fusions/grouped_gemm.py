@@ -37,4 +37,9 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> Tensor:
-        return grads[0].contiguous()
+        # an empty tensor counts as contiguous whatever its strides
+        return (
+            grads[0].contiguous()
+            if grads[0].numel()
+            else torch.empty_like(grads[0], memory_format=torch.contiguous_format)
+        )
