@@ -4,6 +4,8 @@ Example:
   PYTHONPATH=$(pwd) python tools/checkpoint/util.py --model-type GPT --loader mixtral_hf --saver mixtral \\
       --load-dir Mixtral-8x7B-v0.1 --save-dir megatron --tokenizer-model Mixtral-8x7B-v0.1/tokenizer.model \\
       --target-tensor-parallel-size 4 --target-pipeline-parallel-size 2
+
+With --loader and --saver before it, --help lists their flags too.
 """
 
 import argparse
