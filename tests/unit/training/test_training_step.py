@@ -1,0 +1,31 @@
+"""Steps whose gradients are not finite change nothing; the learning rate and the record follow."""
+
+import torch
+from model_testing import step_batches, tiny_arguments
+
+import pretrain_gpt
+from megatron.core.config import ParallelConfig
+from megatron.core.parallel_state import ProcessGroups
+from megatron.training.checkpointing import Progress
+from megatron.training.setup import build_trainer
+from megatron.training.training import train_step
+
+
+def test_a_step_with_nan_gradients_is_skipped() -> None:
+    trainer = build_trainer(
+        tiny_arguments(ParallelConfig()), ProcessGroups(), torch.device("cpu"), pretrain_gpt.model_provider,
+        pretrain_gpt.forward_step,
+    )  # fmt: skip
+    progress = Progress()
+    train_step(trainer, iter(step_batches(0, 0, 1)), progress)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    poisoned = step_batches(1, 0, 1)
+    poisoned[2]["loss_mask"] = poisoned[2]["loss_mask"].clone()
+    poisoned[2]["loss_mask"][0, 0] = float("nan")
+    record, _ = train_step(trainer, iter(poisoned), progress)
+    assert record.skipped and progress == Progress(2, 16, 8, 1)
+    for parameter, value in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+    record, _ = train_step(trainer, iter(step_batches(2, 0, 1)), progress)
+    assert not record.skipped and progress == Progress(3, 24, 16, 1)
+    assert record.learning_rate == trainer.schedule.learning_rate(8)
