@@ -116,12 +116,10 @@ def _lines(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
                 position += len(piece)
                 if piece.endswith(b"\n"):
                     break
-        elif file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
-            position = len(BYTE_ORDER_MARK)
-        file.seek(position)
         while position < chunk.end and (line := file.readline()):
-            if line.strip():
-                yield position, line
+            text = line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
+            if text.strip():
+                yield position, text
             position += len(line)
 
 

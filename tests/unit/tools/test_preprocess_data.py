@@ -1,0 +1,282 @@
+"""tools/preprocess_data.py as a user runs it: the right tokens, the same for any workers, and refusals in words."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tools import preprocess_data
+
+ROOT = Path(__file__).resolve().parents[3]
+EOD = 99
+
+
+def write_lines(path: Path, documents: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return path
+
+
+def arguments(source: Path | str, output: Path, *more: str) -> list[str]:
+    return [
+        "--input", str(source), "--output-prefix", str(output), "--tokenizer-type", "NullTokenizer",
+        "--vocab-size", "100", *more,
+    ]  # fmt: skip
+
+
+def documents_of(prefix: Path, key: str = "text") -> list[list[int]]:
+    indexed = IndexedDataset(f"{prefix}_{key}_document")
+    return [indexed[i].tolist() for i in range(len(indexed))]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one sentence a refused run ends with; asserts that it left nothing behind."""
+    output = Path(args[args.index("--output-prefix") + 1])
+    assert preprocess_data.main(list(args)) == 1
+    assert not list(output.parent.glob(f"{output.name}*"))
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def restore_signals():
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+pytestmark = pytest.mark.usefixtures("restore_signals")
+
+
+def test_files_of_a_folder_are_read_in_natural_order(tmp_path: Path) -> None:
+    for i in (10, 2, 1):
+        write_lines(tmp_path / "in" / f"{i}.jsonl", [{"text": f"{i} 7"}, {"text": f"{i} 8"}])
+    write_lines(tmp_path / "in" / "sub" / "3.json", [{"text": "3"}])
+    (tmp_path / "in" / "readme.txt").write_text("not data")
+    assert preprocess_data.main(arguments(tmp_path / "in", tmp_path / "out")) == 0
+    expected = [[1, 7], [1, 8], [2, 7], [2, 8], [10, 7], [10, 8], [3]]
+    assert documents_of(tmp_path / "out") == expected
+    assert preprocess_data.main(arguments(tmp_path / "in" / "*.jsonl", tmp_path / "out", "--append-eod")) == 0
+    assert documents_of(tmp_path / "out") == [[*document, EOD] for document in expected[:-1]]
+    assert preprocess_data.main(arguments(tmp_path / "in" / "2.jsonl", tmp_path / "out")) == 0
+    assert documents_of(tmp_path / "out") == expected[2:4]
+
+
+def test_a_glob_that_names_an_existing_file_is_that_file(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a[1].jsonl", [{"text": "5"}])
+    assert preprocess_data.main(arguments(tmp_path / "a[1].jsonl", tmp_path / "out")) == 0
+    assert documents_of(tmp_path / "out") == [[5]]
+
+
+@pytest.mark.parametrize("flag", ["--json-keys", "--json_keys"])
+def test_each_key_becomes_a_data_set(tmp_path: Path, flag: str) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "1 2", "title": "3"}, {"title": "4", "text": ""}])
+    more = (flag, "title", "text", "--dataset-impl", "mmap", "--append-eod")
+    assert preprocess_data.main(arguments(source, tmp_path / "out", *more)) == 0
+    assert documents_of(tmp_path / "out", "title") == [[3, EOD], [4, EOD]]
+    assert documents_of(tmp_path / "out", "text") == [[1, 2, EOD]], "an empty text is no document"
+
+
+def test_lines_survive_any_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk size, so that a cut falls before, after and into each newline, blank line and byte order mark."""
+    lines = ['{"text": "1"}', "", '{"text": "22 33"}\r', "   ", '{"text": "4", "x": "é中"}', '{"text": "5"}']
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    for size in range(1, source.stat().st_size + 2):
+        monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", size)
+        assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
+        assert documents_of(tmp_path / "out") == [[1], [22, 33], [4], [5]], size
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [{"text": " ".join(str((i * k) % 99) for k in range(i % 50))} for i in range(600)]
+    for part in range(3):
+        write_lines(tmp_path / "in" / f"{part}.jsonl", documents[part::3])
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1000)
+    outputs = []
+    for workers in (1, 2, 5):
+        prefix = tmp_path / f"out{workers}"
+        assert preprocess_data.main(arguments(tmp_path / "in", prefix, "--workers", str(workers))) == 0
+        outputs.append([Path(f"{prefix}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx")])
+    assert outputs[0] == outputs[1] == outputs[2]
+    expected = [[int(token) for token in d["text"].split()] for part in range(3) for d in documents[part::3]]
+    assert documents_of(tmp_path / "out2") == [document for document in expected if document]
+
+
+BAD_LINES = {
+    "not json": (b'{"text": "1"', "not JSON"),
+    "too deep": (b"[" * 100_000, "not JSON"),
+    "array": (b"[1, 2]", "this is an array"),
+    "number": (b"3", "this is a number"),
+    "missing key": (b'{"body": "1", "id": 2}', "no key 'text'; its keys are 'body', 'id'"),
+    "null": (b'{"text": null}', "the value of 'text' is null, not a string"),
+    "list": (b'{"text": ["1"]}', "the value of 'text' is an array, not a string"),
+    "bad utf-8": (b'{"text": "1 \xff"}', "not UTF-8"),
+    "utf-16": ('{"text": "1"}'.encode("utf-16-le"), "not JSON"),
+    "surrogate": (b'{"text": "\\ud800"}', "surrogate"),
+    "bad token": (b'{"text": "1 x"}', "NullTokenizer takes"),
+    "large token": (b'{"text": "100"}', "token id 100 is outside the vocabulary of 100"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path: Path, capsys, name: str, monkeypatch) -> None:
+    line, reason = BAD_LINES[name]
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 64)
+    write_lines(tmp_path / "in" / "1.jsonl", [{"text": "1"}] * 9)
+    good = b'{"text": "1"}\n'
+    (tmp_path / "in" / "2.jsonl").write_bytes(good * 20 + b"\n \n" + line + b"\n" + good * 3 + b"also bad\n")
+    error = refusal(capsys, *arguments(tmp_path / "in", tmp_path / "out"))
+    assert error.startswith(f"error: {tmp_path}/in/2.jsonl, line 23: ") and reason in error
+
+
+def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 64)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n' * 30 + b"bad\n" * 30)
+    error = refusal(capsys, *arguments(tmp_path / "a.jsonl", tmp_path / "out", "--workers", "3"))
+    assert f"{tmp_path}/a.jsonl, line 31: not JSON" in error
+
+
+def test_inputs_with_nothing_in_them_are_refused(tmp_path: Path, capsys) -> None:
+    missing = refusal(capsys, *arguments(tmp_path / "none", tmp_path / "out"))
+    assert missing == f"error: --input {tmp_path}/none is no file, no folder, and no pattern that matches a file"
+    (tmp_path / "in").mkdir()
+    assert "no *.jsonl or *.json files" in refusal(capsys, *arguments(tmp_path / "in", tmp_path / "out"))
+    (tmp_path / "in" / "1.jsonl").write_text("")
+    assert "no document" in refusal(capsys, *arguments(tmp_path / "in", tmp_path / "out"))
+    (tmp_path / "in" / "1.jsonl").write_text('\n\n{"text": ""}\n{"text": " "}\n')
+    assert "no document" in refusal(capsys, *arguments(tmp_path / "in", tmp_path / "out", "--append-eod"))
+
+
+def test_a_wrong_tokenizer_is_refused(tmp_path: Path, capsys) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
+    base = ("--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type")
+    assert "--vocab-size" in refusal(capsys, *base, "NullTokenizer")
+    assert "does not exist" in refusal(capsys, *base, "PretrainedTokenizerFromHF", "--tokenizer-model", "no/folder")
+
+
+def test_an_old_output_stays_when_a_run_is_refused(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
+    assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
+    write_lines(tmp_path / "a.jsonl", [{"text": "2"}, {}])
+    assert preprocess_data.main(arguments(source, tmp_path / "out")) == 1
+    assert documents_of(tmp_path / "out") == [[1]]
+
+
+def test_wide_vocabularies_get_wide_tokens(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "65499"}])
+    for size, dtype in (("65500", "int32"), ("70000", "int32")):
+        assert preprocess_data.main(arguments(source, tmp_path / "out", "--vocab-size", size)) == 0
+        assert IndexedDataset(tmp_path / "out_text_document").dtype == dtype
+        assert documents_of(tmp_path / "out") == [[65499]]
+
+
+def run_tool(*args: str, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_command_runs_from_anywhere_with_a_hugging_face_folder(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["a b"], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet))
+    (tmp_path / "hf").mkdir()
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    texts = ["Grüße, 世界! " * 50, "a" * 1000, "def f():\n\treturn 1\n"]
+    write_lines(tmp_path / "in" / "0.jsonl", [{"text": text} for text in texts])
+    process = run_tool(
+        "--input", "in", "--output-prefix", "new/out", "--tokenizer-type", "PretrainedTokenizerFromHF",
+        "--tokenizer-model", "hf", "--append-eod", "--workers", "2", cwd=tmp_path,
+    )  # fmt: skip
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert documents_of(tmp_path / "new" / "out") == [[*tokenizer.encode(text).ids, 0] for text in texts]
+    assert "3 documents" in stdout and "100%" in stderr and "MB/s" in stderr
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of the tool (not the tracker of shared resources), by the parent recorded in /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            if parent == pid and b"spawn_main" in (stat.parent / "cmdline").read_bytes():
+                found.append(int(stat.parent.name))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("victim", ["worker", "tool by TERM", "tool by INT", "tool by KILL"])
+def test_a_killed_run_ends_with_a_reason_and_no_output(tmp_path: Path, victim: str) -> None:
+    """The input is larger than the run has time for; killing starts when the workers exist and tokens are written."""
+    line = json.dumps({"text": "1 2 3 4 5 6 7 8 9 " * 2000}) + "\n"
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.writelines(line for _ in range(3000))
+    process = run_tool(*arguments(tmp_path / "a.jsonl", tmp_path / "out", "--workers", "2"))
+    partial = tmp_path / "out_text_document.bin.tmp"
+    wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    target, number = {
+        "worker": (workers[1], signal.SIGKILL),
+        "tool by TERM": (process.pid, signal.SIGTERM),
+        "tool by INT": (process.pid, signal.SIGINT),
+        "tool by KILL": (process.pid, signal.SIGKILL),
+    }[victim]
+    os.kill(target, number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == {"worker": 1, "tool by TERM": 143, "tool by INT": 130, "tool by KILL": -9}[victim]
+    assert "Traceback" not in stderr
+    if victim == "worker":
+        assert "error: a worker process ended unexpectedly" in stderr
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+    left = sorted(path.name for path in tmp_path.glob("out*"))
+    assert left == ([] if victim != "tool by KILL" else ["out_text_document.bin.tmp", "out_text_document.idx.tmp"])
+    write_lines(tmp_path / "b.jsonl", [{"text": "1"}])
+    assert preprocess_data.main(arguments(tmp_path / "b.jsonl", tmp_path / "out")) == 0
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out_text_document.bin", "out_text_document.idx"]
+
+
+def test_a_very_long_line_does_not_disturb_its_neighbours(tmp_path: Path) -> None:
+    tokens = [i % 99 for i in range(1_500_000)]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}, {"text": " ".join(map(str, tokens))}, {"text": "2"}])
+    assert source.stat().st_size > 4 * preprocess_data.CHUNK_BYTES
+    assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
+    assert documents_of(tmp_path / "out") == [[1], tokens, [2]]
+
+
+def test_usage_errors_exit_with_2(tmp_path: Path, capsys) -> None:
+    for more in (("--workers", "0"), ("--log-interval", "0"), ("--json-keys", "text", "text"), ("--nonsense",)):
+        with pytest.raises(SystemExit) as exit_:
+            preprocess_data.main(arguments(tmp_path, tmp_path / "out", *more))
+        assert exit_.value.code == 2 and more[0] in capsys.readouterr().err
+
+
+def test_the_tool_starts_without_torch() -> None:
+    program = "import sys\nfrom tools import preprocess_data\nprint({'torch', 'transformers'} & set(sys.modules))\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
