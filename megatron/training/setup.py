@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.parameter import initialize_parameters
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.metrics import MicrobatchResult
+from megatron.training.signals import leave_stopping_to_the_parent
 
 Batch = dict[str, Tensor]
 
@@ -141,6 +142,7 @@ def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[B
         dataset,
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=trainer.arguments.data.num_workers,
+        worker_init_fn=leave_stopping_to_the_parent,
         pin_memory=trainer.device.type == "cuda",
         generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
     )

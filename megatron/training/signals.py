@@ -16,3 +16,8 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.received = True
+
+
+def leave_stopping_to_the_parent(_worker: int) -> None:
+    """Makes a loader process ignore SIGTERM, which torchrun sends to it too: the training process still needs it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
