@@ -14,22 +14,12 @@ class OptionalBuild(build_ext):
 
     def run(self) -> None:
         super().run()
-        if not self.inplace and not Path(self.get_ext_fullpath(HELPERS)).exists():
-            self._warn()
-
-    def copy_extensions_to_source(self) -> None:
-        # An editable install fails on a missing optional extension here instead of going on without it.
-        if Path(self.build_lib, self.get_ext_filename(HELPERS)).exists():
-            super().copy_extensions_to_source()
-        else:
-            self._warn()
-
-    def _warn(self) -> None:
-        print(
-            f"warning: {HELPERS} could not be compiled (is a C++ compiler installed?). "
-            "Everything works without it, but building data set indices is slower.",
-            file=sys.stderr,
-        )
+        if not Path(self.build_lib, self.get_ext_filename(HELPERS)).exists():
+            print(
+                f"warning: {HELPERS} could not be compiled (is a C++ compiler installed?). "
+                "Everything works without it, but building data set indices is slower.",
+                file=sys.stderr,
+            )
 
 
 setup(
