@@ -1,7 +1,32 @@
 """Root-mean-square layer normalisation (arXiv:1910.07467)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+
+class _RMSNorm(Function):
+    """Keeps x, the weight and one number a row for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return weight * (wide * inverse_rms).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normalized = x.to(inverse_rms.dtype) * inverse_rms
+        grad = grads[0].to(inverse_rms.dtype)
+        grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        grad = grad * weight
+        # y = x / rms(x): dx = (dy - y mean(dy y)) / rms(x)
+        grad_x = (grad - normalized * (grad * normalized).mean(dim=-1, keepdim=True)) * inverse_rms
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -9,6 +34,4 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
     The statistics are computed in float32, or float64 for float64 input.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normalized = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-    return weight * normalized.to(x.dtype)
+    return _RMSNorm.apply(x, weight, epsilon)
