@@ -12,7 +12,7 @@ BOS, EOS = "<s>", "</s>"
 class ModelSize:
     """Shape of the demo's model."""
 
-    vocab_size: int = 3000
+    vocab_size: int = 2000
     hidden_size: int = 128
     ffn_hidden_size: int = 256
     num_layers: int = 4
