@@ -169,9 +169,10 @@ class Demo:
     def show_results(self, metrics: report.Metrics, loss: float, continuation: str) -> None:
         """Prints the summary. Raises StageFailed if transformers and the trainer disagree."""
         trained = metrics.evaluations[-1][1]
+        uniform = math.log(SIZE.vocab_size)
         speed = sorted(metrics.tokens_per_second)[len(metrics.tokens_per_second) // 2]
         self.progress.say(
-            f"\nloss at the start       {metrics.steps[0][1]:.4f}   (a uniform guess: {math.log(SIZE.vocab_size):.4f})\n"
+            f"\nloss at the start       {metrics.steps[0][1]:.4f}   (a uniform guess: {uniform:.4f})\n"
             f"loss at the end         {metrics.steps[-1][1]:.4f}   ({speed:,.0f} tokens a second)\n"
             f"held-out, trainer       {trained:.6f}\n"
             f"held-out, transformers  {loss:.6f} (difference {abs(loss - trained):.1e})\n"
