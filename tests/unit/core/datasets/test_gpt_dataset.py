@@ -188,8 +188,8 @@ def test_a_damaged_cache_is_built_again(indexed: IndexedDataset, tmp_path: Path,
 
 def test_everything_the_order_depends_on_is_in_the_name(indexed: IndexedDataset, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    write_numbered(tmp_path / "elsewhere" / "numbers", [5] * 44)
-    rewritten = IndexedDataset(tmp_path / "elsewhere" / "numbers")
+    lengths = indexed.document_lengths(0, indexed.document_count)[::-1].tolist()
+    rewritten = write_numbered(tmp_path / "elsewhere" / "numbers", lengths)
     count = indexed.document_count
     variants = [
         (indexed, (0, count), 50, SEQ_LENGTH, 1),

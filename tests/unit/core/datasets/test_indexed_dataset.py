@@ -80,7 +80,11 @@ def test_an_empty_data_set_is_read(tmp_path: Path) -> None:
         ("a.idx", lambda raw: raw[:26] + struct.pack("<Q", 4) + raw[34:]),
         ("a.idx", lambda raw: raw[:18] + struct.pack("<Q", 2**62) + raw[26:]),
         ("a.idx", lambda raw: raw[:34] + struct.pack("<i", 4) + raw[38:]),
-        ("a.idx", lambda raw: raw[:34] + struct.pack("<2i", -1, 5) + raw[42:]),
+        # A negative length that all other numbers agree with.
+        (
+            "a.idx",
+            lambda raw: raw[:34] + struct.pack("<2i", -1, 5) + raw[42:58] + struct.pack("<q", -2) + raw[66:],
+        ),
         ("a.idx", lambda raw: raw[:58] + struct.pack("<q", 8) + raw[66:]),  # an offset of a sequence
         ("a.idx", lambda raw: raw[:-40] + struct.pack("<q", 1) + raw[-32:]),  # documents do not start at 0
         ("a.idx", lambda raw: raw[:-8] + struct.pack("<q", 3)),  # and do not end at the last sequence
@@ -128,10 +132,11 @@ def test_merging_keeps_documents_of_several_sequences(tmp_path: Path) -> None:
     (tmp_path / "a.idx").write_bytes(index_by_hand(8, [2, 1, 3], [0, 2, 3]))
     (tmp_path / "a.bin").write_bytes(np.arange(6, dtype="<u2").tobytes())
     with IndexedDatasetWriter(tmp_path / "b", "uint16") as writer:
+        writer.add_file(tmp_path / "a")
         writer.add_document([1])
         writer.add_file(tmp_path / "a")
         writer.finalize()
-    assert IndexedDataset(tmp_path / "b").document_indices.tolist() == [0, 1, 3, 4]
+    assert IndexedDataset(tmp_path / "b").document_indices.tolist() == [0, 2, 3, 4, 6, 7]
 
 
 def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
