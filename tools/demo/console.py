@@ -68,7 +68,7 @@ class Progress:
         width = 30
         filled = round(width * self.overall())
         seconds = int(time.monotonic() - self.start_time)
-        columns = os.get_terminal_size(self.stream.fileno()).columns if self.is_terminal else 80
+        columns = (os.get_terminal_size(self.stream.fileno()).columns if self.is_terminal else 0) or 80
         bar = f"{'█' * filled}{'░' * (width - filled)} {self.overall():4.0%} {seconds // 60}:{seconds % 60:02d}"
         text = f"{bar}  {self.current or ''} {self.note}"
         print(f"\r\x1b[K{text[: columns - 1]}", end="", file=self.stream, flush=True)
