@@ -15,6 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 Sample = dict[str, NDArray]
 
 _DOCUMENTS, _SAMPLES = 0, 1
+# Beyond this the indices of a tiny data set would take minutes to build, and nobody means it.
+_MOST_EPOCHS = 100_000
 
 
 class Dataset(Protocol):
@@ -50,8 +52,8 @@ class GPTDataset:
     an epoch is seen before the next begins (but for the sample across the edge), and sample k depends on the seed
     and k alone: a longer run sees the samples of a shorter one first, in the same order.
 
-    Indices are kept in `cache_dir` (see `index_cache`). Raises ValueError if the documents hold no tokens or, when
-    read, a token is not below `vocab_size`.
+    Indices are kept in `cache_dir` (see `index_cache`). Raises ValueError if the documents hold no tokens or
+    absurdly few, or, when read, a token is not below `vocab_size`.
     """
 
     def __init__(
@@ -79,6 +81,11 @@ class GPTDataset:
                 f"{indexed.prefix}: the {name} split (documents {documents[0]}-{documents[1]}) has no tokens"
             )
         self.num_epochs = math.ceil((num_samples * seq_length + 1) / self.tokens_per_epoch)
+        if self.num_epochs > _MOST_EPOCHS:
+            raise ValueError(
+                f"{indexed.prefix}: the {name} split has {self.tokens_per_epoch} tokens, which {num_samples} samples of "
+                f"{seq_length} tokens would read {self.num_epochs} times: give it more documents or take fewer samples"
+            )
         description = {
             "format": 1,
             "prefix": os.path.basename(indexed.prefix),

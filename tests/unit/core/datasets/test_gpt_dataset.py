@@ -139,6 +139,11 @@ def test_a_token_outside_the_vocabulary_is_refused_when_read(indexed: IndexedDat
             dataset[i]
 
 
+def test_a_data_set_absurdly_small_for_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 3 tokens, which 1000000 samples of 8 tokens would read 2666667 times"):
+        gpt(write_numbered(tmp_path / "a", [3]), 1_000_000)
+
+
 def test_no_tokens_and_no_such_sample_are_refused(indexed: IndexedDataset) -> None:
     with pytest.raises(ValueError, match="no tokens"):
         gpt(indexed, 1, documents=(0, 1))
