@@ -83,8 +83,8 @@ class GPTDataset:
         self.num_epochs = math.ceil((num_samples * seq_length + 1) / self.tokens_per_epoch)
         if self.num_epochs > _MOST_EPOCHS:
             raise ValueError(
-                f"{indexed.prefix}: the {name} split has {self.tokens_per_epoch} tokens, which {num_samples} samples of "
-                f"{seq_length} tokens would read {self.num_epochs} times: give it more documents or take fewer samples"
+                f"{indexed.prefix}: the {name} split has {self.tokens_per_epoch} tokens, which {num_samples} samples "
+                f"of {seq_length} tokens would read {self.num_epochs} times: give it more documents or fewer samples"
             )
         description = {
             "format": 1,
