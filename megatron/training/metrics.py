@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.interchange.files import atomic_writer
+from megatron.core.atomic_files import atomic_writer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig

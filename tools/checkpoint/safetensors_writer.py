@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.core.interchange.files import atomic_writer
+from megatron.core.atomic_files import atomic_writer
 
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.core.interchange.files import atomic_writer, sync_folder
+from megatron.core.atomic_files import atomic_writer, sync_folder
 from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint.hf_files import (

@@ -4,15 +4,15 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron.core.atomic_files import atomic_writer
 
 logger = logging.getLogger(__name__)
 
@@ -69,21 +69,7 @@ def _save(stem: Path, description: str, arrays: dict[str, NDArray]) -> None:
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
         checksums[name] = zlib.crc32(array.reshape(-1).view(np.uint8).data)
-        _write_atomically(Path(f"{stem}-{name}.npy"), partial(np.save, arr=array))
-    manifest = json.dumps({"description": description, "crc32": checksums}).encode()
-    _write_atomically(Path(f"{stem}.json"), lambda file: file.write(manifest))
-
-
-def _write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
-    try:
-        with file:
-            write(file)
-            file.flush()
-            # mkstemp makes files for this user alone; others of the group may share the cache.
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except BaseException:
-        Path(file.name).unlink(missing_ok=True)
-        raise
+        with atomic_writer(Path(f"{stem}-{name}.npy")) as file:
+            np.save(file, array)
+    with atomic_writer(Path(f"{stem}.json")) as file:
+        file.write(json.dumps({"description": description, "crc32": checksums}).encode())

@@ -20,6 +20,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from megatron.core.atomic_files import sync_folder
+
 logger = logging.getLogger(__name__)
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -152,7 +154,7 @@ class IndexedDatasetWriter:
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for suffix in ("bin", "idx"):
             os.replace(f"{self.prefix}.{suffix}.tmp", f"{self.prefix}.{suffix}")
-        _sync_folder(Path(self.prefix).parent)
+        sync_folder(Path(self.prefix).parent)
         self._close()
 
     def _header_descriptor(self) -> int:
@@ -192,14 +194,6 @@ class IndexedDatasetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class IndexedDataset:

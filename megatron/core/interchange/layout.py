@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megatron.core.interchange.files import atomic_writer, sync_folder
+from megatron.core.atomic_files import atomic_writer, sync_folder
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CHECKPOINT_FILE = "model_optim_rng.pt"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron.core.interchange.files import atomic_writer
+from megatron.core.atomic_files import atomic_writer
 
 # NVIDIA's checkpoints keep enumerations of its own in `args`. They are read as inert objects; their modules are never
 # imported. Any other foreign name is refused.

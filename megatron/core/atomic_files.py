@@ -1,6 +1,7 @@
 """Files and folders that are either whole or absent after a kill or a power cut."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,19 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` only when all of it is on disk; on an error nothing is left."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A file to write that appears as `path` only when all of it is on disk; on an error nothing is left.
+
+    Processes that write the same path at once do not disturb each other: the last one to finish wins.
+    """
+    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
-        with open(temporary, "wb") as file:
-            yield file
+        with file:
+            yield file  # type: ignore[misc]
             file.flush()
+            os.fchmod(file.fileno(), 0o644)  # temporary files are made for their owner alone
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(file.name, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
