@@ -1,0 +1,37 @@
+"""Evaluations take the same samples every time and leave the model as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from model_testing import tiny_arguments
+
+import pretrain_gpt
+from megatron.core.config import ParallelConfig
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
+from megatron.core.parallel_state import ProcessGroups
+from megatron.training.setup import build_trainer
+from megatron.training.training import evaluate
+
+
+def test_the_mean_over_the_first_samples() -> None:
+    arguments = tiny_arguments(ParallelConfig())
+    arguments = replace(
+        arguments,
+        training=replace(arguments.training, eval_iters=2),
+        data=replace(arguments.data, num_workers=0),
+    )
+    trainer = build_trainer(
+        arguments, ProcessGroups(), torch.device("cpu"), pretrain_gpt.model_provider, pretrain_gpt.forward_step
+    )
+    dataset = MockGPTDataset(203, 16, 40, 1)
+    first = evaluate(trainer, dataset)
+    assert evaluate(trainer, dataset) == first
+    samples = [dataset[index] for index in range(16)]
+    tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
+    labels = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
+    with torch.no_grad():
+        expected = trainer.model(tokens, labels=labels).tensor.mean()
+    assert first == pytest.approx(expected.item(), rel=1e-6)  # masks are float32
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert trainer.model.training

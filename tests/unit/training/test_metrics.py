@@ -1,0 +1,98 @@
+"""The console line people grep, JSON lines that survive a restart, TensorBoard events, averages over a step."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.training.config import LoggingConfig
+from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+
+LINE = re.compile(
+    r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +\d+ \| "
+    r"elapsed time per iteration \(ms\): [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \| "
+    r"learning rate: ([\d.E+-]+) \| global batch size: +(\d+) \| lm loss: ([\d.E+-]+) \| "
+    r"load_balancing_loss: ([\d.E+-]+) \| loss scale: 1.0 \| grad norm: ([\d.]+) \| "
+    r"number of skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \|$"
+)
+
+
+def _record(iteration: int, loss: float = 2.0, skipped: bool = False) -> StepRecord:
+    return StepRecord(
+        iteration=iteration,
+        consumed_samples=8 * iteration,
+        lm_loss=loss,
+        load_balancing_loss=1.0625,
+        z_loss=3.0,
+        grad_norm=0.5,
+        learning_rate=1e-3,
+        global_batch_size=8,
+        tokens_per_second=100.0,
+        skipped=skipped,
+        seconds=0.5,
+    )
+
+
+def _log(resumed_at: int = 0, **settings: object) -> MetricsLog:
+    config = LoggingConfig(**settings)  # type: ignore[arg-type]
+    return MetricsLog(config, total_iterations=100, flops_per_iteration_and_rank=2e12, resumed_at=resumed_at)
+
+
+def test_the_console_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
+    log = _log(log_interval=3, log_throughput=True)
+    for record in (_record(1, 3.0), _record(2, 1.0), _record(3, math.nan, skipped=True), _record(4)):
+        log.step(record)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    match = LINE.match(lines[0])
+    assert match, lines[0]
+    assert match.groups() == (
+        "3", "100", "4.0", "1.000000E-03", "8", "2.000000E+00", "1.062500E+00", "0.500", "1", "1",
+    )  # fmt: skip
+
+
+def test_json_lines_are_exact_and_taken_up_again_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metrics.jsonl"
+    log = _log(metrics_path=str(path))
+    for iteration in range(1, 6):
+        log.step(_record(iteration, 1 / 3 + iteration))
+    log.evaluation("validation", 5, 40, 2.5)
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"iteration": 6, "lm_l')  # killed while writing
+    log = _log(resumed_at=4, metrics_path=str(path))
+    log.step(_record(5, 7.0))
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[3]["lm_loss"] == 1 / 3 + 4 and lines[4]["lm_loss"] == 7.0
+    names = {"iteration", "consumed_samples", "lm_loss", "load_balancing_loss", "grad_norm", "learning_rate"}
+    assert names | {"tokens_per_second"} <= lines[0].keys()
+
+
+def test_tensorboard_gets_every_logged_number(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = _log(log_interval=1, tensorboard_dir=str(tmp_path))
+    log.step(_record(1))
+    log.evaluation("validation", 1, 8, 2.5)
+    log.close()
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Scalars("lm loss")[0].value == 2.0
+    assert events.Scalars("lm loss validation")[0].value == 2.5
+    assert events.Scalars("load_balancing_loss")[0].value == 1.0625
+
+
+def test_averages_are_over_microbatches_and_layers() -> None:
+    def result(loss: float, balance: list[float]) -> MicrobatchResult:
+        values = torch.tensor(balance)
+        return MicrobatchResult(torch.tensor(loss), RouterStatistics(values, 2 * values, torch.zeros(2, 4)))
+
+    results = [result(1.0, [1.0, 2.0]), result(3.0, [3.0, 6.0])]
+    averages = average_over_ranks(results, ProcessGroups(), 2, torch.device("cpu"), stop=True)
+    assert averages == (2.0, 3.0, 6.0, True)
