@@ -3,7 +3,8 @@
 Every field is a command-line flag of the same name with dashes; the sentence under it is its help text.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -14,6 +15,14 @@ def _require_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def _require_finite(config: object) -> None:
+    """Refuses NaN and infinity in every number of a configuration."""
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{field.name.replace('_', '-')} must be a finite number, got {value}")
 
 
 def _require_divisible(what: str, value: int, by: str, divisor: int) -> None:
@@ -63,6 +72,7 @@ class ModelConfig:
     """Type of parameters and activations; --bf16 is short for bfloat16."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
         _require_positive(
             self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size",
@@ -75,8 +85,8 @@ class ModelConfig:
         _require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
-        if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
-            raise ValueError("--moe-aux-loss-coeff and --moe-z-loss-coeff must not be negative")
+        if min(self.moe_aux_loss_coeff, self.moe_z_loss_coeff, self.init_method_std) < 0:
+            raise ValueError("--moe-aux-loss-coeff, --moe-z-loss-coeff and --init-method-std must not be negative")
 
     @property
     def head_dim(self) -> int:
@@ -197,6 +207,8 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        _require_finite(self)
+        _require_positive(self, "lr_decay_iters", "lr_decay_samples", "adam_eps")
         if self.lr < 0 or not 0 <= self.min_lr <= self.lr or self.lr_warmup_init > self.lr:
             raise ValueError(
                 f"need 0 <= --min-lr <= --lr and --lr-warmup-init <= --lr, got "
@@ -204,8 +216,14 @@ class OptimizerConfig:
             )
         if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
             raise ValueError(f"--lr-warmup-fraction must be in [0, 1), got {self.lr_warmup_fraction}")
+        if min(self.lr_warmup_iters, self.lr_warmup_samples, self.lr_warmup_init) < 0:
+            raise ValueError("--lr-warmup-iters, --lr-warmup-samples and --lr-warmup-init must not be negative")
         if self.clip_grad < 0 or self.weight_decay < 0:
             raise ValueError("--clip-grad and --weight-decay must not be negative")
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError(
+                f"--adam-beta1 and --adam-beta2 must be in [0, 1), got {self.adam_beta1}, {self.adam_beta2}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

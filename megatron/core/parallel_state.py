@@ -47,6 +47,8 @@ class ProcessGroups:
     """All groups this process belongs to; the defaults are those of a single process."""
 
     world: Group = Group()
+    control: Group = Group()
+    """The same ranks on a gloo communicator with a long timeout, for waiting while one rank works or saves."""
     tp: Group = Group()
     """Tensor parallel: ranks that split each weight matrix."""
     pp: Group = Group()
@@ -69,6 +71,7 @@ class ProcessGroups:
     """One replica of all experts: etp x ep x pp."""
 
 
+CONTROL_TIMEOUT = timedelta(hours=6)
 DENSE_AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
 
@@ -143,7 +146,8 @@ def build_process_groups(
 
     groups = {name: _own_group(rank_lists(sizes[grid], axes), rank, make) for name, (grid, axes) in _GROUP_AXES.items()}
     world = _own_group([list(range(world_size))], rank, make)
-    return ProcessGroups(world=world, **groups)
+    handle = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), **groups)
 
 
 def _own_group(lists: list[list[int]], rank: int, make: Callable[[list[int]], dist.ProcessGroup | None]) -> Group:

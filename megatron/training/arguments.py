@@ -118,6 +118,9 @@ def parse_arguments(
     if unknown:
         raise ValueError(_unknown_flags(unknown, parser))
     given = vars(namespace)
+    grouped = "group_query_attention" in given
+    if grouped and "num_query_groups" not in given and "use_checkpoint_args" not in given:
+        raise ValueError("--group-query-attention needs --num-query-groups, the number of key/value heads")
     remarks = check_compatibility(given)
     if given.pop("bf16", False) and given.setdefault("params_dtype", "bfloat16") != "bfloat16":
         raise ValueError(f"--bf16 contradicts --params-dtype {given['params_dtype']}")
@@ -152,6 +155,8 @@ def _take_shape(given: dict[str, Any], checkpoint: ModelConfig) -> list[str]:
     remarks = []
     for name in SHAPE_FIELDS:
         value = getattr(checkpoint, name)
+        if value is None:  # the checkpoint does not know it
+            continue
         if name in given and given[name] != value:
             remarks.append(f"--use-checkpoint-args: --{name.replace('_', '-')} is {value}, not {given[name]}")
         given[name] = value
@@ -170,6 +175,10 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError("nothing to train on: give --data-path (or --mock-data for generated tokens)")
     if arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
         raise ValueError("NullTokenizer needs --vocab-size")
+    if arguments.optimizer.lr_warmup_fraction is not None and (
+        arguments.optimizer.lr_warmup_iters or arguments.optimizer.lr_warmup_samples
+    ):
+        raise ValueError("give --lr-warmup-fraction or --lr-warmup-iters/--lr-warmup-samples, not both")
     samples_run = arguments.training.train_samples is not None
     optimizer = arguments.optimizer
     iterations = optimizer.lr_decay_iters is not None or optimizer.lr_warmup_iters

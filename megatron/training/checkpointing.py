@@ -1,6 +1,6 @@
 """Saving and resuming a run: one file for each rank of a model replica, at the same layout."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import named_shards
 from megatron.training.arguments import SHAPE_FIELDS
-from megatron.training.config import Arguments
-from megatron.training.initialize import together
+from megatron.training.config import Arguments, CheckpointConfig
+from megatron.training.initialize import SharedError, on_first, together
 
 # Where the configuration derives a value from another field if it is not given.
 _DERIVED = {"num_query_groups": "query_groups", "kv_channels": "head_dim"}
@@ -40,13 +40,18 @@ def checkpoint_model(load: str) -> ModelConfig:
         folder, _ = interchange.find_checkpoint(Path(load))
     except FileNotFoundError as error:
         raise ValueError(f"--use-checkpoint-args: {error}") from error
+    return interchange.model_config_from_args(_stored_args(folder))
+
+
+def _stored_args(folder: Path) -> Any:
+    """The `args` in a step's first file. Raises ValueError if it has none."""
     files = sorted(folder.glob(f"*/{interchange.CHECKPOINT_FILE}"))
     if not files:
         raise ValueError(f"{folder} holds no {interchange.CHECKPOINT_FILE}")
     content = interchange.load_torch(files[0], mmap=True, verify=False)
     if "args" not in content:
         raise ValueError(f"{files[0]} has no 'args': give the model's shape by flags, without --use-checkpoint-args")
-    return interchange.model_config_from_args(content["args"])
+    return content["args"]
 
 
 def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int, pp_size: int) -> Any:
@@ -54,6 +59,7 @@ def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int,
     extra: dict[str, Any] = {}
     for section in (
         arguments.optimizer, arguments.tokenizer, arguments.data, arguments.training, arguments.parallel,
+        arguments.checkpoint,
     ):  # fmt: skip
         extra |= {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(section).items()}
     extra |= {"iteration": progress.iteration, "consumed_train_samples": progress.consumed_samples}
@@ -96,8 +102,13 @@ def save_checkpoint(
         if groups.world.is_first:
             interchange.commit_step(root, iteration, groups.tp.size, groups.pp.size)
 
-    together(write, groups)
-    together(commit, groups)
+    try:
+        together(write, groups)
+        together(commit, groups)
+    except SharedError:
+        if groups.world.is_first:
+            interchange.abandon_step(root, iteration)
+        raise
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
@@ -107,47 +118,93 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
+@dataclass(frozen=True)
+class CheckpointSource:
+    """The checkpoint a run starts from, and how much of it is taken."""
+
+    folder: Path
+    weights_only: bool
+    """Whether the run begins at iteration 0, rather than where the checkpoint was saved."""
+    with_optimizer: bool
+    with_rng: bool
+    remark: str = ""
+
+
+def locate_checkpoint(arguments: Arguments, groups: ProcessGroups) -> CheckpointSource | None:
+    """What --load names, or None for freshly drawn weights; the first rank decides for all.
+
+    Raises ValueError on every rank if there should be a checkpoint and is none.
+    """
+    settings = arguments.checkpoint
+    return None if settings.load is None else on_first(lambda: _locate(Path(str(settings.load)), settings), groups)
+
+
+def _locate(load: Path, settings: CheckpointConfig) -> CheckpointSource | None:
+    same_folder = settings.save is not None and load.resolve() == Path(settings.save).resolve()
+    if same_folder and not (load / interchange.TRACKER_FILE).exists():
+        _refuse_lost_tracker(load)
+        return None
+    folder, step = interchange.find_checkpoint(load)
+    if step == "release" or (settings.finetune and not same_folder):
+        return CheckpointSource(folder, weights_only=True, with_optimizer=False, with_rng=False)
+    if not same_folder:
+        return CheckpointSource(folder, False, not settings.no_load_optim, not settings.no_load_rng)
+    # A restart of the run itself: flags for the checkpoint it started from must not drop its state.
+    if settings.finetune and not getattr(_stored_args(folder), "finetune", False):
+        raise ValueError(
+            f"--finetune with --load equal to --save would overwrite the run in {load}: give another --save folder"
+        )
+    ignored = settings.finetune or settings.no_load_optim or settings.no_load_rng
+    remark = "--finetune, --no-load-optim and --no-load-rng do not apply to the run's own checkpoints"
+    return CheckpointSource(folder, False, True, True, remark if ignored else "")
+
+
 def load_checkpoint(
-    arguments: Arguments, groups: ProcessGroups, model: MixtralModel, optimizer: MixedPrecisionAdamW
+    source: CheckpointSource | None,
+    arguments: Arguments,
+    groups: ProcessGroups,
+    model: MixtralModel,
+    optimizer: MixedPrecisionAdamW,
 ) -> tuple[Progress, str]:
-    """Loads what --load names, and says what was loaded; collective.
+    """Loads what `locate_checkpoint` found, and says what was loaded; collective.
 
     Nothing is changed unless every rank's file fits. Raises ValueError on every rank otherwise.
     """
-    settings = arguments.checkpoint
-    if settings.load is None:
-        return Progress(), "starting from freshly drawn weights"
-    same_folder = settings.save is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    if same_folder and not (Path(settings.load) / interchange.TRACKER_FILE).exists():
-        together(lambda: _refuse_lost_tracker(Path(str(settings.load))), groups)
-        return Progress(), f"no checkpoint in {settings.load} yet: starting from freshly drawn weights"
-
-    folder, step = together(lambda: interchange.find_checkpoint(Path(str(settings.load))), groups)
-    weights_only = step == "release" or settings.finetune
-    with_optimizer = not weights_only and not settings.no_load_optim
-    remark = ""
-    if same_folder and step != "release" and (settings.no_load_optim or settings.finetune or settings.no_load_rng):
-        # a restart of the run itself: these flags were meant for the checkpoint it started from
-        weights_only, with_optimizer = False, True
-        remark = " (--no-load-optim, --no-load-rng and --finetune do not apply to the run's own checkpoints)"
-    content = together(lambda: _read(folder, arguments, groups, model, with_optimizer), groups)
-
-    shards = {shard.stage_name: shard for shard in named_shards(model, model.first_layer)}
-    for name, shard in shards.items():
-        shard.data.copy_(content["model"][name])
-    if with_optimizer:
-        together(lambda: optimizer.load_state_dict(content["optimizer"]), groups)
+    if source is None:
+        load = arguments.checkpoint.load
+        return Progress(), (f"no checkpoint in {load} yet: " if load else "") + "starting from freshly drawn weights"
+    content = together(lambda: _read(source, arguments, groups, model, optimizer), groups)
+    for shard in named_shards(model, model.first_layer):
+        shard.data.copy_(content["model"][shard.stage_name])
+    if source.with_optimizer:
+        optimizer.load_state_dict(content["optimizer"])
     else:
         optimizer.reload_masters()
-    if weights_only:
-        return Progress(), f"loaded the weights of {folder}; optimizer, schedule and data start anew"
-    if remark or not settings.no_load_rng:
+    if source.weights_only:
+        return Progress(), f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
+    if source.with_rng:
         torch.set_rng_state(content["rng_state"]["cpu"])
         if torch.cuda.is_available() and "cuda" in content["rng_state"]:
             torch.cuda.set_rng_state(content["rng_state"]["cuda"])
     progress = Progress(**content["opt_param_scheduler"])
-    what = "weights, optimizer, schedule and data position" if with_optimizer else "weights, schedule and data position"
-    return progress, f"resumed at iteration {progress.iteration} from {folder}: {what}{remark}"
+    what = "weights, optimizer, schedule and data position"
+    if not source.with_optimizer:
+        what = "weights, schedule and data position; the optimizer starts anew"
+    lines = [f"resumed at iteration {progress.iteration} from {source.folder}: {what}", source.remark]
+    lines.append(_changed_settings(content["args"], arguments))
+    return progress, "\n".join(line for line in lines if line)
+
+
+def _changed_settings(saved: Any, arguments: Arguments) -> str:
+    """A remark if the resumed run reads other data, or reads them in another order, than before."""
+    now = vars(checkpoint_namespace(arguments, Progress(), 1, 1))
+    names = ("params_dtype", "seed", "data_path", "split", "mock_data", "seq_length")
+    changed = [
+        f"--{name.replace('_', '-')} was {getattr(saved, name)}, is {now[name]}"
+        for name in names
+        if hasattr(saved, name) and getattr(saved, name) != now[name]
+    ]
+    return f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}" if changed else ""
 
 
 def _refuse_lost_tracker(root: Path) -> None:
@@ -160,29 +217,40 @@ def _refuse_lost_tracker(root: Path) -> None:
 
 
 def _read(
-    folder: Path, arguments: Arguments, groups: ProcessGroups, model: MixtralModel, with_optimizer: bool
+    source: CheckpointSource,
+    arguments: Arguments,
+    groups: ProcessGroups,
+    model: MixtralModel,
+    optimizer: MixedPrecisionAdamW,
 ) -> dict[str, Any]:
     """This rank's file, once it is certain that it fits."""
-    layout = interchange.available_layout(folder)
+    layout = interchange.available_layout(source.folder)
     if layout != (groups.tp.size, groups.pp.size):
         raise ValueError(
-            f"{folder} was saved at tensor-parallel size {layout[0]} and pipeline-parallel size {layout[1]}, but this "
-            f"run has {groups.tp.size} and {groups.pp.size}: convert it with tools/checkpoint/util.py --loader mixtral "
-            "--saver mixtral, or use its layout"
+            f"{source.folder} was saved at tensor-parallel size {layout[0]} and pipeline-parallel size {layout[1]}, "
+            f"but this run has {groups.tp.size} and {groups.pp.size}: convert it with tools/checkpoint/util.py "
+            "--loader mixtral --saver mixtral, or use its layout"
         )
     name = interchange.rank_dir_name(groups.tp.rank, groups.pp.rank, groups.pp.size)
-    path = folder / name / interchange.CHECKPOINT_FILE
+    path = source.folder / name / interchange.CHECKPOINT_FILE
     content = interchange.load_torch(path, mmap=True)
     if "model" not in content:
         raise ValueError(f"{path} holds no 'model'")
-    _check_model(path, content, arguments)
+    _check_model(path, content, arguments, groups.tp.size)
     _check_tensors(path, content["model"], model)
-    if with_optimizer and "optimizer" not in content:
-        raise ValueError(f"{path} holds no optimizer state: add --finetune to start a new run from its weights")
+    if source.weights_only:
+        return content
+    progress = content.get("opt_param_scheduler")
+    if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
+        raise ValueError(f"{path} was not saved by this program: add --finetune to start a new run from its weights")
+    if source.with_optimizer:
+        if "optimizer" not in content:
+            raise ValueError(f"{path} holds no optimizer state: add --finetune to start a new run from its weights")
+        optimizer.check_state_dict(content["optimizer"])
     return content
 
 
-def _check_model(path: Path, content: dict[str, Any], arguments: Arguments) -> None:
+def _check_model(path: Path, content: dict[str, Any], arguments: Arguments, tp_size: int) -> None:
     """Raises ValueError, listing the flags, if the checkpoint is of another model than the command line describes."""
     if "args" not in content:
         return
@@ -201,6 +269,9 @@ def _check_model(path: Path, content: dict[str, Any], arguments: Arguments) -> N
         theirs, ours = getattr(saved, name), getattr(arguments.model, name)
         if theirs is not None and theirs != ours:
             differences.append(f"--{field.replace('_', '-')} {theirs} there, {ours} here")
+    theirs, ours = getattr(content["args"], "padded_vocab_size", None), arguments.model.padded_vocab_size(tp_size)
+    if theirs not in (None, ours):
+        differences.append(f"vocabulary padded to {theirs} there, {ours} here (--make-vocab-size-divisible-by)")
     if differences:
         raise ValueError(
             f"{path} is a checkpoint of another model: {'; '.join(differences)}. Correct the flags, or add "

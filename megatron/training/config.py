@@ -37,7 +37,7 @@ class TrainingConfig:
     distributed_timeout_minutes: int = 10
     """How long a collective waits for a rank before the job fails."""
     deterministic_mode: bool = False
-    """Use only algorithms that give the same bits in every run."""
+    """Use only algorithms that give the same bits in every run; on the CPU all do, on GPUs some faster ones do not."""
 
     def __post_init__(self) -> None:
         if self.micro_batch_size <= 0:
@@ -48,6 +48,8 @@ class TrainingConfig:
             raise ValueError("--train-iters, --train-samples, --eval-iters and --eval-interval must not be negative")
         if self.exit_interval is not None and self.exit_interval <= 0:
             raise ValueError(f"--exit-interval must be positive, got {self.exit_interval}")
+        if self.exit_duration_in_mins is not None and not self.exit_duration_in_mins > 0:
+            raise ValueError(f"--exit-duration-in-mins must be positive, got {self.exit_duration_in_mins}")
         if self.max_skipped_iterations <= 0 or self.distributed_timeout_minutes <= 0:
             raise ValueError("--max-skipped-iterations and --distributed-timeout-minutes must be positive")
 
@@ -62,12 +64,16 @@ class TrainingConfig:
             )
         return size
 
-    def iterations(self, batch_size: int) -> int:
-        """Steps of the whole run."""
+    def last_iteration(self, batch_size: int, iteration: int, consumed_samples: int) -> int:
+        """Number of the run's last step, seen from a step already taken (with other batch sizes, perhaps)."""
         if self.train_iters is not None:
             return self.train_iters
         assert self.train_samples is not None
-        return self.train_samples // batch_size
+        return iteration + max(0, self.train_samples - consumed_samples) // batch_size
+
+    def total_samples(self, batch_size: int) -> int:
+        """Samples of the whole run at this batch size."""
+        return self.train_samples if self.train_samples is not None else (self.train_iters or 0) * batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,8 +73,12 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     return build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
 
 
+class SharedError(ValueError):
+    """An error that every rank raises; the first one reports it for all."""
+
+
 def together(action: Callable[[], T], groups: ProcessGroups) -> T:
-    """Runs `action` on every rank; if it raises ValueError or OSError on any, every rank raises ValueError.
+    """Runs `action` on every rank; if it raises ValueError or OSError on any, every rank raises SharedError.
 
     `action` must not communicate, since another rank may fail before it does.
     """
@@ -85,16 +89,24 @@ def together(action: Callable[[], T], groups: ProcessGroups) -> T:
     except (ValueError, OSError) as error:
         message = str(error)
     messages = [message]
-    if groups.world.size > 1:
-        messages = [None] * groups.world.size
-        dist.all_gather_object(messages, message, group=groups.world.handle)
+    if groups.control.size > 1:
+        messages = [None] * groups.control.size
+        dist.all_gather_object(messages, message, group=groups.control.handle)
     failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
     if failed:
         rank, text = failed[0]
         others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-        raise ValueError(
-            text if groups.world.size == 1 or len(failed) == len(messages) else f"rank {rank}{others}: {text}"
-        )
+        raise SharedError(text if len(failed) == len(messages) else f"rank {rank}{others}: {text}")
+    return result  # type: ignore[return-value]
+
+
+def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
+    """Runs `action` on the first rank; every rank returns its result or raises its ValueError or OSError."""
+    result = together(lambda: action() if groups.control.is_first else None, groups)
+    if groups.control.size > 1:
+        shared = [result]
+        dist.broadcast_object_list(shared, src=0, group=groups.control.handle)
+        result = shared[0]
     return result  # type: ignore[return-value]
 
 
@@ -105,13 +117,20 @@ def print_once(groups: ProcessGroups, text: str) -> None:
 
 
 def run(main: Callable[[Environment], None]) -> None:
-    """Runs the program; a ValueError ends every rank with status 1 and one sentence from the first rank."""
+    """Runs the program; a ValueError ends every rank with status 1 and one sentence.
+
+    The first rank speaks for an error that all share. Before the ranks know of each other, that is the first one of
+    each machine; later, an error of one rank alone is reported by that rank.
+    """
     environment = read_environment()
     try:
         main(environment)
     except ValueError as error:
-        if environment.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        alone = dist.is_initialized() and not isinstance(error, SharedError)
+        speaker = environment.rank == 0 if dist.is_initialized() else environment.local_rank == 0
+        if alone or speaker:
+            who = f"rank {environment.rank}: " if alone and environment.world_size > 1 else ""
+            print(f"error: {who}{error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
         _leave(1)

@@ -1,5 +1,6 @@
 """Numbers of each step: brought together from all ranks, printed, and recorded."""
 
+import itertools
 import json
 import math
 import os
@@ -167,9 +168,15 @@ class MetricsLog:
 
 
 def _open_json_lines(path: Path, resumed_at: int) -> Any:
-    """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again."""
+    """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again.
+
+    A run that starts anew keeps what another one wrote there under a numbered name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if path.exists() and resumed_at == 0:  # another run's numbers
+        aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
+        path.rename(aside)
+    elif path.exists():
         kept = []
         for line in path.read_text().splitlines():
             try:

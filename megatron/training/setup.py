@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -15,7 +16,8 @@ from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
-from megatron.core.tensor_parallel.parameter import initialize_parameters
+from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
+from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.metrics import MicrobatchResult
@@ -64,17 +66,17 @@ class Trainer:
 
 
 def build_datasets(
-    arguments: Arguments, groups: ProcessGroups, tokenizer: Any, provider: DatasetsProvider
+    trainer: Trainer, progress: Progress, tokenizer: Any, provider: DatasetsProvider
 ) -> tuple[Any, Any, Any]:
     """The three data sets, indexed by the first rank before the others look."""
-    training = arguments.training
-    batch_size = training.batch_size(groups.dp.size)
-    iterations = training.iterations(batch_size)
-    evaluated = training.eval_iters * batch_size if training.eval_interval else 0
-    num_samples = (iterations * batch_size, evaluated, evaluated)
+    training, groups = trainer.arguments.training, trainer.groups
+    last = training.last_iteration(trainer.batch_size, progress.iteration, progress.consumed_samples)
+    evaluated = training.eval_iters * trainer.batch_size if training.eval_interval else 0
+    steps_left = max(0, last - progress.iteration)
+    num_samples = (progress.consumed_samples + steps_left * trainer.batch_size, evaluated, evaluated)
 
     def build(mine: bool) -> tuple[Any, Any, Any] | None:
-        return provider(arguments, num_samples, tokenizer) if mine else None
+        return provider(trainer.arguments, num_samples, tokenizer) if mine else None
 
     first = together(lambda: build(groups.world.is_first), groups)
     others = together(lambda: build(not groups.world.is_first), groups)
@@ -89,11 +91,15 @@ def build_trainer(
     device: torch.device,
     model_provider: ModelProvider,
     forward_step: ForwardStep,
+    initialize: bool = True,
 ) -> Trainer:
-    """Model with its initial weights, gradient buffers, optimizer, schedule and pipeline link of this rank."""
+    """Model, gradient buffers, optimizer, schedule and pipeline link of this rank.
+
+    Without `initialize` the weights are left as they come, for a checkpoint to be loaded into.
+    """
     config, training = arguments.optimizer, arguments.training
     batch_size = training.batch_size(groups.dp.size)
-    total = training.iterations(batch_size) * batch_size
+    total = training.total_samples(batch_size)
     decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
     warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
     if config.lr_warmup_fraction is not None:
@@ -101,7 +107,9 @@ def build_trainer(
     schedule = LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
 
     model = model_provider(arguments, groups, device)
-    initialize_parameters(model, model.first_layer, training.seed)
+    if initialize:
+        initialize_parameters(model, model.first_layer, training.seed)
+        _share_initial_weights(model, groups)
     buffers = GradientBuffers(model.parameters(), groups)
     shards = groups.tp.size if model.sequence_parallel else 1
     length = arguments.data.seq_length // shards
@@ -124,6 +132,14 @@ def build_trainer(
         batch_size=batch_size,
         num_microbatches=batch_size // (training.micro_batch_size * groups.dp.size),
     )
+
+
+def _share_initial_weights(model: MixtralModel, groups: ProcessGroups) -> None:
+    """Gives all replicas the first one's weights: processors of another kind may have drawn other last bits."""
+    for parameter in model.parameters():
+        group = groups.edp if spec_of(parameter).is_expert else groups.dp_cp
+        if group.size > 1:
+            dist.broadcast(parameter.detach(), src=group.ranks[0], group=group.handle)
 
 
 def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,18 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.schedules import forward_backward
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import Progress, checkpoint_model, load_checkpoint, save_checkpoint
+from megatron.training.checkpointing import (
+    Progress,
+    checkpoint_model,
+    load_checkpoint,
+    locate_checkpoint,
+    save_checkpoint,
+)
 from megatron.training.config import Arguments
 from megatron.training.initialize import (
     Environment,
     choose_device,
+    on_first,
     print_once,
     run,
     start_distributed,
@@ -53,7 +60,7 @@ def _pretrain(
     arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
-    together(lambda: _check_save_folder(arguments, groups), groups)
+    _check_save_folder(arguments, groups)
     for remark in remarks:
         print_once(groups, f"note: {remark}")
     stop_signal = StopSignal()
@@ -62,22 +69,36 @@ def _pretrain(
 
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
     arguments = replace(arguments, model=_with_vocabulary(arguments.model, tokenizer.vocab_size))
-    datasets = build_datasets(arguments, groups, tokenizer, datasets_provider)
-    trainer = build_trainer(arguments, groups, device, model_provider, forward_step)
-    progress, loaded = load_checkpoint(arguments, groups, trainer.model, trainer.optimizer)
+    together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
+    source = locate_checkpoint(arguments, groups)
+    trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
+    progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
+    datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_table(datasets[0])}{loaded}")
     train(trainer, datasets, progress, stop_signal)
 
 
 def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
-    """Raises OSError before the first step if checkpoints could not be written after it."""
-    if arguments.checkpoint.save is None or not groups.world.is_first:
+    """Raises ValueError before the first step if checkpoints could not be written, or not by all machines."""
+    if arguments.checkpoint.save is None:
         return
     folder = Path(arguments.checkpoint.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
+
+    def write() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{time.time_ns()}"
+        probe.touch()
+        return probe.name
+
+    name = on_first(write, groups)
+
+    def see() -> None:
+        if not (folder / name).exists():
+            raise ValueError(f"--save {folder} is not the same folder on all machines: give one that they share")
+
+    together(see, groups)
+    if groups.world.is_first:
+        (folder / name).unlink()
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -124,7 +145,10 @@ def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_
 
 
 def train_step(
-    trainer: Trainer, source: Iterator[Batch | None], progress: Progress, stop: bool = False
+    trainer: Trainer,
+    source: Iterator[Batch | None],
+    progress: Progress,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[StepRecord, bool]:
     """One iteration: all microbatches, reduction, update. Returns its record and whether any rank wants to stop."""
     start = time.perf_counter()
@@ -133,7 +157,8 @@ def train_step(
     trainer.buffers.finalize()
     learning_rate = trainer.schedule.learning_rate(progress.scheduled_samples)
     update = trainer.optimizer.step(learning_rate)
-    averages = average_over_ranks(results, trainer.groups, trainer.arguments.model.num_layers, trainer.device, stop)
+    layers = trainer.arguments.model.num_layers
+    averages = average_over_ranks(results, trainer.groups, layers, trainer.device, wants_stop())
     progress.iteration += 1
     progress.consumed_samples += trainer.batch_size
     if update.updated:
@@ -174,7 +199,7 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
     """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end."""
     arguments, training = trainer.arguments, trainer.arguments.training
     train_set, validation_set, test_set = datasets
-    last = training.iterations(trainer.batch_size)
+    last = training.last_iteration(trainer.batch_size, progress.iteration, progress.consumed_samples)
     log = _open_log(trainer, last, progress.iteration)
     deadline = math.inf
     if training.exit_duration_in_mins is not None:
@@ -184,8 +209,9 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
     stop = False
     while progress.iteration < last and not stop:
-        wants_stop = stop_signal.received or time.monotonic() > deadline
-        record, stop = train_step(trainer, source, progress, wants_stop)
+        record, stop = train_step(
+            trainer, source, progress, lambda: stop_signal.received or time.monotonic() > deadline
+        )
         if log is not None:
             log.step(record)
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped else 0
@@ -195,13 +221,15 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
                 "lower --lr or look at the data; nothing was saved after the last checkpoint"
             )
         iteration = progress.iteration
-        stop = stop or bool(training.exit_interval and iteration % training.exit_interval == 0)
-        if validation_set is not None and training.eval_interval and iteration % training.eval_interval == 0:
-            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
-            evaluated_at = iteration
         if arguments.checkpoint.save_interval and iteration % arguments.checkpoint.save_interval == 0:
             _save(trainer, progress)
             saved_at = iteration
+        # who asked to stop may not wait for an evaluation
+        due = training.eval_interval and iteration % training.eval_interval == 0 and not stop
+        if validation_set is not None and due:
+            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
+            evaluated_at = iteration
+        stop = stop or bool(training.exit_interval and iteration % training.exit_interval == 0)
     if arguments.checkpoint.save and saved_at != progress.iteration:
         _save(trainer, progress)
     if progress.iteration >= last:

@@ -17,7 +17,7 @@ from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.pipeline_parallel.schedules import forward_backward
 from megatron.core.tensor_parallel.parameter import named_shards
-from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpointing import load_checkpoint, locate_checkpoint
 from megatron.training.config import CheckpointConfig
 from megatron.training.setup import build_trainer
 from tools.checkpoint import util
@@ -61,7 +61,8 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
     trainer = build_trainer(
         arguments, groups, torch.device("cpu"), pretrain_gpt.model_provider, pretrain_gpt.forward_step
     )
-    load_checkpoint(arguments, groups, trainer.model, trainer.optimizer)
+    source = locate_checkpoint(arguments, groups)
+    load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
 
     def forward(hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         output = trainer.model(_tokens(), hidden).tensor

@@ -11,6 +11,8 @@ def _library_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped_mm accepts these operands: no float64, and rows aligned to 16 bytes."""
     if _grouped_mm is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0):
+        return False  # there the weight gradient of an expert without rows is not zero (pytorch issue 172439)
     return all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
 
 

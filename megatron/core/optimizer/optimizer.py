@@ -80,23 +80,26 @@ class MixedPrecisionAdamW:
             state[name] = {"master": master.detach(), **moments}
         return state
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned. Raises ValueError if names or shapes differ."""
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError, naming parameters, if `state` is not of this model."""
         if state.keys() != self._masters.keys():
             different = sorted(state.keys() ^ self._masters.keys())
             raise ValueError(f"the optimizer state belongs to another model: {different[:5]} differ")
         for name, master in self._masters.items():
+            for key, value in state[name].items():
+                if key != "step" and value.shape != master.shape:
+                    raise ValueError(
+                        f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, not {tuple(master.shape)}"
+                    )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned and `check_state_dict` accepts."""
+        for name, master in self._masters.items():
             saved = dict(state[name])
-            saved_master = saved.pop("master")
-            if saved_master.shape != master.shape:
-                raise ValueError(
-                    f"the optimizer state of {name} has shape {tuple(saved_master.shape)}, not {tuple(master.shape)}"
-                )
-            master.copy_(saved_master)
+            master.copy_(saved.pop("master"))
             if saved:
-                self._adam.state[master] = {
-                    key: value.to(master.device) if value.dim() else value for key, value in saved.items()
-                }
+                # the step count too: fused AdamW wants it on the parameter's device
+                self._adam.state[master] = {key: value.to(master.device) for key, value in saved.items()}
             if master is not self._parameters[name]:
                 self._parameters[name].copy_(master)

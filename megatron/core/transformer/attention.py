@@ -51,5 +51,8 @@ class SelfAttention(nn.Module):
         # [S, B, groups, n, d] -> [B, heads, S, d]
         query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
+            # on CUDA only the half-precision kernels take grouped heads; others would build the whole S x S matrix
+            key, value = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (key, value))
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return self.linear_proj(context.permute(2, 0, 1, 3).reshape(sequence, batch, -1))

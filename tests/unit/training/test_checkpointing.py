@@ -11,7 +11,13 @@ import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.interchange import load_torch, save_torch
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpointing import Progress, checkpoint_model, load_checkpoint, save_checkpoint
+from megatron.training.checkpointing import (
+    Progress,
+    checkpoint_model,
+    load_checkpoint,
+    locate_checkpoint,
+    save_checkpoint,
+)
 from megatron.training.config import Arguments, CheckpointConfig
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
@@ -28,7 +34,8 @@ def _trainer(arguments: Arguments) -> Trainer:
 
 
 def _load(trainer: Trainer) -> tuple[Progress, str]:
-    return load_checkpoint(trainer.arguments, GROUPS, trainer.model, trainer.optimizer)
+    source = locate_checkpoint(trainer.arguments, GROUPS)
+    return load_checkpoint(source, trainer.arguments, GROUPS, trainer.model, trainer.optimizer)
 
 
 def _state(trainer: Trainer) -> list[torch.Tensor]:
@@ -173,3 +180,53 @@ def test_the_shape_is_read_from_the_checkpoint(saved: tuple[Path, Trainer, Progr
     assert replace(model, num_query_groups=2, kv_channels=None) == first.arguments.model
     with pytest.raises(ValueError, match="--use-checkpoint-args"):
         checkpoint_model(str(tmp_path / "nowhere"))
+
+
+def test_finetuning_in_place_is_refused_unless_it_is_a_restart(
+    saved: tuple[Path, Trainer, Progress], tmp_path: Path
+) -> None:
+    root, _, _ = saved
+    with pytest.raises(ValueError, match="give another --save folder"):
+        _load(_trainer(_arguments(load=str(root), save=str(root), finetune=True)))
+    second = _trainer(_arguments(load=str(root), save=str(tmp_path / "new"), finetune=True))
+    fresh, _ = _load(second)
+    save_checkpoint(second.arguments, GROUPS, second.model, second.optimizer, replace(fresh, iteration=7))
+    restart = _arguments(load=str(tmp_path / "new"), save=str(tmp_path / "new"), finetune=True)
+    resumed, _ = _load(_trainer(restart))
+    assert resumed.iteration == 7
+
+
+def test_changed_settings_are_named(saved: tuple[Path, Trainer, Progress]) -> None:
+    root, _, _ = saved
+    arguments = _arguments(load=str(root))
+    changed = replace(arguments, training=replace(arguments.training, seed=9))
+    _, remark = _load(_trainer(changed))
+    assert "--seed was 1234, is 9" in remark
+    _, remark = _load(_trainer(arguments))
+    assert "WARNING" not in remark
+
+
+def test_another_programs_progress_is_refused(saved: tuple[Path, Trainer, Progress]) -> None:
+    root, _, _ = saved
+    file = root / "iter_0000003" / "mp_rank_00" / "model_optim_rng.pt"
+    content = load_torch(file)
+    content["opt_param_scheduler"] = {"max_lr": 1.0}
+    save_torch(file, content)
+    with pytest.raises(ValueError, match="not saved by this program: add --finetune"):
+        _load(_trainer(_arguments(load=str(root), no_load_optim=True, no_load_rng=True)))
+    progress, _ = _load(_trainer(_arguments(load=str(root), finetune=True)))
+    assert progress == Progress()
+
+
+def test_a_failed_save_leaves_nothing_and_the_older_step(
+    saved: tuple[Path, Trainer, Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, trainer, progress = saved
+
+    def disk_full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("megatron.core.interchange.save_torch", disk_full)
+    with pytest.raises(ValueError, match="No space left"):
+        save_checkpoint(trainer.arguments, GROUPS, trainer.model, trainer.optimizer, replace(progress, iteration=4))
+    assert sorted(path.name for path in root.iterdir()) == ["iter_0000003", "latest_checkpointed_iteration.txt"]

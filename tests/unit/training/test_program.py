@@ -1,0 +1,137 @@
+"""The whole program in one process: which data it reads, where it stops, what it says of mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pretrain_gpt
+from megatron.core.datasets import IndexedDatasetWriter
+from megatron.training import training
+from megatron.training.initialize import Environment
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SHAPE = (
+    "--num-layers 1 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --num-experts 2 --seq-length 8 "
+    "--max-position-embeddings 8 --micro-batch-size 1 --num-workers 0 --device cpu --tokenizer-type NullTokenizer "
+    "--vocab-size 64 --log-interval 1 --eval-iters 1"
+).split()
+
+
+def pretrain(monkeypatch: pytest.MonkeyPatch, *flags: str, world_size: int = 1) -> None:
+    """Runs the program in this process."""
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *SHAPE, *flags])
+    environment = Environment(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size)
+    providers = (pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
+    training._pretrain(environment, *providers)
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def three_splits(tmp_path: Path) -> str:
+    """Documents whose split shows in the loss: training is all 1s, validation all 2s, test all 3s."""
+    with IndexedDatasetWriter(tmp_path / "data_text_document", np.uint16) as writer:
+        for token, documents in ((1, 60), (2, 20), (3, 20)):
+            for _ in range(documents):
+                writer.add_document([token] * 32)
+        writer.finalize()
+    return str(tmp_path / "data_text_document")
+
+
+def test_each_split_is_read_for_its_purpose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str) -> None:
+    log = tmp_path / "metrics.jsonl"
+    flags = f"--data-path {three_splits} --split 60,20,20 --global-batch-size 4 --train-iters 30 --lr 0.05"
+    pretrain(monkeypatch, *flags.split(), "--eval-interval", "30", "--metrics-path", str(log))
+    lines = metrics(log)
+    steps = [line["lm_loss"] for line in lines if "lm_loss" in line]
+    validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    test = [line["test_loss"] for line in lines if "test_loss" in line]
+    assert len(steps) == 30 and steps[-1] < 0.1
+    assert len(validation) == len(test) == 1
+    # tokens that were never seen in training stay improbable, each to its own degree
+    assert validation[0] > 3 and test[0] > 3 and validation[0] != test[0]
+
+
+def test_another_batch_size_after_a_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    flags = ["--mock-data", "--eval-interval", "0", "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]
+    flags += ["--metrics-path", str(log)]
+    pretrain(monkeypatch, *flags, "--train-samples", "40", "--global-batch-size", "2", "--exit-interval", "10")
+    pretrain(monkeypatch, *flags, "--train-samples", "40", "--global-batch-size", "4")
+    assert metrics(log)[-1] | {"iteration": 15, "consumed_samples": 40} == metrics(log)[-1]
+    pretrain(monkeypatch, *flags, "--train-iters", "17", "--global-batch-size", "8")
+    assert metrics(log)[-1] | {"iteration": 17, "consumed_samples": 56} == metrics(log)[-1]
+
+
+def test_a_new_run_does_not_erase_another_runs_metrics(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    for iterations in ("2", "1"):
+        flags = ["--mock-data", "--eval-interval", "0", "--train-iters", iterations, "--metrics-path", str(log)]
+        pretrain(monkeypatch, *flags)
+    assert len(metrics(log)) == 1 and len(metrics(tmp_path / "metrics.jsonl.1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "message"),
+    [
+        ("--mock-data --tensor-model-parallel-size 2", 3, r"world size 3 is not divisible by tensor \(2\)"),
+        ("--mock-data --global-batch-size 3", 2, "not a multiple"),
+        ("--data-path nowhere/x_text_document", 1, r"nowhere/x_text_document.idx does not exist"),
+        ("--data-path 0.5 a 0.5", 1, "--data-path"),
+        ("--mock-data --load nowhere", 1, "no checkpoint folder nowhere"),
+        ("--mock-data --device cuda", 1, "this machine has 0 GPU"),
+        ("--mock-data --save /dev/null/x", 1, "/dev/null"),
+        ("--mock-data --weight-decay nan", 1, "--weight-decay must be a finite number"),
+        ("--mock-data --lr-warmup-iters -5", 1, "must not be negative"),
+        ("--mock-data --lr-warmup-iters 5 --lr-warmup-fraction 0.1", 1, "not both"),
+        ("--mock-data --group-query-attention", 1, "needs --num-query-groups"),
+    ],
+)
+def test_mistakes_get_a_sentence(monkeypatch: pytest.MonkeyPatch, flags: str, world_size: int, message: str) -> None:
+    if "cuda" in flags:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        pretrain(monkeypatch, "--train-iters", "1", *flags.split(), world_size=world_size)
+
+
+def test_a_tokenizer_larger_than_the_checkpoint_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    pretrain(monkeypatch, "--mock-data", "--train-iters", "1", "--eval-interval", "0", "--save", folder)
+
+    class LargerTokenizer:
+        vocab_size, eod = 65, 0
+
+    monkeypatch.setattr(training, "build_tokenizer", lambda *_: LargerTokenizer())
+    with pytest.raises(ValueError, match="tokenizer has 65 entries but the model's vocabulary only 64"):
+        pretrain(monkeypatch, "--mock-data", "--train-iters", "2", "--load", folder, "--use-checkpoint-args")
+
+
+def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        "import os, pretrain_gpt\n"
+        "from megatron.training.training import pretrain\n"
+        "def forward(*arguments):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise ValueError('token 99 is outside the vocabulary')\n"
+        "    return pretrain_gpt.forward_step(*arguments)\n"
+        "pretrain(pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, forward)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(
+        [*command, *SHAPE, "--mock-data", "--train-iters", "1", "--eval-interval", "0"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "error: rank 1: token 99 is outside the vocabulary" in result.stderr
