@@ -127,6 +127,8 @@ fi
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
 threads=$((cores / GPUS_PER_NODE))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+# After SIGTERM the ranks finish their step and save; torchrun's own 30 seconds are too few for a large checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 # One path, even with spaces in it, or words that may be quoted.
