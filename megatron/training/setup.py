@@ -85,6 +85,17 @@ def build_datasets(
     return datasets
 
 
+def build_schedule(arguments: Arguments, batch_size: int) -> LearningRateSchedule:
+    """The learning rate by samples. Raises ValueError if warm-up and decay do not fit together."""
+    config = arguments.optimizer
+    total = arguments.training.total_samples(batch_size)
+    decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
+    warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
+    if config.lr_warmup_fraction is not None:
+        warmup = int(config.lr_warmup_fraction * decay)
+    return LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
+
+
 def build_trainer(
     arguments: Arguments,
     groups: ProcessGroups,
@@ -97,15 +108,8 @@ def build_trainer(
 
     Without `initialize` the weights are left as they come, for a checkpoint to be loaded into.
     """
-    config, training = arguments.optimizer, arguments.training
+    training = arguments.training
     batch_size = training.batch_size(groups.dp.size)
-    total = training.total_samples(batch_size)
-    decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
-    warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
-    if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay)
-    schedule = LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
-
     model = model_provider(arguments, groups, device)
     if initialize:
         initialize_parameters(model, model.first_layer, training.seed)
@@ -125,8 +129,8 @@ def build_trainer(
         device=device,
         model=model,
         buffers=buffers,
-        optimizer=MixedPrecisionAdamW(model, buffers, config, groups),
-        schedule=schedule,
+        optimizer=MixedPrecisionAdamW(model, buffers, arguments.optimizer, groups),
+        schedule=build_schedule(arguments, batch_size),
         forward_step=forward_step,
         link=link,
         batch_size=batch_size,

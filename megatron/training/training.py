@@ -25,6 +25,7 @@ from megatron.training.checkpointing import (
 from megatron.training.config import Arguments
 from megatron.training.initialize import (
     Environment,
+    SharedError,
     choose_device,
     on_first,
     print_once,
@@ -41,6 +42,7 @@ from megatron.training.setup import (
     Trainer,
     batches,
     build_datasets,
+    build_schedule,
     build_trainer,
 )
 from megatron.training.signals import StopSignal
@@ -68,7 +70,9 @@ def _pretrain(
         stop_signal.install()
 
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
-    arguments = replace(arguments, model=_with_vocabulary(arguments.model, tokenizer.vocab_size))
+    model = together(lambda: _with_vocabulary(arguments.model, tokenizer.vocab_size), groups)
+    together(lambda: build_schedule(arguments, arguments.training.batch_size(groups.dp.size)), groups)
+    arguments = replace(arguments, model=model)
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
@@ -216,7 +220,7 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
             log.step(record)
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped else 0
         if skipped_in_a_row >= training.max_skipped_iterations:
-            raise ValueError(
+            raise SharedError(
                 f"the gradients of {skipped_in_a_row} iterations in a row were not finite (loss {record.lm_loss}): "
                 "lower --lr or look at the data; nothing was saved after the last checkpoint"
             )
