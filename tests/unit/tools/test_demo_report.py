@@ -68,6 +68,7 @@ def test_a_disagreement_with_the_trainer_fails(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     report.draw_loss(write_metrics(tmp_path / "m", [1, 2, 3, 4], [2, 4]), 2, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
 
