@@ -134,9 +134,7 @@ class ParallelConfig:
         )  # fmt: skip
         if self.expert_model_parallel_size > 1:
             raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
-        if self.expert_tensor_parallel not in (1, self.tensor_model_parallel_size) or (
-            self.expert_tensor_parallel != self.tensor_model_parallel_size
-        ):
+        if self.expert_tensor_parallel != self.tensor_model_parallel_size:
             raise ValueError("--expert-tensor-parallel-size must equal --tensor-model-parallel-size for now")
         if self.context_parallel_size > 1:
             raise ValueError("--context-parallel-size above 1 is not supported yet: leave it at 1")
