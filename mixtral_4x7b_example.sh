@@ -90,6 +90,13 @@ count_gpus() {
     fi
 }
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    echo "Settings: $(sed -n 's/^: "\${\([A-Z_]*\):=\([^}]*\)}".*/\1=\2/p' "${BASH_SOURCE[0]}" | tr '\n' ' ')"
+    echo "Flags of pretrain_gpt.py: python pretrain_gpt.py --help"
+    exit 0
+fi
+
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 [[ -n $CHECKPOINT_PATH ]] ||

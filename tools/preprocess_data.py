@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 
@@ -129,7 +130,8 @@ def _texts(line: bytes, keys: list[str]) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"not JSON ({reason})") from None
     if not isinstance(document, dict):
         raise ValueError(f"a JSON object is expected on each line, this is {_kind(document)}")
     texts = []
@@ -301,7 +303,10 @@ def preprocess(args: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with Megatron's flag names."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--input", required=True, metavar="PATH", help="folder of *.jsonl and *.json files, one file, or a glob")
@@ -323,6 +328,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("workers", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.output_prefix.endswith(os.sep) or Path(args.output_prefix).is_dir():
+        parser.error(f"--output-prefix {args.output_prefix} is a folder: add the beginning of the files' names")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error(f"--json-keys names a key twice: {' '.join(args.json_keys)}")
     return args
@@ -340,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.sentence()}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        prefix = f"cannot write {args.output_prefix}: " if isinstance(error, OSError) and not error.filename else ""
+        print(f"error: {prefix}{error_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)

@@ -31,7 +31,16 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             os.fchmod(file.fileno(), 0o644)  # temporary files are made for their owner alone
             os.fsync(file.fileno())
         os.replace(file.name, path)
-    except BaseException:
+    except BaseException as error:
         Path(file.name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.strerror:
+            error.filename = str(path)  # a full disk does not say which file it was
         raise
     sync_folder(path.parent)
+
+
+def error_sentence(error: ValueError | OSError) -> str:
+    """What a user is told: the message, and of an operating system's error the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__

@@ -33,6 +33,13 @@ SHAPE_FIELDS = (
 )  # fmt: skip
 
 
+_EXAMPLE = """example:
+  torchrun --nproc-per-node 8 pretrain_gpt.py --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 \\
+      --sequence-parallel --bf16 --load checkpoints --save checkpoints --use-checkpoint-args --seq-length 4096 \\
+      --tokenizer-model mixtral --data-path 0.6 a_text_document 0.4 b_text_document --train-iters 1000
+mixtral_4x7b_example.sh starts it with all settings of a Mixtral 4x7B."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -54,10 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `pretrain_gpt.py`; only flags that were given end up in its result."""
     parser = _Parser(
         prog="pretrain_gpt.py",
+        usage="torchrun --nproc-per-node N pretrain_gpt.py FLAGS",
         description="Pre-train a Mixtral model.",
-        epilog="Example: torchrun --nproc-per-node 8 pretrain_gpt.py --tensor-model-parallel-size 4 "
-        "--pipeline-model-parallel-size 2 --sequence-parallel --bf16 --load CHECKPOINTS --save CHECKPOINTS "
-        "--use-checkpoint-args --data-path 0.6 a_text_document 0.4 b_text_document --train-iters 1000 ...",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -145,7 +152,7 @@ def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> str:
     known = [option for action in parser._actions for option in action.option_strings]
     hints = []
     for argument in unknown:
-        close = difflib.get_close_matches(argument, known, n=1)
+        close = difflib.get_close_matches(argument, known, n=1, cutoff=0.8)
         hints.append(argument + (f" (did you mean {close[0]}?)" if close else ""))
     return f"unknown arguments: {', '.join(hints)}"
 

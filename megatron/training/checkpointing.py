@@ -143,6 +143,8 @@ def _locate(load: Path, settings: CheckpointConfig) -> CheckpointSource | None:
     same_folder = settings.save is not None and load.resolve() == Path(settings.save).resolve()
     if same_folder and not (load / interchange.TRACKER_FILE).exists():
         _refuse_lost_tracker(load)
+        if settings.exit_on_missing_checkpoint:
+            raise ValueError(f"there is no checkpoint in {load}, and --exit-on-missing-checkpoint asks for one")
         return None
     folder, step = interchange.find_checkpoint(load)
     if step == "release" or (settings.finetune and not same_folder):
@@ -228,8 +230,8 @@ def _read(
     if layout != (groups.tp.size, groups.pp.size):
         raise ValueError(
             f"{source.folder} was saved at tensor-parallel size {layout[0]} and pipeline-parallel size {layout[1]}, "
-            f"but this run has {groups.tp.size} and {groups.pp.size}: convert it with tools/checkpoint/util.py "
-            "--loader mixtral --saver mixtral, or use its layout"
+            f"but this run has {groups.tp.size} and {groups.pp.size}: use its layout, or convert its weights (a "
+            "new run then starts from them) with tools/checkpoint/util.py --loader mixtral --saver mixtral"
         )
     name = interchange.rank_dir_name(groups.tp.rank, groups.pp.rank, groups.pp.size)
     path = source.folder / name / interchange.CHECKPOINT_FILE
@@ -274,8 +276,8 @@ def _check_model(path: Path, content: dict[str, Any], arguments: Arguments, tp_s
         differences.append(f"vocabulary padded to {theirs} there, {ours} here (--make-vocab-size-divisible-by)")
     if differences:
         raise ValueError(
-            f"{path} is a checkpoint of another model: {'; '.join(differences)}. Correct the flags, or add "
-            "--use-checkpoint-args"
+            f"{path} is a checkpoint of another model: {'; '.join(differences)}. Correct the flags or the "
+            "tokenizer, or add --use-checkpoint-args"
         )
 
 

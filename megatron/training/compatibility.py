@@ -53,6 +53,19 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "tensorboard-log-interval", "tensorboard-queue-size", "local-rank", "ddp-bucket-size",
     ),
     **_flags("no effect", "many", "recompute-modules"),
+    **_flags(
+        "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
+        "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad",
+    ),
+    **_flags(
+        "no effect", "", "log-loss-scale-to-tensorboard", "log-batch-size-to-tensorboard",
+        "log-world-size-to-tensorboard", "log-learning-rate-to-tensorboard", "distribute-saved-activations",
+    ),
+    **_flags(
+        "no effect", "one", "initial-loss-scale", "loss-scale", "min-loss-scale", "loss-scale-window", "hysteresis",
+        "wandb-entity", "empty-unused-memory-level", "dist-ckpt-format",
+    ),
+    "moe-layer-freq": CompatibilityFlag("only", "one", ("1",), "Every layer has experts."),
     "normalization": CompatibilityFlag("only", "one", ("RMSNorm",), "Mixtral has no other."),
     "position-embedding-type": CompatibilityFlag("only", "one", ("rope",), "Mixtral has no other."),
     "attention-dropout": CompatibilityFlag("only", "one", ("0", "0.0"), "Dropout is not part of Mixtral."),

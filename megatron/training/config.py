@@ -27,7 +27,7 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
     exit_signal_handler: bool = False
-    """Save and exit with status 0 on SIGTERM."""
+    """Save and exit on SIGTERM or Ctrl-C; ranks end with status 0, torchrun itself reports the signal."""
     max_skipped_iterations: int = 10
     """End with an error after this many iterations in a row whose gradients were not finite."""
     seed: int = 1234
@@ -44,6 +44,10 @@ class TrainingConfig:
             raise ValueError(f"--micro-batch-size must be positive, got {self.micro_batch_size}")
         if (self.train_iters is None) == (self.train_samples is None):
             raise ValueError("give exactly one of --train-iters and --train-samples")
+        if self.train_iters == 0 or self.train_samples == 0:
+            raise ValueError("--train-iters and --train-samples must be positive")
+        if self.global_batch_size is not None and self.global_batch_size <= 0:
+            raise ValueError(f"--global-batch-size must be positive, got {self.global_batch_size}")
         if min(self.train_iters or 0, self.train_samples or 0, self.eval_iters, self.eval_interval) < 0:
             raise ValueError("--train-iters, --train-samples, --eval-iters and --eval-interval must not be negative")
         if self.exit_interval is not None and self.exit_interval <= 0:
@@ -57,7 +61,7 @@ class TrainingConfig:
         """Samples in one step. Raises ValueError if the micro-batches cannot be shared out evenly."""
         step = self.micro_batch_size * data_parallel_size
         size = step if self.global_batch_size is None else self.global_batch_size
-        if size <= 0 or size % step:
+        if size % step:
             raise ValueError(
                 f"--global-batch-size ({size}) is not a multiple of --micro-batch-size ({self.micro_batch_size}) x "
                 f"data-parallel size ({data_parallel_size}) = {step}"
@@ -86,6 +90,8 @@ class CheckpointConfig:
     """Folder to load the newest checkpoint from. Equal to --save, it may still be empty on the first run."""
     save_interval: int | None = None
     """Steps between checkpoints; the last step is saved in any case."""
+    exit_on_missing_checkpoint: bool = False
+    """Fail if there is no checkpoint in --load, even where that is the first run's --save folder."""
     finetune: bool = False
     """Load weights only and start at iteration 0 with a fresh optimizer and the data from its beginning."""
     no_load_optim: bool = False

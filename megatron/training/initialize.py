@@ -1,5 +1,6 @@
 """Start-up: the one reader of the environment, the device, torch.distributed, and errors that all ranks share."""
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from megatron.core.atomic_files import error_sentence
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.config import Arguments
 
@@ -87,7 +89,7 @@ def together(action: Callable[[], T], groups: ProcessGroups) -> T:
     try:
         result = action()
     except (ValueError, OSError) as error:
-        message = str(error)
+        message = error_sentence(error)
     messages = [message]
     if groups.control.size > 1:
         messages = [None] * groups.control.size
@@ -123,6 +125,8 @@ def run(main: Callable[[Environment], None]) -> None:
     each machine; later, an error of one rank alone is reported by that rank.
     """
     environment = read_environment()
+    if environment.rank != 0:
+        logging.getLogger("megatron").setLevel(logging.ERROR)  # warnings are the same on every rank
     try:
         main(environment)
     except ValueError as error:
@@ -134,6 +138,10 @@ def run(main: Callable[[Environment], None]) -> None:
         else:
             time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
         _leave(1)
+    except KeyboardInterrupt:
+        if environment.local_rank == 0:
+            print("error: interrupted; nothing was saved since the last checkpoint", file=sys.stderr, flush=True)
+        _leave(130)
     except Exception:
         traceback.print_exc()
         _leave(1)

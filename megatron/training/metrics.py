@@ -173,7 +173,7 @@ def _open_json_lines(path: Path, resumed_at: int) -> Any:
     A run that starts anew keeps what another one wrote there under a numbered name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and resumed_at == 0:  # another run's numbers
+    if resumed_at == 0 and path.exists() and path.stat().st_size:  # another run's numbers
         aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
         path.rename(aside)
     elif path.exists():

@@ -22,7 +22,7 @@ from megatron.training.checkpointing import (
     locate_checkpoint,
     save_checkpoint,
 )
-from megatron.training.config import Arguments
+from megatron.training.config import Arguments, LoggingConfig
 from megatron.training.initialize import (
     Environment,
     SharedError,
@@ -63,6 +63,7 @@ def _pretrain(
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
     _check_save_folder(arguments, groups)
+    on_first(lambda: _check_log_files(arguments.logging), groups)
     for remark in remarks:
         print_once(groups, f"note: {remark}")
     stop_signal = StopSignal()
@@ -103,6 +104,16 @@ def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
     together(see, groups)
     if groups.world.is_first:
         (folder / name).unlink()
+
+
+def _check_log_files(config: LoggingConfig) -> None:
+    """Raises OSError before the first step if what is logged could not be written."""
+    if config.metrics_path is not None:
+        path = Path(config.metrics_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    if config.tensorboard_dir is not None:
+        Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -208,6 +219,10 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
     deadline = math.inf
     if training.exit_duration_in_mins is not None:
         deadline = time.monotonic() + 60 * training.exit_duration_in_mins
+    if progress.iteration >= last:
+        print_once(trainer.groups, f"nothing to train: iteration {progress.iteration} of {last} is already reached")
+    if validation_set is None and training.eval_interval and training.eval_iters:
+        print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
@@ -242,7 +257,8 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         if test_set is not None:
             _evaluate_and_log(trainer, "test", test_set, progress, log)
     else:
-        print_once(trainer.groups, f"stopped at iteration {progress.iteration} of {last}")
+        again = "; the same command continues" if arguments.checkpoint.save else ""
+        print_once(trainer.groups, f"stopped at iteration {progress.iteration} of {last}{again}")
     if log is not None:
         log.close()
 

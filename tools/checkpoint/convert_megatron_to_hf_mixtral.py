@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mixtral import MegatronSource, step
 from tools.checkpoint.saver_mixtral_hf import save_huggingface
@@ -30,8 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--huggingface-config-path", required=True, help="model folder with config.json and the tokenizer files"
     )
     parser.add_argument("--huggingface-checkpoint-path", required=True, help="folder to write")
-    parser.add_argument("--tensor-parallel-size", type=int, help="of the checkpoint (default: what is there)")
-    parser.add_argument("--pipeline-parallel-size", type=int, help="of the checkpoint (default: what is there)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, help="tensor-parallel size of the checkpoint (default: as found)"
+    )
+    parser.add_argument(
+        "--pipeline-parallel-size", type=int, help="pipeline stages of the checkpoint (default: as found)"
+    )
     parser.add_argument("--iteration", type=step, help="step to convert instead of the newest: a number, or release")
     parser.add_argument("--max-shard-size", type=byte_size, default="5GB", help="largest weight file (default: 5GB)")
     add_params_dtype(parser)

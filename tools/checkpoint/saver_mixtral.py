@@ -1,6 +1,7 @@
 """Saver: a Mixtral checkpoint in Megatron's format, one file a rank, written one file at a time."""
 
 import argparse
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -76,7 +77,10 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     if args.make_vocab_size_divisible_by is not None:
         model = replace(model, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
     layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    layout.check_model(model, description.seq_length)
+    try:
+        layout.check_model(model, description.seq_length)
+    except ValueError as error:
+        raise ValueError(re.sub("--(tensor|pipeline)-model", r"--target-\1", str(error))) from None
     if args.tokenizer_model is not None or args.tokenizer_type is not None or description.tokenizer_type is None:
         model_path = args.tokenizer_model or description.tokenizer_model
         tokenizer = find_tokenizer(model_path, args.tokenizer_type)
@@ -101,7 +105,8 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
         if not existed:
             shutil.rmtree(root, ignore_errors=True)
         raise
-    print(f"wrote {root / 'release'}: tensor x pipeline = {tp} x {pp}, {str(description.dtype).removeprefix('torch.')}")
+    dtype = str(description.dtype).removeprefix("torch.")
+    print(f"wrote {root / 'release'}: tensor x pipeline = {tp} x {pp}, {dtype}, weights only")
 
 
 def _extra_args(description: Description, tokenizer: tuple[str | None, str | None]) -> dict[str, object]:

@@ -12,9 +12,15 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.core.atomic_files import error_sentence
 from tools.checkpoint.stream import DTYPES, CheckedSource, Progress, Source, model_bytes
+
+_SHOWN_IN_HELP = {"loader": "mixtral_hf", "saver": "mixtral"}
 
 
 def find_plugin(kind: str, name: str) -> ModuleType:
@@ -46,8 +52,7 @@ def run_tool(action: Callable[[], None]) -> int:
     try:
         action()
     except (ValueError, OSError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {' '.join(error_sentence(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted, nothing was written", file=sys.stderr)
@@ -60,7 +65,7 @@ def add_params_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params-dtype", choices=tuple(DTYPES), help="type to write (default: the source's)")
 
 
-def build_parser(loader: ModuleType | None, saver: ModuleType | None) -> argparse.ArgumentParser:
+def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentParser:
     """The command line, with the flags of the chosen loader and saver."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-type", choices=("GPT",), default="GPT", help="family of the model")
@@ -70,8 +75,7 @@ def build_parser(loader: ModuleType | None, saver: ModuleType | None) -> argpars
     parser.add_argument("--save-dir", required=True, help="folder to write, new or empty")
     add_params_dtype(parser)
     for kind, plugin in (("loader", loader), ("saver", saver)):
-        if plugin is not None:
-            plugin.add_arguments(parser.add_argument_group(f"of the {kind} {plugin.__name__.rpartition('.')[2]}"))
+        plugin.add_arguments(parser.add_argument_group(f"of the {kind} {plugin.__name__.rpartition('.')[2]}"))
     return parser
 
 
@@ -81,17 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     names.add_argument("--loader")
     names.add_argument("--saver")
     chosen, _ = names.parse_known_args(argv)
-    plugins: list[ModuleType | None] = []
+    plugins: list[ModuleType] = []
     for kind in ("loader", "saver"):
-        name = getattr(chosen, kind)
+        name = getattr(chosen, kind) or _SHOWN_IN_HELP[kind]
         try:
-            plugins.append(find_plugin(kind, name) if name else None)
+            plugins.append(find_plugin(kind, name))
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     args = build_parser(*plugins).parse_args(argv)
     loader, saver = plugins
-    assert loader is not None and saver is not None
     return run_tool(lambda: convert(loader.open_source(args), lambda source: saver.save(source, args)))
 
 

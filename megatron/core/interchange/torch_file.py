@@ -41,7 +41,8 @@ def save_torch(path: Path, content: dict[str, Any]) -> None:
         with atomic_writer(Path(path)) as file:
             torch.save(content, file)
     except RuntimeError as error:  # torch's zip writer reports a failed write this way
-        raise OSError(f"cannot write {path}: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise OSError(f"cannot write {path}: the disk may be full or have failed ({reason})") from error
 
 
 def _check_sums(path: Path) -> None:
