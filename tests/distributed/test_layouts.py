@@ -16,6 +16,7 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp4": (4, {"pipeline_model_parallel_size": 4}),
     "dp2": (2, {}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
     "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
@@ -55,6 +56,6 @@ def test_float64_equals_one_process(layout: str) -> None:
     _compare(layout, "float64", 1e-10, 1e-10)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "pp2", "dp2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "pp2", "dp2", "tp2_pp2", "tp2_sp_pp2"])
 def test_float32_equals_one_process(layout: str) -> None:
     _compare(layout, "float32", 2e-6, 1e-5)
