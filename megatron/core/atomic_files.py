@@ -1,5 +1,8 @@
 """Files and folders that are either whole or absent after a kill or a power cut."""
 
+import contextlib
+import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -7,12 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+# The process's file mode mask can only be read by setting it.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
 
 def sync_folder(folder: Path) -> None:
     """Makes renames and removals in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
     finally:
         os.close(descriptor)
 
@@ -28,7 +38,8 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
         with file:
             yield file  # type: ignore[misc]
             file.flush()
-            os.fchmod(file.fileno(), 0o644)  # temporary files are made for their owner alone
+            with contextlib.suppress(PermissionError):
+                os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # temporary files are made for their owner alone
             os.fsync(file.fileno())
         os.replace(file.name, path)
     except BaseException as error:
@@ -37,6 +48,23 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             error.filename = str(path)  # a full disk does not say which file it was
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def exclusive_folder(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other processes that ask for it out. Raises ValueError if one is already in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {folder}: wait until it is done") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def error_sentence(error: ValueError | OSError) -> str:

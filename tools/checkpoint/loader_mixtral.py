@@ -144,6 +144,8 @@ class MegatronSource:
         for (rank, stage), weights in self._weights.items():
             path = self._file(rank, stage)
             rules = dict(stage_weights(model, stage, self._pp, self._padded))
+            if not all(isinstance(name, str) for name in weights):
+                raise ValueError(f"{path}: the names of its tensors are not text")
             stored = {name for name in weights if not name.endswith("_extra_state")}
             missing, unknown = sorted(set(rules) - stored), sorted(stored - set(rules))
             if missing:
@@ -154,6 +156,8 @@ class MegatronSource:
                 shape = list(rule.shape)
                 if rule.partition_dim is not None:
                     shape[rule.partition_dim] //= self._tp
+                if not isinstance(weights[name], torch.Tensor):
+                    raise ValueError(f"{path}: {name} is not a tensor")
                 if list(weights[name].shape) != shape:
                     raise ValueError(f"{path}: {name} is of shape {list(weights[name].shape)}, expected {shape}")
                 dtypes[f"{name} in {path}"] = weights[name].dtype

@@ -1,14 +1,15 @@
 """Saver: a Mixtral checkpoint in Megatron's format, one file a rank, written one file at a time."""
 
 import argparse
+import contextlib
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from megatron.core.atomic_files import exclusive_folder
 from megatron.core.config import ParallelConfig
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
@@ -96,15 +97,17 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     if existed and (not root.is_dir() or any(entry.name != ".release.saving" for entry in root.iterdir())):
         raise ValueError(f"{root} is not an empty folder: choose another --save-dir or remove what is in it")
     namespace = model_args_namespace(model, tp, pp, description.seq_length, _extra_args(description, tokenizer))
-    try:
-        _write_ranks(source, root, namespace, model.padded_vocab_size(tp))
-        source.check_complete()
-        commit_step(root, "release", tp, pp)
-    except BaseException:
-        abandon_step(root, "release")
-        if not existed:
-            shutil.rmtree(root, ignore_errors=True)
-        raise
+    with exclusive_folder(begin_step(root, "release")):
+        try:
+            _write_ranks(source, root, namespace, model.padded_vocab_size(tp))
+            source.check_complete()
+            commit_step(root, "release", tp, pp)
+        except BaseException:
+            abandon_step(root, "release")
+            if not existed:
+                with contextlib.suppress(OSError):  # only if nothing else has come into it
+                    root.rmdir()
+            raise
     dtype = str(description.dtype).removeprefix("torch.")
     print(f"wrote {root / 'release'}: tensor x pipeline = {tp} x {pp}, {dtype}, weights only")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.core.atomic_files import atomic_writer, sync_folder
+from megatron.core.atomic_files import atomic_writer, exclusive_folder, sync_folder
 from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint.hf_files import (
@@ -61,24 +61,25 @@ def save_huggingface(source: CheckedSource, config_folder: Path, target: Path, m
         raise ValueError(f"{target} is not an empty folder: choose another one or remove what is in it")
     target = target.absolute()
     staging = target / ".saving" if in_place else target.with_name(f".{target.name}.saving")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        names = _write_weights(source, staging, max_shard_size, target if in_place else None)
-        source.check_complete()
-        if not in_place:
-            for file in companion_files(config_folder):
-                _copy(file, staging / file.name)
-        _write_config(config, config_folder, staging, description.dtype)
-        sync_folder(staging)
-        if in_place:
-            _replace_weights(staging, target, names)
-        else:
-            os.rename(staging, target)
-            sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with exclusive_folder(staging):
+        for left_over in staging.iterdir():  # of an attempt that was killed
+            left_over.unlink()
+        try:
+            names = _write_weights(source, staging, max_shard_size, target if in_place else None)
+            source.check_complete()
+            if not in_place:
+                for file in companion_files(config_folder):
+                    _copy(file, staging / file.name)
+            _write_config(config, config_folder, staging, description.dtype)
+            sync_folder(staging)
+            if in_place:
+                _replace_weights(staging, target, names)
+            else:
+                os.rename(staging, target)
+                sync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
     print(f"wrote {target}: {len(names)} weight file(s), {str(description.dtype).removeprefix('torch.')}")
 
 

@@ -217,7 +217,11 @@ def prepare(workdir: Path) -> Path:
     if workdir.is_dir() and any(workdir.iterdir()):
         if not (workdir / MARKER).exists():
             raise StageFailed(f"{workdir} holds files that no demo made: name an empty or new folder with --workdir")
-        shutil.rmtree(workdir)
+        for entry in workdir.iterdir():  # the marker stays, so that an interrupted start can be repeated
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != MARKER:
+                entry.unlink()
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / MARKER).touch()
     return workdir

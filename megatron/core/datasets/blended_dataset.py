@@ -141,6 +141,10 @@ class _Builder:
 
     def __init__(self, config: DataConfig, seed: int, tokenizer: Vocabulary) -> None:
         blend = parse_blend(config.data_path)
+        prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for _, prefix in blend]
+        twice = next((prefix for prefix in prefixes if prefixes.count(prefix) > 1), None)
+        if twice is not None:
+            raise ValueError(f"--data-path names {twice} twice: name it once, with the sum of its weights")
         opened = {prefix: _open(prefix, tokenizer.vocab_size) for prefix in {prefix for _, prefix in blend}}
         self._sources = [(weight, opened[prefix]) for weight, prefix in blend]
         self._config, self._seed, self._tokenizer = config, seed, tokenizer

@@ -1,10 +1,13 @@
 """Index builders of the GPT and blended data sets: C++ where it was built, else NumPy, with the same results."""
 
 import importlib
+import logging
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 helpers_cpp: ModuleType | None
 try:
@@ -67,6 +70,8 @@ def build_blending_indices(
     assert abs(weights.sum() - 1) < 1e-9 and weights.min() > 0, weights
     if len(weights) > np.iinfo(np.int16).max:
         raise ValueError(f"a blend takes at most {np.iinfo(np.int16).max} data sets, got {len(weights)}")
+    if helpers_cpp is None and num_samples > 1_000_000:
+        logger.warning("the C++ helper was not built, so that this blend takes minutes: reinstall with a compiler")
     build = helpers_cpp.build_blending_indices if helpers_cpp else build_blending_indices_numpy
     return build(weights, num_samples)
 

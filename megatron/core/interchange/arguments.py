@@ -17,6 +17,11 @@ _ARCHITECTURE: dict[str, Any] = {
     "add_qkv_bias": False,
     "qk_layernorm": False,
     "untie_embeddings_and_output_weights": True,
+    "rotary_interleaved": False,
+    "use_rope_scaling": False,
+    "apply_layernorm_1p": False,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
 }
 _REQUIRED = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "rotary_base", "norm_epsilon",
@@ -84,4 +89,7 @@ def model_config_from_args(args: Namespace, vocab_size: int | None = None) -> Mo
         values.pop("moe_router_load_balancing_type", None)
     if vocab_size is not None:
         values["vocab_size"] = vocab_size
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's args have a value of the wrong type: {error}") from error

@@ -95,7 +95,7 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=_whole(config, "max_position_embeddings"),
         rotary_base=rope_theta_from_hf(config),
         norm_epsilon=float(_number(config, "rms_norm_eps")),
-        init_method_std=float(config.get("initializer_range", 0.02)),
+        init_method_std=float(_number({"initializer_range": 0.02} | config, "initializer_range")),
         vocab_size=_whole(config, "vocab_size"),
         num_experts=_whole(config, "num_local_experts"),
         moe_router_topk=_whole(config, "num_experts_per_tok"),
@@ -108,6 +108,8 @@ def sliding_window_from_hf(config: dict[str, Any]) -> int | None:
     if config.get("sliding_window") is None:
         return None
     window = _whole(config, "sliding_window")
+    if window < 1:
+        raise ValueError(f"config.json: sliding_window must be positive or null, got {window}")
     return window if window < _whole(config, "max_position_embeddings") else None
 
 

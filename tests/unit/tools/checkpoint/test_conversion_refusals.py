@@ -10,6 +10,7 @@ import torch
 from conversion_testing import MakeModel
 from safetensors.torch import load_file, save_file
 
+from megatron.core.atomic_files import exclusive_folder
 from megatron.core.interchange import load_torch, save_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
@@ -313,3 +314,27 @@ def test_tokenizer_by_its_files(tmp_path: Path) -> None:
         assert find_tokenizer(str(path), None) == ("PretrainedTokenizerFromHF", str(tmp_path))
     assert find_tokenizer(str(tmp_path / "tokenizer.model"), "Llama2Tokenizer") == expected
     assert find_tokenizer(None, "NullTokenizer") == ("NullTokenizer", None)
+
+
+@pytest.mark.parametrize("converter", ["to_megatron", "to_huggingface"])
+def test_two_conversions_into_one_folder_do_not_mix(
+    make_model: MakeModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], converter: str
+) -> None:
+    source = make_model()
+    megatron, target = tmp_path / "megatron", tmp_path / "target"
+    command = f"--loader mixtral_hf --saver mixtral --load-dir {source} --save-dir"
+    if converter == "to_megatron":
+        staging = target / ".release.saving"
+        arguments = [*command.split(), str(target)]
+    else:
+        assert util.main([*command.split(), str(megatron)]) == 0
+        staging = tmp_path / ".target.saving"
+        arguments = f"--loader mixtral --saver mixtral_hf --load-dir {megatron} --save-dir {target}".split()
+        arguments += ["--huggingface-config-path", str(source)]
+    with exclusive_folder(staging):
+        (staging / "of-the-other-process").touch()
+        assert util.main(arguments) == 1
+        assert "another process is writing" in capsys.readouterr().err
+        assert (staging / "of-the-other-process").exists()
+    (staging / "of-the-other-process").unlink()
+    assert util.main(arguments) == 0
