@@ -108,6 +108,12 @@ def test_a_weighted_blend_takes_its_shares_from_each_split(tmp_path: Path) -> No
     assert [row.epochs for row in rows] == pytest.approx([60 * 8 / 100, 40 * 8 / 10000])
 
 
+def test_a_data_set_named_twice_is_refused(tmp_path: Path) -> None:
+    prefix = write_constant(tmp_path / "a", 1, 10)
+    with pytest.raises(ValueError, match="twice: name it once, with the sum of its weights"):
+        build(tmp_path, ("0.5", prefix, "0.5", f"{prefix}.bin"))
+
+
 def test_an_unweighted_blend_reads_all_data_sets_equally_often(tmp_path: Path) -> None:
     """In proportion to tokens, not to documents and not one to one."""
     short = write_constant(tmp_path / "short", 1, 100, length=10)
