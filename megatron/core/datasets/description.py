@@ -1,0 +1,93 @@
+"""The small JSON beside an indexed data set, `<prefix>.json`: which tokenizer wrote it, how much is in it, checksums.
+
+Data sets from elsewhere have none; everything here works without torch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron.core.atomic_files import atomic_writer
+
+VERSION = 1
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetDescription:
+    """What is known of a data set beyond its tokens."""
+
+    version: int = VERSION
+    """Version of this record."""
+    key: str | None
+    """Key of the JSON objects that the texts were taken from."""
+    tokenizer: dict[str, Any]
+    """`Tokenizer.identity` (type, vocab_size, eod, sha256 in hex by file name) and bos."""
+    append_eod: bool
+    """Whether each document ends with the end-of-document token."""
+    append_bos: bool
+    """Whether each document begins with the beginning-of-sequence token."""
+    documents: int
+    """Number of documents."""
+    tokens: int
+    """Number of tokens."""
+    dtype: str
+    """NumPy name of the token type."""
+    sha256: dict[str, str]
+    """SHA-256 in hex of the files `bin` and `idx`."""
+
+    def tokenizer_differences(self, identity: Mapping[str, Any]) -> list[str]:
+        """How the tokenizer that wrote the data set differs from the one of `identity` (see `Tokenizer.identity`)."""
+        found = []
+        for name, text in (("type", "type"), ("vocab_size", "vocabulary size"), ("eod", "end-of-document id")):
+            if self.tokenizer.get(name) != identity.get(name):
+                found.append(f"{text} {self.tokenizer.get(name)} in the data, {identity.get(name)} here")
+        ours, theirs = identity.get("sha256", {}), self.tokenizer.get("sha256", {})
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
+                there, here = (str(hashes.get(name, "none"))[:12] for hashes in (theirs, ours))
+                found.append(f"{name} has SHA-256 {there} in the data, {here} here")
+        return found
+
+    def write(self, prefix: str | os.PathLike[str]) -> None:
+        """Write `<prefix>.json`, whole or not at all."""
+        with atomic_writer(description_path(prefix)) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def description_path(prefix: str | os.PathLike[str]) -> Path:
+    """The description's file for the data set at `prefix`."""
+    return Path(f"{os.fspath(prefix)}.json")
+
+
+def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | None:
+    """The description of the data set at `prefix`, or None if it has none. Raises ValueError for a broken one."""
+    path = description_path(prefix)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): prepare the data set again, or remove this file") from None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise ValueError(f"{path} is no description of a data set of version {VERSION}: it is from another program")
+    missing = [field.name for field in fields(DatasetDescription) if field.name not in content]
+    unknown = sorted(content.keys() - {field.name for field in fields(DatasetDescription)})
+    if missing or unknown or not isinstance(content["tokenizer"], dict) or not isinstance(content["sha256"], dict):
+        raise ValueError(
+            f"{path} lacks {missing or 'nothing'} and has {unknown or 'nothing'} too much for a description"
+        )
+    return DatasetDescription(**content)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
