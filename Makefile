@@ -16,7 +16,7 @@ ifneq ($(INSTALLED_AT),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check format clean
+.PHONY: help install demo test verify test-all check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ demo: $(STAMP) ## the whole road on real text: data, model, training, back to Hu
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+verify: $(STAMP) ## every layout against one process (slow: a quarter of an hour or more on two cores)
+	$(BIN)/python -m pytest -m 'not gpu' tests/distributed $(ARGS)
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)

@@ -1,6 +1,7 @@
 """A tiny Mixtral, one training step of it under any layout, and the comparison of two steps."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ TINY_MODEL = ModelConfig(
 SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 16, 2, 8
 
 
-def tiny_arguments(parallel: ParallelConfig, params_dtype: str = "float64") -> Arguments:
-    """Settings of a run of the tiny model."""
-    return Arguments(
+def tiny_arguments(params_dtype: str = "float64", settings: Mapping[str, Any] | None = None) -> Arguments:
+    """Settings of a run of the tiny model; `settings` are fields of any of its configurations."""
+    arguments = Arguments(
         model=replace(TINY_MODEL, params_dtype=params_dtype),
-        parallel=parallel,
+        parallel=ParallelConfig(),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=2, weight_decay=0.1),
         tokenizer=TokenizerConfig(),
         data=DataConfig(seq_length=SEQ_LENGTH, mock_data=True),
@@ -50,6 +51,14 @@ def tiny_arguments(parallel: ParallelConfig, params_dtype: str = "float64") -> A
         checkpoint=CheckpointConfig(),
         logging=LoggingConfig(),
     )
+    rest = dict(settings or {})
+    changed = {}
+    for part in fields(arguments):
+        config = getattr(arguments, part.name)
+        mine = {field.name: rest.pop(field.name) for field in fields(config) if field.name in rest}
+        changed[part.name] = replace(config, **mine)
+    assert not rest, f"no configuration has {sorted(rest)}"
+    return Arguments(**changed)
 
 
 def step_batches(step: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
@@ -71,18 +80,19 @@ class StepOutcome:
     numbers: list[dict[str, float]]
     """Loss, load-balancing loss, z-loss and gradient norm of each step."""
     gradients: dict[str, tuple[Tensor, int | None, int, int]]
-    """Unclipped gradients of the first step by global name: local part, partition_dim, stride, tp rank."""
+    """Unclipped gradients of the first step by global name: local part, partition_dim, stride, rank in the group that
+    splits the tensor."""
     weights: dict[str, tuple[Tensor, int | None, int, int]]
     """Weights after the last step."""
 
 
-def _shards(shards: list[NamedShard], groups: ProcessGroups) -> dict[str, tuple[Tensor, int | None, int, int]]:
+def _shards(shards: list[NamedShard]) -> dict[str, tuple[Tensor, int | None, int, int]]:
     return {
         shard.global_name: (
             shard.data.clone(),
             shard.spec.partition_dim,
             shard.spec.partition_stride,
-            groups.tp.rank,
+            shard.spec.group.rank,
         )
         for shard in shards
     }
@@ -101,10 +111,10 @@ def _gradient_shards(model: Any) -> list[NamedShard]:
     return shards
 
 
-def train_tiny(rank: int, world_size: int, parallel: ParallelConfig, params_dtype: str, steps: int) -> StepOutcome:
-    """Trains the tiny model for some steps on this rank of the layout."""
-    groups = build_process_groups(parallel, rank, world_size) if world_size > 1 else ProcessGroups()
-    arguments = tiny_arguments(parallel, params_dtype)
+def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, steps: int) -> StepOutcome:
+    """Trains the tiny model for some steps on this rank of the layout that `settings` describe."""
+    arguments = tiny_arguments(params_dtype, settings)
+    groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
     cpu = torch.device("cpu")
     trainer = build_trainer(arguments, groups, cpu, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
     progress, numbers, gradients = Progress(), [], {}
@@ -113,7 +123,7 @@ def train_tiny(rank: int, world_size: int, parallel: ParallelConfig, params_dtyp
     def finalize_and_keep() -> None:
         finalize()
         if not gradients:
-            gradients.update(_shards(_gradient_shards(trainer.model), groups))
+            gradients.update(_shards(_gradient_shards(trainer.model)))
 
     trainer.buffers.finalize = finalize_and_keep  # type: ignore[method-assign]
     for step in range(steps):
@@ -127,7 +137,7 @@ def train_tiny(rank: int, world_size: int, parallel: ParallelConfig, params_dtyp
                 "grad_norm": record.grad_norm,
             }
         )
-    weights = _shards(list(named_shards(trainer.model, trainer.model.first_layer)), groups)
+    weights = _shards(list(named_shards(trainer.model, trainer.model.first_layer)))
     return StepOutcome(numbers, gradients, weights)
 
 
@@ -138,10 +148,10 @@ def join_shards(parts: list[dict[str, tuple[Tensor, int | None, int, int]]]) -> 
         by_rank: dict[int, Tensor] = {}
         for part in parts:
             if name in part:
-                tensor, dim, stride, tp_rank = part[name]
-                if tp_rank in by_rank:
-                    assert torch.equal(by_rank[tp_rank], tensor), f"{name} differs between data-parallel ranks"
-                by_rank[tp_rank] = tensor
+                tensor, dim, stride, shard = part[name]
+                if shard in by_rank:
+                    assert torch.equal(by_rank[shard], tensor), f"{name} differs between the ranks that hold it"
+                by_rank[shard] = tensor
         whole[name] = join_from_tp([by_rank[rank] for rank in sorted(by_rank)], dim, stride)
     return whole
 

@@ -54,7 +54,8 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
     )
     groups = build_process_groups(parallel, rank, world_size) if world_size > 1 else ProcessGroups()
     arguments = replace(
-        tiny_arguments(parallel, "float32"),
+        tiny_arguments("float32"),
+        parallel=parallel,
         model=replace(model_config_from_hf(json.loads((Path(hf) / "config.json").read_text())), params_dtype="float32"),
         checkpoint=CheckpointConfig(load=load),
     )
@@ -97,7 +98,7 @@ def test_every_gradient_equals_transformers(hf_folder: Path) -> None:
 
     theirs = MixtralForCausalLM.from_pretrained(hf_folder, dtype=torch.float64, experts_implementation="eager")
     config = model_config_from_hf(theirs.config.to_dict())
-    arguments = replace(tiny_arguments(ParallelConfig()), model=replace(config, params_dtype="float64"))
+    arguments = replace(tiny_arguments(), model=replace(config, params_dtype="float64"))
     ours = pretrain_gpt.model_provider(arguments, ProcessGroups(), torch.device("cpu"))
     rules = {rule.name: rule for rule in mixtral_weights(config, config.padded_vocab_size(1))}
     values = _in_disk_spelling({name: p.detach() for name, p in theirs.named_parameters()}, config.ffn_hidden_size)

@@ -1,37 +1,65 @@
 """Every layout trains the same model: loss, auxiliary losses, every gradient, and weights after five steps."""
 
 import functools
+import json
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from distributed_testing import run_distributed
 from model_testing import join_shards, relative_difference, train_tiny
 
-from megatron.core.config import ParallelConfig
-
 STEPS = 5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to spread the tiny model."""
+
+    world_size: int
+    settings: dict[str, Any]
+    """Fields of any configuration (see `tiny_arguments`) in which the layout differs from one process."""
+    shared_settings: dict[str, Any] = field(default_factory=dict)
+    """Fields that the one process it is compared with has as well."""
+    quick: bool = False
+    """Whether it is part of the default run; `make verify` runs all."""
+    float32: bool = False
+    """Whether it is compared in float32 too."""
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+TP4 = {"tensor_model_parallel_size": 4}
+PP2 = {"pipeline_model_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+SP = {"sequence_parallel": True}
+
 LAYOUTS = {
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp4": (4, {"pipeline_model_parallel_size": 4}),
-    "dp2": (2, {}),
-    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
-    "tp2_dp2": (4, {"tensor_model_parallel_size": 2}),
-    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
+    "tp2": Layout(2, TP2, quick=True, float32=True),
+    "tp2_sp": Layout(2, TP2 | SP, quick=True, float32=True),
+    "pp2": Layout(2, PP2, quick=True, float32=True),
+    "pp4": Layout(4, PP4),
+    "dp2": Layout(2, {}, quick=True, float32=True),
+    "tp2_pp2": Layout(4, TP2 | PP2, quick=True, float32=True),
+    "tp2_sp_pp2": Layout(4, TP2 | SP | PP2, quick=True, float32=True),
+    "tp2_dp2": Layout(4, TP2, quick=True),
+    "pp2_dp2": Layout(4, PP2, quick=True),
+    "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
+    "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
 }
+QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
 
 
 @functools.cache
-def _one_process(params_dtype: str):
-    return run_distributed(train_tiny, 1, ParallelConfig(), params_dtype, STEPS)[0]
+def _one_process(params_dtype: str, settings: str):
+    return run_distributed(train_tiny, 1, json.loads(settings), params_dtype, STEPS)[0]
 
 
-def _compare(layout: str, params_dtype: str, tolerance: float, weight_tolerance: float) -> None:
-    world_size, settings = LAYOUTS[layout]
-    outcomes = run_distributed(train_tiny, world_size, ParallelConfig(**settings), params_dtype, STEPS)
-    reference = _one_process(params_dtype)
+def _compare(name: str, params_dtype: str, tolerance: float, weight_tolerance: float) -> None:
+    layout = LAYOUTS[name]
+    settings = layout.shared_settings | layout.settings
+    outcomes = run_distributed(train_tiny, layout.world_size, settings, params_dtype, STEPS)
+    reference = _one_process(params_dtype, json.dumps(layout.shared_settings))
     for outcome in outcomes:
         for name, value in reference.numbers[0].items():
             assert outcome.numbers[0][name] == pytest.approx(value, rel=tolerance), name
@@ -51,11 +79,11 @@ def _compare(layout: str, params_dtype: str, tolerance: float, weight_tolerance:
             assert outcomes[0].numbers[0]["grad_norm"] == pytest.approx(norm, rel=tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUICK_OR_SLOW)
 def test_float64_equals_one_process(layout: str) -> None:
     _compare(layout, "float64", 1e-10, 1e-10)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_sp", "pp2", "dp2", "tp2_pp2", "tp2_sp_pp2"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name].float32])
 def test_float32_equals_one_process(layout: str) -> None:
     _compare(layout, "float32", 2e-6, 1e-5)

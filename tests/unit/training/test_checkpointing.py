@@ -8,7 +8,6 @@ import torch
 from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
-from megatron.core.config import ParallelConfig
 from megatron.core.interchange import load_torch, save_torch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpointing import (
@@ -26,7 +25,7 @@ GROUPS = ProcessGroups()
 
 
 def _arguments(**checkpoint: object) -> Arguments:
-    return replace(tiny_arguments(ParallelConfig(), "bfloat16"), checkpoint=CheckpointConfig(**checkpoint))  # type: ignore[arg-type]
+    return replace(tiny_arguments("bfloat16"), checkpoint=CheckpointConfig(**checkpoint))  # type: ignore[arg-type]
 
 
 def _trainer(arguments: Arguments) -> Trainer:

@@ -7,7 +7,6 @@ import torch
 from model_testing import tiny_arguments
 
 import pretrain_gpt
-from megatron.core.config import ParallelConfig
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.setup import build_trainer
@@ -15,7 +14,7 @@ from megatron.training.training import evaluate
 
 
 def test_the_mean_over_the_first_samples() -> None:
-    arguments = tiny_arguments(ParallelConfig())
+    arguments = tiny_arguments()
     arguments = replace(
         arguments,
         training=replace(arguments.training, eval_iters=2),

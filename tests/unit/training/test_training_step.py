@@ -4,7 +4,6 @@ import torch
 from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
-from megatron.core.config import ParallelConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpointing import Progress
 from megatron.training.setup import build_trainer
@@ -13,7 +12,7 @@ from megatron.training.training import train_step
 
 def test_a_step_with_nan_gradients_is_skipped() -> None:
     trainer = build_trainer(
-        tiny_arguments(ParallelConfig()), ProcessGroups(), torch.device("cpu"), pretrain_gpt.model_provider,
+        tiny_arguments(), ProcessGroups(), torch.device("cpu"), pretrain_gpt.model_provider,
         pretrain_gpt.forward_step,
     )  # fmt: skip
     progress = Progress()

@@ -5,14 +5,13 @@ import torch
 from model_testing import tiny_arguments
 
 import pretrain_gpt
-from megatron.core.config import ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.parallel_state import ProcessGroups
 
 
 def _optimizer(device: str) -> MixedPrecisionAdamW:
-    arguments = tiny_arguments(ParallelConfig(), "bfloat16")
+    arguments = tiny_arguments("bfloat16")
     model = pretrain_gpt.model_provider(arguments, ProcessGroups(), torch.device(device))
     buffers = GradientBuffers(model.parameters(), ProcessGroups())
     return MixedPrecisionAdamW(model, buffers, arguments.optimizer, ProcessGroups())
