@@ -1,10 +1,10 @@
 """Causal self-attention with grouped queries (arXiv:2305.13245) and rotary positions, heads split over TP ranks."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.attention import Documents, causal_attention
 from megatron.core.fusions.rotary import apply_rotary
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -42,8 +42,8 @@ class SelfAttention(nn.Module):
             device=device,
         )
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """`rotary` holds cos and sin, each [S, head_dim/2]."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
+        """`rotary` holds cos and sin, each [S, head_dim/2] or, by sample, [B, 1, S, head_dim/2]."""
         qkv = self.linear_qkv(x)
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
@@ -51,8 +51,5 @@ class SelfAttention(nn.Module):
         # [S, B, groups, n, d] -> [B, heads, S, d]
         query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-        if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
-            # on CUDA only the half-precision kernels take grouped heads; others would build the whole S x S matrix
-            key, value = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (key, value))
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        context = causal_attention(query, key, value, documents)
         return self.linear_proj(context.permute(2, 0, 1, 3).reshape(sequence, batch, -1))

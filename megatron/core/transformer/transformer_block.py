@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.attention import Documents
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
@@ -47,14 +48,21 @@ class TransformerBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, auxiliary_loss_scale: float) -> BlockOutput:
-        """x: [S, B, H] (or [S/tp, B, H])."""
+    def forward(
+        self,
+        x: Tensor,
+        auxiliary_loss_scale: float,
+        position_ids: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> BlockOutput:
+        """x: [S, B, H] (or [S/tp, B, H]); position_ids: [B, S], 0 to S - 1 in every sample if not given."""
         config = self.config
-        length = x.shape[0] * self.sequence_shards
-        rotary = rotary_tables(length, config.head_dim, config.rotary_base, x.dtype, x.device)
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[0] * self.sequence_shards, device=x.device)
+        rotary = rotary_tables(position_ids, config.head_dim, config.rotary_base, x.dtype)
         statistics = []
         for layer in self.layers:
-            x, layer_statistics = layer(x, rotary, auxiliary_loss_scale)
+            x, layer_statistics = layer(x, rotary, auxiliary_loss_scale, documents)
             statistics.append(layer_statistics)
         if self.final_layernorm is not None:
             x = self.final_layernorm(x)

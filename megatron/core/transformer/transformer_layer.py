@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -43,9 +44,13 @@ class TransformerLayer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], auxiliary_loss_scale: float
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        auxiliary_loss_scale: float,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""
-        x = x + self.self_attention(self.input_layernorm(x), rotary)
+        x = x + self.self_attention(self.input_layernorm(x), rotary, documents)
         y, statistics = self.mlp(self.pre_mlp_layernorm(x), auxiliary_loss_scale)
         return x + y, statistics

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -76,6 +77,8 @@ class MixtralModel(nn.Module):
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
         auxiliary_loss_scale: float = 1.0,
+        position_ids: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """Runs the stage.
 
@@ -84,12 +87,14 @@ class MixtralModel(nn.Module):
             hidden: the previous stage's output; None on the first stage.
             labels: [B, S] int64, the tokens to predict; read by the last stage.
             auxiliary_loss_scale: share of this microbatch in the step's loss.
+            position_ids: [B, S] int64, where they are not 0 to S - 1 in every sample; read by every stage.
+            documents: those of the microbatch if they must not see each other; read by every stage.
         """
         if self.embedding is not None:
             assert tokens is not None, "the first stage needs tokens"
             hidden = self.embedding["word_embeddings"](tokens)
         assert hidden is not None, "a later stage needs the hidden states of the one before"
-        hidden, statistics = self.decoder(hidden, auxiliary_loss_scale)
+        hidden, statistics = self.decoder(hidden, auxiliary_loss_scale, position_ids, documents)
         if self.output_layer is None:
             return ModelOutput(hidden, statistics)
         logits = self.output_layer(hidden)

@@ -34,7 +34,7 @@ def test_rms_norm_in_low_precision(dtype: torch.dtype, bound: float) -> None:
 def test_rotary_turns_each_pair_by_its_angle() -> None:
     length, width, base = 5, 6, 100.0
     x = torch.randn(length, width, dtype=torch.float64, requires_grad=True)
-    cos, sin = rotary_tables(length, width, base, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_tables(torch.arange(length), width, base, torch.float64)
     rotated = apply_rotary(x, cos, sin)
     for position in range(length):
         for pair in range(width // 2):
