@@ -8,18 +8,22 @@ from torch import Tensor
 from megatron.core.datasets import build_train_valid_test_datasets
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.stages import Stage
 from megatron.training.config import Arguments
 from megatron.training.metrics import MicrobatchResult
 from megatron.training.training import pretrain
 
 
-def model_provider(arguments: Arguments, groups: ProcessGroups, device: torch.device) -> MixtralModel:
-    """This rank's stage of the model."""
+def model_provider(
+    arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage | None = None
+) -> MixtralModel:
+    """One stage of the model, the whole of it if no `stage` is given."""
     return MixtralModel(
         arguments.model,
         groups=groups,
         sequence_parallel=arguments.parallel.sequence_parallel,
         device=device,
+        stage=stage,
     )
 
 

@@ -11,7 +11,7 @@ import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
+from megatron.core.tensor_parallel.parameter import NamedShard
 from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
@@ -104,7 +104,7 @@ def _gradient_shards(model: Any) -> list[NamedShard]:
         saved = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.copy_(main_grad(parameter))
-        for shard in named_shards(model, model.first_layer):
+        for shard in model.named_shards():
             shards.append(NamedShard(shard.global_name, shard.stage_name, shard.data.clone(), shard.spec))
         for parameter, value in zip(model.parameters(), saved, strict=True):
             parameter.copy_(value)
@@ -137,7 +137,7 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
                 "grad_norm": record.grad_norm,
             }
         )
-    weights = _shards(list(named_shards(trainer.model, trainer.model.first_layer)))
+    weights = _shards(list(trainer.model.named_shards()))
     return StepOutcome(numbers, gradients, weights)
 
 

@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from megatron.core.stages import Stage, divide_layers
+
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
@@ -118,6 +120,14 @@ class ParallelConfig:
     """Ranks that split each weight matrix (TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers into stages (PP)."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers in one of several stages that each pipeline rank holds (interleaved schedule)."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages on each pipeline rank (interleaved schedule), instead of the layers in one of them."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers on the first pipeline rank, if not an equal share."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers on the last pipeline rank, if not an equal share."""
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: int | None = None
@@ -130,14 +140,51 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require_positive(
             self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
-            "expert_tensor_parallel_size", "context_parallel_size",
+            "expert_tensor_parallel_size", "context_parallel_size", "num_layers_per_virtual_pipeline_stage",
+            "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers",
         )  # fmt: skip
+        self._check_virtual_stages()
         if self.expert_model_parallel_size > 1:
             raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
         if self.expert_tensor_parallel != self.tensor_model_parallel_size:
             raise ValueError("--expert-tensor-parallel-size must equal --tensor-model-parallel-size for now")
         if self.context_parallel_size > 1:
             raise ValueError("--context-parallel-size above 1 is not supported yet: leave it at 1")
+
+    def _check_virtual_stages(self) -> None:
+        by_layers, by_number = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
+        if by_layers is None and by_number is None:
+            return
+        if by_layers is not None and by_number is not None:
+            raise ValueError(
+                "give --num-layers-per-virtual-pipeline-stage or --num-virtual-stages-per-pipeline-rank, not both"
+            )
+        if self.pipeline_model_parallel_size == 1 and by_number != 1:
+            raise ValueError(
+                "virtual pipeline stages need --pipeline-model-parallel-size above 1: raise it, or remove "
+                "--num-layers-per-virtual-pipeline-stage and --num-virtual-stages-per-pipeline-rank"
+            )
+        uneven = self.decoder_first_pipeline_num_layers or self.decoder_last_pipeline_num_layers
+        if by_layers is not None and uneven is not None:
+            raise ValueError(
+                "with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers, give the virtual "
+                "stages by --num-virtual-stages-per-pipeline-rank instead of --num-layers-per-virtual-pipeline-stage"
+            )
+
+    def stages(self, num_layers: int) -> tuple[tuple[Stage, ...], ...]:
+        """The stages of every pipeline rank, `[rank][chunk]`. Raises ValueError if the layers cannot be divided so."""
+        ranks, layers = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage
+        chunks = self.num_virtual_stages_per_pipeline_rank or 1
+        if layers is not None:
+            if num_layers % (ranks * layers):
+                raise ValueError(
+                    f"--num-layers ({num_layers}) is not divisible by --pipeline-model-parallel-size ({ranks}) x "
+                    f"--num-layers-per-virtual-pipeline-stage ({layers}) = {ranks * layers}"
+                )
+            chunks = num_layers // (ranks * layers)
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        return divide_layers(num_layers, ranks, chunks, first, last)
 
     @property
     def expert_tensor_parallel(self) -> int:
@@ -161,9 +208,7 @@ class ParallelConfig:
         _require_divisible("--num-attention-heads", model.num_attention_heads, *tp)
         _require_divisible("--num-query-groups", model.query_groups, *tp)
         _require_divisible("--ffn-hidden-size", model.ffn_hidden_size, *tp)
-        _require_divisible(
-            "--num-layers", model.num_layers, "--pipeline-model-parallel-size", self.pipeline_model_parallel_size
-        )
+        self.stages(model.num_layers)
         _require_divisible(
             "--num-experts", model.num_experts, "--expert-model-parallel-size", self.expert_model_parallel_size
         )

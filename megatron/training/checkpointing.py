@@ -1,5 +1,6 @@
 """Saving and resuming a run: one file for each rank of a model replica, at the same layout."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from megatron.core import interchange
 from megatron.core.config import ModelConfig
-from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.models.mixtral.mixtral_model import ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import named_shards
@@ -62,6 +63,8 @@ def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int,
         arguments.checkpoint,
     ):  # fmt: skip
         extra |= {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(section).items()}
+    chunks = len(arguments.parallel.stages(arguments.model.num_layers)[0])
+    extra["virtual_pipeline_model_parallel_size"] = chunks if chunks > 1 else None
     extra |= {"iteration": progress.iteration, "consumed_train_samples": progress.consumed_samples}
     return interchange.model_args_namespace(arguments.model, tp_size, pp_size, arguments.data.seq_length, extra)
 
@@ -69,7 +72,7 @@ def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int,
 def save_checkpoint(
     arguments: Arguments,
     groups: ProcessGroups,
-    model: MixtralModel,
+    model: ModelChunks,
     optimizer: MixedPrecisionAdamW,
     progress: Progress,
 ) -> None:
@@ -87,13 +90,14 @@ def save_checkpoint(
             "args": checkpoint_namespace(arguments, progress, groups.tp.size, groups.pp.size),
             "checkpoint_version": interchange.CHECKPOINT_VERSION,
             "iteration": iteration,
-            # clones, since a view of stacked experts would be saved with the whole stack
-            "model": {
-                shard.stage_name: shard.data.to("cpu", copy=True) for shard in named_shards(model, model.first_layer)
-            },
             "opt_param_scheduler": asdict(progress),
             "rng_state": _rng_state(),
         }
+        for key, chunk in model.checkpoint_keys():
+            # clones, since a view of stacked experts would be saved with the whole stack
+            content[key] = {
+                shard.stage_name: shard.data.to("cpu", copy=True) for shard in named_shards(chunk, chunk.first_layer)
+            }
         if not arguments.checkpoint.no_save_optim:
             content["optimizer"] = optimizer.state_dict()
         interchange.save_torch(folder / interchange.CHECKPOINT_FILE, content)
@@ -165,7 +169,7 @@ def load_checkpoint(
     source: CheckpointSource | None,
     arguments: Arguments,
     groups: ProcessGroups,
-    model: MixtralModel,
+    model: ModelChunks,
     optimizer: MixedPrecisionAdamW,
 ) -> tuple[Progress, str]:
     """Loads what `locate_checkpoint` found, and says what was loaded; collective.
@@ -176,8 +180,9 @@ def load_checkpoint(
         load = arguments.checkpoint.load
         return Progress(), (f"no checkpoint in {load} yet: " if load else "") + "starting from freshly drawn weights"
     content = together(lambda: _read(source, arguments, groups, model, optimizer), groups)
-    for shard in named_shards(model, model.first_layer):
-        shard.data.copy_(content["model"][shard.stage_name])
+    for key, chunk in model.checkpoint_keys():
+        for shard in named_shards(chunk, chunk.first_layer):
+            shard.data.copy_(content[key][shard.stage_name])
     if source.with_optimizer:
         optimizer.load_state_dict(content["optimizer"])
     else:
@@ -222,7 +227,7 @@ def _read(
     source: CheckpointSource,
     arguments: Arguments,
     groups: ProcessGroups,
-    model: MixtralModel,
+    model: ModelChunks,
     optimizer: MixedPrecisionAdamW,
 ) -> dict[str, Any]:
     """This rank's file, once it is certain that it fits."""
@@ -236,10 +241,15 @@ def _read(
     name = interchange.rank_dir_name(groups.tp.rank, groups.pp.rank, groups.pp.size)
     path = source.folder / name / interchange.CHECKPOINT_FILE
     content = interchange.load_torch(path, mmap=True)
-    if "model" not in content:
-        raise ValueError(f"{path} holds no 'model'")
+    keys = [key for key, _ in model.checkpoint_keys()]
+    found = [key for key in content if re.fullmatch("model[0-9]*", key)]
+    if sorted(found) != sorted(keys):
+        raise ValueError(
+            f"{path} holds {', '.join(found) or 'no model'}, but this run needs {', '.join(keys)}: use the virtual "
+            "pipeline stages it was saved with"
+        )
     _check_model(path, content, arguments, groups.tp.size)
-    _check_tensors(path, content["model"], model)
+    _check_tensors(path, content, model)
     if source.weights_only:
         return content
     progress = content.get("opt_param_scheduler")
@@ -281,9 +291,13 @@ def _check_model(path: Path, content: dict[str, Any], arguments: Arguments, tp_s
         )
 
 
-def _check_tensors(path: Path, tensors: dict[str, Any], model: MixtralModel) -> None:
+def _check_tensors(path: Path, content: dict[str, Any], model: ModelChunks) -> None:
     """Raises ValueError, listing names, if a tensor is missing, unexpected or of another shape."""
-    shards = {shard.stage_name: shard for shard in named_shards(model, model.first_layer)}
+    keys = model.checkpoint_keys()
+    shards = {
+        f"{key}/{shard.stage_name}": shard for key, chunk in keys for shard in named_shards(chunk, chunk.first_layer)
+    }
+    tensors = {f"{key}/{name}": tensor for key, _ in keys for name, tensor in content[key].items()}
     found = {name for name in tensors if not name.endswith("_extra_state")}
     problems = [f"{name} is missing" for name in sorted(shards.keys() - found)]
     problems += [f"{name} is unexpected" for name in sorted(found - shards.keys())]

@@ -49,7 +49,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags(
         "no effect", "one", "moe-token-dispatcher-type", "transformer-impl", "recompute-granularity",
         "recompute-method", "recompute-num-layers", "wandb-project", "wandb-exp-name", "wandb-save-dir",
-        "num-layers-per-virtual-pipeline-stage", "attention-backend", "manual-gc-interval", "timing-log-level",
+        "attention-backend", "manual-gc-interval", "timing-log-level",
         "tensorboard-log-interval", "tensorboard-queue-size", "local-rank", "ddp-bucket-size",
     ),
     **_flags("no effect", "many", "recompute-modules"),

@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 
 from megatron.core.datasets import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
-from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
+from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
@@ -27,9 +28,11 @@ Batch = dict[str, Tensor]
 
 
 class ModelProvider(Protocol):
-    """Builds this rank's stage of the model, uninitialised."""
+    """Builds one stage of the model, uninitialised."""
 
-    def __call__(self, arguments: Arguments, groups: ProcessGroups, device: torch.device) -> MixtralModel: ...
+    def __call__(
+        self, arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage
+    ) -> MixtralModel: ...
 
 
 class DatasetsProvider(Protocol):
@@ -55,7 +58,7 @@ class Trainer:
     arguments: Arguments
     groups: ProcessGroups
     device: torch.device
-    model: MixtralModel
+    model: ModelChunks
     buffers: GradientBuffers
     optimizer: MixedPrecisionAdamW
     schedule: LearningRateSchedule
@@ -110,9 +113,13 @@ def build_trainer(
     """
     training = arguments.training
     batch_size = training.batch_size(groups.dp.size)
-    model = model_provider(arguments, groups, device)
+    stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
+    if len(stages) > 1:
+        raise ValueError("several virtual pipeline stages on a rank are not supported yet: leave them out")
+    model = ModelChunks(model_provider(arguments, groups, device, stage) for stage in stages)
     if initialize:
-        initialize_parameters(model, model.first_layer, training.seed)
+        for chunk in model:
+            initialize_parameters(chunk, chunk.first_layer, training.seed)
         _share_initial_weights(model, groups)
     buffers = GradientBuffers(model.parameters(), groups)
     shards = groups.tp.size if model.sequence_parallel else 1
@@ -138,7 +145,7 @@ def build_trainer(
     )
 
 
-def _share_initial_weights(model: MixtralModel, groups: ProcessGroups) -> None:
+def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:
     """Gives all replicas the first one's weights: processors of another kind may have drawn other last bits."""
     for parameter in model.parameters():
         group = groups.edp if spec_of(parameter).is_expert else groups.dp_cp

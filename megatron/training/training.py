@@ -151,8 +151,9 @@ def _data_table(dataset: Any) -> str:
 
 def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_only: bool) -> list[MicrobatchResult]:
     scale = 1.0 / trainer.num_microbatches
+    (stage,) = trainer.model
     return forward_backward(
-        lambda hidden: trainer.forward_step(trainer.model, next(source), hidden, scale),
+        lambda hidden: trainer.forward_step(stage, next(source), hidden, scale),
         num_microbatches=trainer.num_microbatches,
         link=trainer.link,
         forward_only=forward_only,

@@ -66,7 +66,7 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
     load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
 
     def forward(hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = trainer.model(_tokens(), hidden).tensor
+        output = trainer.model[0](_tokens(), hidden).tensor
         return output, output
 
     (output,) = forward_backward(forward, num_microbatches=1, link=trainer.link, forward_only=True)

@@ -44,6 +44,8 @@ LAYOUTS = {
     "tp2_sp_pp2": Layout(4, TP2 | SP | PP2, quick=True, float32=True),
     "tp2_dp2": Layout(4, TP2, quick=True),
     "pp2_dp2": Layout(4, PP2, quick=True),
+    "pp2_uneven": Layout(2, PP2 | {"decoder_first_pipeline_num_layers": 1}, quick=True),
+    "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
     "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
 }

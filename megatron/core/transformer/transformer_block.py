@@ -9,6 +9,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.fusions.attention import Documents
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.stages import Stage
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -22,19 +23,23 @@ class BlockOutput(NamedTuple):
 
 
 class TransformerBlock(nn.Module):
-    """Layers `first_layer` ... of the model, in order; the last stage also applies the final norm."""
+    """The layers of a stage, in order; the last stage also applies the final norm."""
 
     def __init__(
-        self, config: ModelConfig, *, groups: ProcessGroups, sequence_parallel: bool, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        stage: Stage,
+        groups: ProcessGroups,
+        sequence_parallel: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.config = config
         self.sequence_shards = groups.tp.size if sequence_parallel else 1
-        layers = config.num_layers // groups.pp.size
-        self.first_layer = layers * groups.pp.rank
         self.layers = nn.ModuleList(
             TransformerLayer(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
-            for _ in range(layers)
+            for _ in stage.layers
         )
         self.final_layernorm = (
             RMSNorm(
@@ -44,7 +49,7 @@ class TransformerBlock(nn.Module):
                 dtype=config.dtype,
                 device=device,
             )
-            if groups.pp.is_last
+            if stage.has_output
             else None
         )
 

@@ -30,7 +30,7 @@ def test_the_mean_over_the_first_samples() -> None:
     tokens = torch.stack([torch.as_tensor(sample["tokens"]) for sample in samples])
     labels = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
     with torch.no_grad():
-        expected = trainer.model(tokens, labels=labels).tensor.mean()
+        expected = trainer.model[0](tokens, labels=labels).tensor.mean()
     assert first == pytest.approx(expected.item(), rel=1e-6)  # masks are float32
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert trainer.model.training

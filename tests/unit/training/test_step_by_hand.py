@@ -34,7 +34,8 @@ def test_steps_equal_the_formulas() -> None:
     cpu = torch.device("cpu")
     trainer = build_trainer(arguments, ProcessGroups(), cpu, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
     model = pretrain_gpt.model_provider(arguments, ProcessGroups(), cpu)
-    model.load_state_dict(trainer.model.state_dict())
+    (stage,) = trainer.model
+    model.load_state_dict(stage.state_dict())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     progress = Progress()
     for step in range(6):
@@ -63,6 +64,6 @@ def test_steps_equal_the_formulas() -> None:
         assert math.isclose(record.lm_loss, loss.item(), rel_tol=1e-10)
         assert math.isclose(record.grad_norm, norm, rel_tol=1e-10) and norm > 0.5
         assert math.isclose(record.learning_rate, rate, rel_tol=1e-12)
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in stage.named_parameters():
             expected = dict(model.named_parameters())[name]
             assert (parameter - expected).norm() / expected.norm() <= 1e-10, (step, name)

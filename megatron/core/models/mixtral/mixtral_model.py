@@ -1,6 +1,7 @@
-"""The Mixtral language model, or one pipeline stage of it (arXiv:2401.04088)."""
+"""The Mixtral language model, or the stages of it that one pipeline rank holds (arXiv:2401.04088)."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.stages import Stage, whole_model
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -26,19 +29,26 @@ class ModelOutput(NamedTuple):
 
 
 class MixtralModel(nn.Module):
-    """The stage of the model that belongs to `groups.pp.rank`; in groups of one, the whole model."""
+    """One stage of the model, the whole of it if no `stage` is given."""
 
     def __init__(
-        self, config: ModelConfig, *, groups: ProcessGroups, sequence_parallel: bool, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        groups: ProcessGroups,
+        sequence_parallel: bool,
+        device: torch.device,
+        stage: Stage | None = None,
     ) -> None:
         super().__init__()
+        self.stage = stage = stage or whole_model(config.num_layers)
         assert config.vocab_size is not None, "the vocabulary size is not known yet"
         self.vocab_size = config.vocab_size
         self.tp = groups.tp
         self.sequence_parallel = sequence_parallel = sequence_parallel and groups.tp.size > 1
         padded = config.padded_vocab_size(groups.tp.size)
         self.embedding: nn.ModuleDict | None = None
-        if groups.pp.is_first:
+        if stage.has_embedding:
             word_embeddings = VocabParallelEmbedding(
                 config.vocab_size,
                 padded,
@@ -50,7 +60,9 @@ class MixtralModel(nn.Module):
                 device=device,
             )
             self.embedding = nn.ModuleDict({"word_embeddings": word_embeddings})
-        self.decoder = TransformerBlock(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
+        self.decoder = TransformerBlock(
+            config, stage=stage, groups=groups, sequence_parallel=sequence_parallel, device=device
+        )
         self.output_layer = (
             ColumnParallelLinear(
                 config.hidden_size,
@@ -62,14 +74,14 @@ class MixtralModel(nn.Module):
                 dtype=config.dtype,
                 device=device,
             )
-            if groups.pp.is_last
+            if stage.has_output
             else None
         )
 
     @property
     def first_layer(self) -> int:
         """Number of the stage's first layer in the whole model."""
-        return self.decoder.first_layer
+        return self.stage.layers.start
 
     def forward(
         self,
@@ -103,3 +115,24 @@ class MixtralModel(nn.Module):
             return ModelOutput(whole.transpose(0, 1), statistics)
         loss = vocab_parallel_cross_entropy(logits, labels.t(), self.vocab_size, self.tp)
         return ModelOutput(loss.t(), statistics)
+
+
+class ModelChunks(nn.ModuleList):
+    """The stages of the model that this rank holds: one, or several with an interleaved pipeline."""
+
+    def __iter__(self) -> Iterator[MixtralModel]:
+        return cast(Iterator[MixtralModel], super().__iter__())
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether hidden states between its layers are split along the sequence."""
+        return next(iter(self)).sequence_parallel
+
+    def named_shards(self) -> Iterator[NamedShard]:
+        """This rank's part of every tensor, of all stages; global names are unique."""
+        for chunk in self:
+            yield from named_shards(chunk, chunk.first_layer)
+
+    def checkpoint_keys(self) -> list[tuple[str, MixtralModel]]:
+        """Each stage with Megatron's name for it in a checkpoint: `model`, or `model0`, `model1`, ..."""
+        return [("model" if len(self) == 1 else f"model{number}", chunk) for number, chunk in enumerate(self)]
