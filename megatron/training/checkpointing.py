@@ -55,7 +55,18 @@ def _stored_args(folder: Path) -> Any:
     return content["args"]
 
 
-def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int, pp_size: int) -> Any:
+def interchange_layout(arguments: Arguments) -> interchange.Layout:
+    """The run's parallel sizes as checkpoint folders know them. Raises ValueError if they cannot express it."""
+    parallel = arguments.parallel
+    return interchange.Layout(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel,
+    )
+
+
+def checkpoint_namespace(arguments: Arguments, progress: Progress, layout: interchange.Layout) -> Any:
     """The `args` of a checkpoint: every setting of the run, as plain values."""
     extra: dict[str, Any] = {}
     for section in (
@@ -66,7 +77,7 @@ def checkpoint_namespace(arguments: Arguments, progress: Progress, tp_size: int,
     chunks = len(arguments.parallel.stages(arguments.model.num_layers)[0])
     extra["virtual_pipeline_model_parallel_size"] = chunks if chunks > 1 else None
     extra |= {"iteration": progress.iteration, "consumed_train_samples": progress.consumed_samples}
-    return interchange.model_args_namespace(arguments.model, tp_size, pp_size, arguments.data.seq_length, extra)
+    return interchange.model_args_namespace(arguments.model, layout, arguments.data.seq_length, extra)
 
 
 def save_checkpoint(
@@ -80,14 +91,17 @@ def save_checkpoint(
     assert arguments.checkpoint.save is not None
     root, iteration = Path(arguments.checkpoint.save), progress.iteration
 
+    layout = interchange_layout(arguments)
+    rank_in_stage = groups.world.rank % (groups.world.size // layout.pipeline)
+
     def write() -> None:
-        if groups.dp_cp.rank != 0:
+        if rank_in_stage >= layout.writers_per_stage:
             return
         folder = interchange.begin_step(root, iteration)
-        folder /= interchange.rank_dir_name(groups.tp.rank, groups.pp.rank, groups.pp.size)
+        folder /= layout.folder(groups.tp.rank, groups.pp.rank, groups.ep.rank)
         folder.mkdir(exist_ok=True)
         content: dict[str, Any] = {
-            "args": checkpoint_namespace(arguments, progress, groups.tp.size, groups.pp.size),
+            "args": checkpoint_namespace(arguments, progress, layout),
             "checkpoint_version": interchange.CHECKPOINT_VERSION,
             "iteration": iteration,
             "opt_param_scheduler": asdict(progress),
@@ -104,7 +118,7 @@ def save_checkpoint(
 
     def commit() -> None:
         if groups.world.is_first:
-            interchange.commit_step(root, iteration, groups.tp.size, groups.pp.size)
+            interchange.commit_step(root, iteration, layout)
 
     try:
         together(write, groups)
@@ -204,7 +218,7 @@ def load_checkpoint(
 
 def _changed_settings(saved: Any, arguments: Arguments) -> str:
     """A remark if the resumed run reads other data, or reads them in another order, than before."""
-    now = vars(checkpoint_namespace(arguments, Progress(), 1, 1))
+    now = vars(checkpoint_namespace(arguments, Progress(), interchange.Layout()))
     names = ("params_dtype", "seed", "data_path", "split", "mock_data", "seq_length")
     changed = [
         f"--{name.replace('_', '-')} was {getattr(saved, name)}, is {now[name]}"
@@ -231,15 +245,13 @@ def _read(
     optimizer: MixedPrecisionAdamW,
 ) -> dict[str, Any]:
     """This rank's file, once it is certain that it fits."""
-    layout = interchange.available_layout(source.folder)
-    if layout != (groups.tp.size, groups.pp.size):
+    layout, ours = interchange.available_layout(source.folder), interchange_layout(arguments)
+    if str(layout) != str(ours):
         raise ValueError(
-            f"{source.folder} was saved at tensor-parallel size {layout[0]} and pipeline-parallel size {layout[1]}, "
-            f"but this run has {groups.tp.size} and {groups.pp.size}: use its layout, or convert its weights (a "
-            "new run then starts from them) with tools/checkpoint/util.py --loader mixtral --saver mixtral"
+            f"{source.folder} was saved at {layout}, but this run has {ours}: use its layout, or convert its weights "
+            "(a new run then starts from them) with tools/checkpoint/util.py --loader mixtral --saver mixtral"
         )
-    name = interchange.rank_dir_name(groups.tp.rank, groups.pp.rank, groups.pp.size)
-    path = source.folder / name / interchange.CHECKPOINT_FILE
+    path = source.folder / layout.folder(groups.tp.rank, groups.pp.rank, groups.ep.rank) / interchange.CHECKPOINT_FILE
     content = interchange.load_torch(path, mmap=True)
     keys = [key for key, _ in model.checkpoint_keys()]
     found = [key for key in content if re.fullmatch("model[0-9]*", key)]

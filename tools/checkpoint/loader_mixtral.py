@@ -70,7 +70,10 @@ class MegatronSource:
         layout: tuple[int | None, int | None] = (None, None),
     ) -> None:
         self.folder, self.iteration = find_checkpoint(path, iteration)
-        self._tp, self._pp = available_layout(self.folder)
+        stored = available_layout(self.folder)
+        self._tp, self._pp = stored.tensor, stored.pipeline
+        if stored.expert > 1:
+            raise ValueError(f"{self.folder} was saved with expert parallelism, which is not supported yet")
         wanted = tuple(there if given is None else given for given, there in zip(layout, (self._tp, self._pp)))
         if wanted != (self._tp, self._pp):
             raise ValueError(

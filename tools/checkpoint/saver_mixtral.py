@@ -14,6 +14,7 @@ from megatron.core.config import ParallelConfig
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
     CHECKPOINT_VERSION,
+    Layout,
     begin_step,
     commit_step,
     model_args_namespace,
@@ -96,12 +97,12 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     existed = root.exists()
     if existed and (not root.is_dir() or any(entry.name != ".release.saving" for entry in root.iterdir())):
         raise ValueError(f"{root} is not an empty folder: choose another --save-dir or remove what is in it")
-    namespace = model_args_namespace(model, tp, pp, description.seq_length, _extra_args(description, tokenizer))
+    namespace = model_args_namespace(model, Layout(tp, pp), description.seq_length, _extra_args(description, tokenizer))
     with exclusive_folder(begin_step(root, "release")):
         try:
             _write_ranks(source, root, namespace, model.padded_vocab_size(tp))
             source.check_complete()
-            commit_step(root, "release", tp, pp)
+            commit_step(root, "release", Layout(tp, pp))
         except BaseException:
             abandon_step(root, "release")
             if not existed:

@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from megatron.core.config import ModelConfig
+from megatron.core.interchange.layout import Layout
 
 _DTYPES = ("float32", "bfloat16", "float64")
 # What every Mixtral model is, in Megatron's words; a checkpoint that says otherwise is of another architecture.
@@ -31,8 +32,7 @@ _REQUIRED = (
 
 def model_args_namespace(
     model: ModelConfig,
-    tensor_parallel_size: int,
-    pipeline_parallel_size: int,
+    layout: Layout,
     seq_length: int,
     extra: dict[str, Any] | None = None,
 ) -> Namespace:
@@ -46,13 +46,14 @@ def model_args_namespace(
         num_query_groups=model.query_groups,
         group_query_attention=model.query_groups != model.num_attention_heads,
         kv_channels=model.head_dim,
-        padded_vocab_size=model.padded_vocab_size(tensor_parallel_size),
+        padded_vocab_size=model.padded_vocab_size(layout.tensor),
         bf16=model.params_dtype == "bfloat16",
         fp16=False,
         seq_length=seq_length,
-        tensor_model_parallel_size=tensor_parallel_size,
-        pipeline_model_parallel_size=pipeline_parallel_size,
-        expert_model_parallel_size=1,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.etp,
         virtual_pipeline_model_parallel_size=None,
         moe_grouped_gemm=False,
         attention_dropout=0.0,

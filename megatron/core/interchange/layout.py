@@ -5,18 +5,71 @@ tracker. An older copy of the same step is moved aside first and removed last; b
 there, the older copy is what `find_checkpoint` gives.
 """
 
+import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron.core.atomic_files import atomic_writer, sync_folder
+from megatron.core.interchange.torch_file import load_torch
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CHECKPOINT_FILE = "model_optim_rng.pt"
 CHECKPOINT_VERSION = 3.0
 Step = int | Literal["release"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parallel sizes of a step in this format, and from them the names of its folders.
+
+    A folder is named by its tensor-, pipeline- and expert-parallel rank, so the expert tensor-parallel rank has to
+    follow from the tensor-parallel rank (as tp modulo its size). Raises ValueError where it does not.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int | None = None
+    """Ranks that split each expert's matrices; `tensor` if None."""
+
+    def __post_init__(self) -> None:
+        if self.tensor % self.etp:
+            raise ValueError(
+                f"an expert tensor-parallel size of {self.etp} with a tensor-parallel size of {self.tensor} cannot be "
+                "stored in folders named by tensor, pipeline and expert rank: choose a size that divides the "
+                "tensor-parallel size, or --ckpt-format torch_dist"
+            )
+
+    @property
+    def etp(self) -> int:
+        """Ranks that split each expert's matrices."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def writers_per_stage(self) -> int:
+        """How many ranks of a stage write: the first ones, counted within the stage in the grid's order."""
+        return math.lcm(self.tensor, self.etp * self.expert)
+
+    def ranks(self) -> Iterator[tuple[int, int, int]]:
+        """(tensor, pipeline, expert) rank of every folder of a step."""
+        for stage in range(self.pipeline):
+            for rank in range(self.writers_per_stage):
+                yield rank % self.tensor, stage, rank // self.etp % self.expert
+
+    def folder(self, tp_rank: int, pp_rank: int = 0, ep_rank: int = 0) -> str:
+        """Name of one rank's folder."""
+        return rank_dir_name(tp_rank, pp_rank, self.pipeline, ep_rank, self.expert)
+
+    def __str__(self) -> str:
+        text = f"tensor-parallel size {self.tensor}, pipeline-parallel size {self.pipeline}"
+        if self.expert > 1 or self.etp != self.tensor:
+            text += f", expert-parallel size {self.expert}, expert-tensor-parallel size {self.etp}"
+        return text
 
 
 def step_name(iteration: Step) -> str:
@@ -74,7 +127,7 @@ def abandon_step(root: Path, iteration: Step) -> None:
     shutil.rmtree(_aside(root, iteration, "saving"), ignore_errors=True)
 
 
-def commit_step(root: Path, iteration: Step, tensor_parallel_size: int, pipeline_parallel_size: int) -> Path:
+def commit_step(root: Path, iteration: Step, layout: Layout) -> Path:
     """Puts the step written since `begin_step` in its place and names it in the tracker; called by one rank at the end.
 
     What an earlier, killed attempt left in the folder is removed. Raises ValueError if a rank's file is missing.
@@ -83,11 +136,7 @@ def commit_step(root: Path, iteration: Step, tensor_parallel_size: int, pipeline
     folder, final, previous = begin_step(root, iteration), checkpoint_dir(root, iteration), _aside(
         root, iteration, "previous"
     )  # fmt: skip
-    expected = {
-        rank_dir_name(tp_rank, stage, pipeline_parallel_size)
-        for tp_rank in range(tensor_parallel_size)
-        for stage in range(pipeline_parallel_size)
-    }
+    expected = {layout.folder(*ranks) for ranks in layout.ranks()}
     for name in sorted(expected):
         if not (folder / name / CHECKPOINT_FILE).is_file():
             raise ValueError(f"step {iteration} is incomplete: {folder / name / CHECKPOINT_FILE} was not written")
@@ -140,27 +189,40 @@ def find_checkpoint(path: Path, iteration: Step | None = None) -> tuple[Path, St
     raise FileNotFoundError(f"{path} has no step {chosen}; it has: {', '.join(steps) or 'none'}")
 
 
-def available_layout(folder: Path) -> tuple[int, int]:
-    """Tensor- and pipeline-parallel size of a step's folder, from the names in it.
+def available_layout(folder: Path) -> Layout:
+    """The sizes a step was saved at, from the names in its folder and from the `args` in its first file.
 
-    Raises ValueError naming a rank that is missing, or if it was saved with expert parallelism.
+    The names alone do not tell a pipeline rank from an expert rank, nor how experts are split. Raises ValueError
+    naming a rank that is missing or does not belong there.
     """
     folder = Path(folder)
-    names = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("mp_rank_")}
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("mp_rank_"))
     if not names:
         raise ValueError(f"{folder} holds no mp_rank_* folder: it is not a Megatron checkpoint")
-    ranks = []
-    for name in sorted(names):
-        match = re.fullmatch(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(_[0-9]{3,})?", name)
-        if not match:
+    matches = {name: re.fullmatch(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?", name) for name in names}
+    for name, match in matches.items():
+        if match is None:
             raise ValueError(f"{folder / name}: not the name of a rank's folder")
-        if match.group(3):
-            raise ValueError(f"{folder / name} was saved with expert parallelism, which is not supported yet")
-        ranks.append((int(match.group(1)), int(match.group(2) or 0)))
-    sizes = max(tp for tp, _ in ranks) + 1, max(pp for _, pp in ranks) + 1
-    for tp_rank in range(sizes[0]):
-        for stage in range(sizes[1]):
-            name = rank_dir_name(tp_rank, stage, sizes[1])
-            if not (folder / name / CHECKPOINT_FILE).is_file():
-                raise ValueError(f"{folder / name / CHECKPOINT_FILE} is missing: the checkpoint is incomplete")
-    return sizes
+    first, second, third = (
+        max(int(match.group(group) or 0) for match in matches.values() if match is not None) + 1 for group in (1, 2, 3)
+    )
+    args = load_torch(folder / names[0] / CHECKPOINT_FILE, mmap=True, verify=False).get("args")
+    stored = [getattr(args, f"{kind}_model_parallel_size", None) for kind in ("tensor", "pipeline", "expert")]
+    expert_tensor = getattr(args, "expert_tensor_parallel_size", None)
+    if second > 1 and third == 1 and stored[1] == 1:
+        second, third = 1, second
+    found = (first, second, third)
+    if any(there not in (None, here) for there, here in zip(stored, found, strict=True)):
+        raise ValueError(
+            f"{folder} has folders for tensor x pipeline x expert parallel sizes {found[0]} x {found[1]} x {found[2]}, "
+            f"but was saved with {stored[0]} x {stored[1]} x {stored[2] or 1}: files are missing or mixed up"
+        )
+    layout = Layout(first, second, third, expert_tensor if isinstance(expert_tensor, int) else None)
+    expected = {layout.folder(*ranks) for ranks in layout.ranks()}
+    for name in sorted(expected):
+        if not (folder / name / CHECKPOINT_FILE).is_file():
+            raise ValueError(f"{folder / name / CHECKPOINT_FILE} is missing: the checkpoint is incomplete")
+    for name in names:
+        if name not in expected:
+            raise ValueError(f"{folder / name} does not belong to a checkpoint of {layout}: remove it")
+    return layout

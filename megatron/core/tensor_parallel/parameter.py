@@ -70,7 +70,8 @@ class NamedShard:
     global_name: str
     """Name with the layer's number in the whole model and the expert's number in the layer."""
     stage_name: str
-    """Name with the layer's number in this pipeline stage, as in interchange checkpoints."""
+    """Name with the layer's number in this pipeline stage and the expert's number on this expert-parallel rank, as in
+    interchange checkpoints."""
     data: Tensor
     """View of the parameter; writing to it changes the model."""
     spec: ParameterSpec
@@ -85,8 +86,11 @@ def named_shards(module: nn.Module, first_layer: int) -> Iterator[NamedShard]:
             yield NamedShard(_global_name(name, first_layer), name, data, spec)
             continue
         for expert in range(parameter.shape[0]):
-            full = name.replace(".experts.", f".experts.local_experts.{spec.first_expert + expert}.")
-            yield NamedShard(_global_name(full, first_layer), full, data[expert], spec)
+            local, whole = (
+                name.replace(".experts.", f".experts.local_experts.{number}.")
+                for number in (expert, spec.first_expert + expert)
+            )
+            yield NamedShard(_global_name(whole, first_layer), local, data[expert], spec)
 
 
 def _global_name(stage_name: str, first_layer: int) -> str:

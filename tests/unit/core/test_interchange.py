@@ -7,13 +7,16 @@ import sys
 import types
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from megatron.core import interchange
 from megatron.core.config import ModelConfig
 from megatron.core.interchange import layout
+from megatron.core.parallel_state import grid_sizes
 
 
 def _write(folder: Path, names: list[str], value: float) -> None:
@@ -59,12 +62,12 @@ def test_a_step_appears_whole(tmp_path: Path) -> None:
     assert folder == interchange.begin_step(tmp_path, 5)
     _write(folder, names[:3], 1.0)
     with pytest.raises(ValueError, match="mp_rank_01_001"):
-        interchange.commit_step(tmp_path, 5, 2, 2)
+        interchange.commit_step(tmp_path, 5, interchange.Layout(2, 2))
     assert interchange.read_tracker(tmp_path) is None and interchange.available_iterations(tmp_path) == []
     _write(folder, names[3:], 1.0)
-    final = interchange.commit_step(tmp_path, 5, 2, 2)
+    final = interchange.commit_step(tmp_path, 5, interchange.Layout(2, 2))
     assert interchange.find_checkpoint(tmp_path) == (final, 5)
-    assert interchange.available_layout(final) == (2, 2)
+    assert interchange.available_layout(final) == interchange.Layout(2, 2)
     assert sorted(os.listdir(tmp_path)) == ["iter_0000005", interchange.TRACKER_FILE]
 
 
@@ -73,8 +76,8 @@ def test_leftovers_of_a_killed_save_in_another_layout_do_not_get_in(tmp_path: Pa
     _write(folder, ["mp_rank_00", "mp_rank_01"], 1.0)
     (folder / "mp_rank_00" / ".model_optim_rng.pt.tmp").write_bytes(b"torn")
     _write(interchange.begin_step(tmp_path, 5), ["mp_rank_00"], 2.0)
-    final = interchange.commit_step(tmp_path, 5, 1, 1)
-    assert interchange.available_layout(final) == (1, 1) and _value(final) == 2.0
+    final = interchange.commit_step(tmp_path, 5, interchange.Layout())
+    assert interchange.available_layout(final) == interchange.Layout() and _value(final) == 2.0
     assert os.listdir(final / "mp_rank_00") == [interchange.CHECKPOINT_FILE]
 
 
@@ -85,7 +88,7 @@ def test_killed_at_any_point_of_replacing_a_step(tmp_path: Path, monkeypatch: py
         root = tmp_path / str(deadly)
         root.mkdir()
         _write(interchange.begin_step(root, 5), ["mp_rank_00"], 1.0)
-        interchange.commit_step(root, 5, 1, 1)
+        interchange.commit_step(root, 5, interchange.Layout())
         _write(interchange.begin_step(root, 5), ["mp_rank_00"], 2.0)
         calls = 0
 
@@ -104,16 +107,16 @@ def test_killed_at_any_point_of_replacing_a_step(tmp_path: Path, monkeypatch: py
             patch.setattr(layout.os, "replace", dying(os.replace))
             patch.setattr(layout.shutil, "rmtree", dying(shutil.rmtree))
             try:
-                interchange.commit_step(root, 5, 1, 1)
+                interchange.commit_step(root, 5, interchange.Layout())
                 finished = True
             except KeyboardInterrupt:
                 finished = False
         folder, step = interchange.find_checkpoint(root)
-        assert step == 5 and interchange.available_layout(folder) == (1, 1)
+        assert step == 5 and interchange.available_layout(folder) == interchange.Layout()
         found.append(_value(folder))
         # A restart that saves the step again must succeed from wherever the kill left it.
         _write(interchange.begin_step(root, 5), ["mp_rank_00"], 3.0)
-        assert _value(interchange.commit_step(root, 5, 1, 1)) == 3.0
+        assert _value(interchange.commit_step(root, 5, interchange.Layout())) == 3.0
         assert sorted(os.listdir(root)) == ["iter_0000005", interchange.TRACKER_FILE]
         if finished:
             break
@@ -126,7 +129,7 @@ def test_find_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=interchange.TRACKER_FILE):
         interchange.find_checkpoint(tmp_path)
     _write(interchange.begin_step(tmp_path, 5), ["mp_rank_00"], 1.0)
-    interchange.commit_step(tmp_path, 5, 1, 1)
+    interchange.commit_step(tmp_path, 5, interchange.Layout())
     assert interchange.find_checkpoint(tmp_path / "iter_0000005") == (tmp_path / "iter_0000005", 5)
     with pytest.raises(ValueError, match="is step 5, not 6"):
         interchange.find_checkpoint(tmp_path / "iter_0000005", 6)
@@ -143,8 +146,63 @@ def test_incomplete_layout_is_named(tmp_path: Path) -> None:
     _write(tmp_path, ["mp_rank_00_000", "mp_rank_00_001", "mp_rank_01_001"], 1.0)
     with pytest.raises(ValueError, match=r"mp_rank_01_000.*is missing"):
         interchange.available_layout(tmp_path)
-    (tmp_path / "mp_rank_00_000_001").mkdir()
-    with pytest.raises(ValueError, match="expert parallelism"):
+    _write(tmp_path, ["mp_rank_01_000"], 1.0)
+    (tmp_path / "mp_rank_00_000x").mkdir()
+    with pytest.raises(ValueError, match="not the name of a rank's folder"):
+        interchange.available_layout(tmp_path)
+
+
+def _world_ranks(tp: int, pp: int, ep: int, etp: int, dp: int) -> set[tuple[int, int, int]]:
+    """(tp, pp, ep) of every rank of a job, from the grids that training uses."""
+    config = SimpleNamespace(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
+        expert_tensor_parallel=etp, context_parallel_size=1, data_parallel_size=lambda _: dp,
+    )  # fmt: skip
+    sizes = grid_sizes(config, tp * pp * dp)  # type: ignore[arg-type]
+    dense = {rank: place for place, rank in np.ndenumerate(np.arange(tp * pp * dp).reshape(*sizes[0].values()))}
+    expert = {rank: place for place, rank in np.ndenumerate(np.arange(tp * pp * dp).reshape(*sizes[1].values()))}
+    for rank in dense:
+        assert expert[rank][3] == dense[rank][3] % etp, "the expert tensor rank does not follow from the tensor rank"
+    return {(dense[rank][3], dense[rank][0], expert[rank][2]) for rank in dense}
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "etp", "dp"),
+    [
+        (2, 1, 1, 2, 1),
+        (2, 2, 2, 2, 2),
+        (2, 1, 2, 1, 1),
+        (4, 2, 4, 1, 2),
+        (4, 1, 2, 2, 1),
+        (2, 1, 3, 1, 3),
+        (1, 2, 4, 1, 4),
+    ],
+)
+def test_folders_are_those_of_the_ranks_of_a_job(tp: int, pp: int, ep: int, etp: int, dp: int) -> None:
+    layout = interchange.Layout(tp, pp, ep, etp)
+    ranks = list(layout.ranks())
+    assert len(ranks) == len(set(ranks)) == pp * layout.writers_per_stage
+    assert set(ranks) == _world_ranks(tp, pp, ep, etp, dp)
+
+
+def test_layouts_that_folders_cannot_express() -> None:
+    for tp, etp in ((1, 2), (3, 2)):
+        with pytest.raises(ValueError, match="choose a size that divides the tensor-parallel size"):
+            interchange.Layout(tp, 1, 2, etp)
+
+
+@pytest.mark.parametrize(
+    "layout", [interchange.Layout(2, 1, 2), interchange.Layout(1, 3, 2), interchange.Layout(2, 2, 2, 1)], ids=str
+)
+def test_layout_of_a_folder(tmp_path: Path, layout: interchange.Layout) -> None:
+    content = {"args": interchange.model_args_namespace(MODEL, layout, 64), "model": {}}
+    for ranks in layout.ranks():
+        (tmp_path / layout.folder(*ranks)).mkdir()
+        interchange.save_torch(tmp_path / layout.folder(*ranks) / interchange.CHECKPOINT_FILE, content)
+    assert str(interchange.available_layout(tmp_path)) == str(layout)
+    last = tmp_path / layout.folder(*list(layout.ranks())[-1])
+    last.rename(tmp_path / "mp_rank_07_007_007")
+    with pytest.raises(ValueError, match="missing"):
         interchange.available_layout(tmp_path)
 
 
@@ -227,7 +285,7 @@ MODEL = ModelConfig(
 
 
 def test_args_have_megatrons_names_and_come_back(tmp_path: Path) -> None:
-    args = interchange.model_args_namespace(MODEL, 2, 1, 64, {"tokenizer_type": "NullTokenizer"})
+    args = interchange.model_args_namespace(MODEL, interchange.Layout(2), 64, {"tokenizer_type": "NullTokenizer"})
     interchange.save_torch(tmp_path / "a.pt", {"args": args})
     loaded = interchange.load_torch(tmp_path / "a.pt")["args"]
     assert (loaded.vocab_size, loaded.padded_vocab_size, loaded.seq_length) == (300, 512, 64)
@@ -239,7 +297,7 @@ def test_args_have_megatrons_names_and_come_back(tmp_path: Path) -> None:
 
 
 def test_args_of_other_programs() -> None:
-    args = interchange.model_args_namespace(MODEL, 1, 1, 64)
+    args = interchange.model_args_namespace(MODEL, interchange.Layout(), 64)
     args.params_dtype = torch.bfloat16
     args.group_query_attention, args.num_query_groups = False, 1
     del args.vocab_size
@@ -262,7 +320,7 @@ def test_args_of_other_programs() -> None:
     ],
 )
 def test_args_of_another_architecture_are_refused(name: str, value: object, message: str) -> None:
-    args = interchange.model_args_namespace(MODEL, 1, 1, 64)
+    args = interchange.model_args_namespace(MODEL, interchange.Layout(), 64)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=message):
         interchange.model_config_from_args(args)
