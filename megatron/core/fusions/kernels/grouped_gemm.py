@@ -1,0 +1,61 @@
+"""Weight gradients of all experts, added straight into float32 main gradients.
+
+R rows sorted by expert, O and I the width of the product's output and input. Adding dW in bfloat16 afterwards would
+write, read and write it again: for Mixtral 8x7B 16.9 GB a layer.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_OUT, BLOCK_IN, BLOCK_ROWS = 128, 256, 64
+TILES_IN_A_GROUP = 8
+
+
+@triton.jit
+def _accumulate_weight_gradient(
+    grad_ptr, x_ptr, ends_ptr, main_grad_ptr, out_width, in_width,
+    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1)
+    # neighbouring programs share columns of both operands, which then stay in the L2 cache
+    out_tiles, in_tiles = tl.cdiv(out_width, OUT), tl.cdiv(in_width, IN)
+    group = tl.program_id(0) // (GROUP * in_tiles)
+    first = group * GROUP
+    height = tl.minimum(out_tiles - first, GROUP)
+    within = tl.program_id(0) - group * GROUP * in_tiles
+    out_column = (first + within % height) * OUT + tl.arange(0, OUT)
+    in_column = (within // height) * IN + tl.arange(0, IN)
+
+    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int64)
+    end = tl.load(ends_ptr + expert).to(tl.int64)
+    if end > begin:
+        total = tl.zeros((OUT, IN), tl.float32)
+        for start in range(begin, end, ROWS):
+            row = start + tl.arange(0, ROWS)
+            live = row < end
+            grad = tl.load(
+                grad_ptr + row[None, :] * out_width + out_column[:, None],
+                mask=live[None, :] & (out_column < out_width)[:, None], other=0.0,
+            )  # fmt: skip
+            x = tl.load(
+                x_ptr + row[:, None] * in_width + in_column[None, :],
+                mask=live[:, None] & (in_column < in_width)[None, :], other=0.0,
+            )  # fmt: skip
+            total = tl.dot(grad, x, total, input_precision="ieee")
+        place = expert.to(tl.int64) * out_width * in_width + out_column[:, None] * in_width + in_column[None, :]
+        inside = (out_column < out_width)[:, None] & (in_column < in_width)[None, :]
+        tl.store(main_grad_ptr + place, tl.load(main_grad_ptr + place, mask=inside) + total, mask=inside)
+
+
+def accumulate_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor) -> None:
+    """main_grad_e += sum over the rows of expert e of grad_r^T x_r, in float32; experts without rows are left alone.
+
+    `grad_RO` and `x_RI` are contiguous and of one type, `ends_E` (int32) holds the end of each expert's rows.
+    """
+    experts, out_width, in_width = main_grad_EOI.shape
+    tiles = triton.cdiv(out_width, BLOCK_OUT) * triton.cdiv(in_width, BLOCK_IN)
+    _accumulate_weight_gradient[(tiles, experts)](
+        grad_RO, x_RI, ends_E, main_grad_EOI, out_width, in_width,
+        OUT=BLOCK_OUT, IN=BLOCK_IN, ROWS=BLOCK_ROWS, GROUP=TILES_IN_A_GROUP, num_warps=8, num_stages=3,
+    )  # fmt: skip

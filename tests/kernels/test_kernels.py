@@ -1,0 +1,114 @@
+"""Every Triton kernel against its formula in float64."""
+
+import pytest
+import torch
+from kernel_testing import DTYPES, assert_close, drawn
+from torch import Tensor
+
+from megatron.core.fusions.kernels import grouped_gemm, permute, rms_norm, router, swiglu
+
+WIDTHS = [(1, 8), (7, 33), (129, 64)]
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), WIDTHS)
+def test_rms_norm(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = drawn((rows, width), dtype, device), drawn((width,), dtype, device, 1)
+    grad = drawn((rows, width), dtype, device, 2)
+    wide_x, wide_weight = _wide(x, weight)
+    expected = wide_weight * wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + 1e-5)
+    expected.backward(grad.double())
+    y, inverse_rms = rms_norm.forward(x, weight, 1e-5)
+    assert_close(y, expected)
+    grad_x, grad_weight = rms_norm.backward(grad, x, weight, inverse_rms)
+    assert_close(grad_x, wide_x.grad)
+    assert_close(grad_weight, wide_weight.grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 16), (1, 8), (7, 33), (13, 600)])
+def test_swiglu(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    gate_up, probs = drawn((rows, 2 * width), dtype, device), drawn((rows,), torch.float32, device, 1).sigmoid()
+    grad = drawn((rows, width), dtype, device, 2)
+    wide_gate_up, wide_probs = _wide(gate_up, probs)
+    gate, up = wide_gate_up.chunk(2, dim=-1)
+    expected = gate * gate.sigmoid() * up * wide_probs[:, None]
+    expected.backward(grad.double())
+    assert_close(swiglu.forward(gate_up, probs), expected)
+    grad_gate_up, grad_probs, y = swiglu.backward(grad, gate_up, probs)
+    assert torch.equal(y, swiglu.forward(gate_up, probs))
+    assert_close(grad_gate_up, wide_gate_up.grad)
+    assert_close(grad_probs, wide_probs.grad)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 8, 2), (67, 5, 1), (131, 8, 2), (64, 4, 4)])
+def test_router(tokens: int, experts: int, top_k: int, device: torch.device) -> None:
+    logits = drawn((tokens, experts), torch.float32, device)
+    (wide,) = _wide(logits)
+    softmax = wide.softmax(-1)
+    values, chosen = softmax.topk(top_k)
+    probs, logsumexp = values / values.sum(-1, keepdim=True), wide.logsumexp(-1)
+    grads = [drawn(tuple(out.shape), torch.float32, device, 3 + i) for i, out in enumerate((probs, softmax, logsumexp))]
+    torch.autograd.backward((probs, softmax, logsumexp), [grad.double() for grad in grads])
+    out = router.forward(logits, top_k)
+    assert torch.equal(out.experts_TK, chosen)
+    for ours, reference in ((out.probs_TK, probs), (out.softmax_TE, softmax), (out.logsumexp_T, logsumexp)):
+        assert_close(ours, reference)
+    assert out.tokens_per_expert_E.tolist() == torch.bincount(chosen.flatten(), minlength=experts).tolist()
+    assert_close(router.backward(*grads, out.probs_TK, out.experts_TK, out.softmax_TE), wide.grad)
+
+
+def test_of_equal_experts_the_first_is_taken(device: torch.device) -> None:
+    logits = torch.zeros((3, 5), device=device)
+    assert router.forward(logits, 2).experts_TK.tolist() == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize("forced", [None, 0, 4])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 5, 2), (127, 5, 1), (193, 8, 2), (65, 7, 7)])
+def test_permutation(tokens: int, experts: int, top_k: int, forced: int | None, device: torch.device) -> None:
+    scores = drawn((tokens, experts), torch.float32, device)
+    if forced is not None and forced < experts:
+        scores[:, forced] += 100  # all tokens to one expert
+    chosen = scores.topk(top_k).indices
+    row_to_pair, pair_to_row, ends = permute.permutation_map(chosen, experts)
+    assert row_to_pair.tolist() == torch.argsort(chosen.flatten(), stable=True).tolist()
+    assert pair_to_row.flatten()[row_to_pair].tolist() == list(range(tokens * top_k))
+    assert ends.tolist() == torch.bincount(chosen.flatten(), minlength=experts).cumsum(0).tolist()
+    assert ends.dtype == torch.int32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width", "top_k"), [(0, 8, 2), (1, 33, 1), (13, 1030, 2)])
+def test_gather_and_combine(tokens: int, width: int, top_k: int, dtype: torch.dtype, device: torch.device) -> None:
+    chosen = drawn((tokens, 4), torch.float32, device).topk(top_k).indices
+    row_to_pair, pair_to_row, _ = permute.permutation_map(chosen, 4)
+    x = drawn((tokens, width), dtype, device)
+    rows = permute.gather(x, row_to_pair, top_k)
+    assert torch.equal(rows, x[row_to_pair // top_k])
+    y = drawn((tokens * top_k, width), dtype, device, 1)
+    assert_close(permute.combine(y, pair_to_row), y.double()[pair_to_row].sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 70), (0, 1, 64), (65, 7, 0)], ids=str)
+def test_weight_gradient(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    rows, out_width, in_width = sum(counts), 130, 34
+    # rows after the last expert's end belong to nobody and must stay out
+    grad, x = drawn((rows + 2, out_width), dtype, device), drawn((rows + 2, in_width), dtype, device, 1)
+    grad[rows:], x[rows:] = float("nan"), float("nan")
+    ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    before = drawn((len(counts), out_width, in_width), torch.float32, device, 2)
+    main_grad = before.clone()
+    grouped_gemm.accumulate_weight_gradient(grad, x, ends, main_grad)
+    start = 0
+    for expert, count in enumerate(counts):
+        part = slice(start, start + count)
+        start += count
+        if not count:
+            assert torch.equal(main_grad[expert], before[expert])
+            continue
+        assert_close(main_grad[expert], before[expert].double() + grad[part].double().T @ x[part].double())
