@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.datasets import build_train_valid_test_datasets
+from megatron.core.fusions.attention import Documents
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
@@ -37,7 +38,12 @@ def forward_step(
 ) -> tuple[Tensor, MicrobatchResult]:
     """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1."""
     batch = batch or {}
-    output, statistics = model(batch.get("tokens"), hidden, batch.get("labels"), auxiliary_loss_scale)
+    documents = None
+    if "document_bounds" in batch:
+        documents = Documents.from_bounds(batch["document_bounds"], batch["tokens"].device)
+    output, statistics = model(
+        batch.get("tokens"), hidden, batch.get("labels"), auxiliary_loss_scale, batch.get("position_ids"), documents
+    )
     if model.output_layer is None:
         return output, MicrobatchResult(None, statistics)
     mask = batch["loss_mask"]

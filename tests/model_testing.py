@@ -4,17 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.parameter import NamedShard
 from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
+from megatron.training.loader import collate
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 
@@ -61,8 +64,11 @@ def tiny_arguments(params_dtype: str = "float64", settings: Mapping[str, Any] | 
     return Arguments(**changed)
 
 
-def step_batches(step: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor]]:
-    """This rank's microbatches of a step; the same ones, differently shared out, for every data-parallel size."""
+def step_batches(step: int, dp_rank: int, dp_size: int, documents: bool = False) -> list[dict[str, Tensor]]:
+    """This rank's microbatches of a step; the same ones, differently shared out, for every data-parallel size.
+
+    With `documents`, each sample is cut into documents that do not see each other.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(0, TINY_MODEL.vocab_size or 0, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
     mask = (torch.rand(GLOBAL_BATCH, SEQ_LENGTH, generator=generator) > 0.2).double()
@@ -70,6 +76,12 @@ def step_batches(step: int, dp_rank: int, dp_size: int) -> list[dict[str, Tensor
         {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "loss_mask": rows_mask}
         for rows, rows_mask in zip(text.split(MICRO_BATCH), mask.split(MICRO_BATCH), strict=True)
     ]
+    if documents:
+        kind = SampleFormat(reset_position_ids=True, reset_attention_mask=True)
+        for number, batch in enumerate(microbatches):
+            lengths = ([3, 1, 13], [SEQ_LENGTH + 1], [9, 8], [1, 1, 5, 10])[number]
+            samples = [make_sample(np.arange(SEQ_LENGTH + 1), kind, lengths[:: 1 - 2 * i]) for i in range(MICRO_BATCH)]
+            batch |= {name: collate(samples)[name] for name in ("position_ids", "document_bounds")}
     return microbatches[dp_rank::dp_size]
 
 
@@ -127,7 +139,8 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
 
     trainer.buffers.finalize = finalize_and_keep  # type: ignore[method-assign]
     for step in range(steps):
-        source = iter(step_batches(step, groups.dp.rank, groups.dp.size))
+        documents = arguments.data.reset_attention_mask
+        source = iter(step_batches(step, groups.dp.rank, groups.dp.size, documents))
         record, _ = train_step(trainer, source, progress)
         numbers.append(
             {

@@ -300,7 +300,11 @@ class DataConfig:
     data_cache_path: str | None = None
     """Folder for index files; a folder 'cache' beside the first data set if not given."""
     eod_mask_loss: bool = False
-    """Leave the loss at end-of-document tokens out."""
+    """Take no loss where the input is an end-of-document token."""
+    reset_position_ids: bool = False
+    """Count positions from 0 in each document of a sample."""
+    reset_attention_mask: bool = False
+    """Keep the documents of a sample from seeing each other."""
     mock_data: bool = False
     """Train on generated tokens instead of files."""
     num_workers: int = 2

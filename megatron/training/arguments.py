@@ -180,6 +180,11 @@ def _check_together(arguments: Arguments) -> None:
         )
     if not data.data_path and not data.mock_data:
         raise ValueError("nothing to train on: give --data-path (or --mock-data for generated tokens)")
+    if arguments.parallel.context_parallel_size > 1 and (data.reset_attention_mask or data.reset_position_ids):
+        raise ValueError(
+            "--reset-attention-mask and --reset-position-ids are not supported with --context-parallel-size above 1: "
+            "remove them or leave the context-parallel size at 1"
+        )
     if arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
         raise ValueError("NullTokenizer needs --vocab-size")
     if arguments.optimizer.lr_warmup_fraction is not None and (

@@ -89,8 +89,6 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "valid-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
     "test-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
     "fp16": CompatibilityFlag("refused", "", (), "Use --bf16."),
-    "reset-position-ids": CompatibilityFlag("refused"),
-    "reset-attention-mask": CompatibilityFlag("refused"),
     "use-checkpoint-opt-param-scheduler": CompatibilityFlag(
         "refused", "", (), "The schedule is always that of the command line."
     ),

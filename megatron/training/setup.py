@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from megatron.core.datasets import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
@@ -21,10 +20,8 @@ from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
+from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
-from megatron.training.signals import leave_stopping_to_the_parent
-
-Batch = dict[str, Tensor]
 
 
 class ModelProvider(Protocol):
@@ -154,8 +151,10 @@ def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:
 
 
 def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:
-    """This rank's microbatches from `consumed_samples` on; None on stages that read no tokens."""
-    if not (trainer.groups.pp.is_first or trainer.groups.pp.is_last):
+    """This rank's microbatches from `consumed_samples` on; None on stages that need nothing of them."""
+    data = trainer.arguments.data
+    every_stage = data.reset_position_ids or data.reset_attention_mask
+    if not (every_stage or trainer.groups.pp.is_first or trainer.groups.pp.is_last):
         while True:
             yield None
     sampler = PretrainingSampler(
@@ -165,13 +164,4 @@ def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[B
         data_parallel_rank=trainer.groups.dp.rank,
         data_parallel_size=trainer.groups.dp.size,
     )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,  # type: ignore[arg-type]
-        num_workers=trainer.arguments.data.num_workers,
-        worker_init_fn=leave_stopping_to_the_parent,
-        pin_memory=trainer.device.type == "cuda",
-        generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
-    )
-    for batch in loader:
-        yield {name: tensor.to(trainer.device, non_blocking=True) for name, tensor in batch.items()}
+    yield from load_batches(dataset, sampler, data.num_workers, trainer.device)

@@ -33,6 +33,7 @@ TP4 = {"tensor_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
 SP = {"sequence_parallel": True}
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 
 LAYOUTS = {
     "tp2": Layout(2, TP2, quick=True, float32=True),
@@ -48,6 +49,8 @@ LAYOUTS = {
     "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
     "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
+    "tp2_sp_pp2_documents": Layout(4, TP2 | SP | PP2, shared_settings=DOCUMENTS, quick=True),
+    "pp4_documents": Layout(4, PP4, shared_settings=DOCUMENTS),
 }
 QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, count_tokens
+from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, SampleFormat, count_tokens
 from megatron.core.datasets.helpers import build_blending_indices
 from megatron.core.datasets.index_cache import cached_arrays
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -136,6 +136,15 @@ def _open(prefix: str, vocab_size: int) -> IndexedDataset:
     return indexed
 
 
+def _sample_format(config: DataConfig, tokenizer: Vocabulary) -> SampleFormat:
+    return SampleFormat(
+        eod_token=tokenizer.eod,
+        eod_mask_loss=config.eod_mask_loss,
+        reset_position_ids=config.reset_position_ids,
+        reset_attention_mask=config.reset_attention_mask,
+    )
+
+
 class _Builder:
     """Builds the data set of one split after the other from opened data sets."""
 
@@ -148,6 +157,7 @@ class _Builder:
         opened = {prefix: _open(prefix, tokenizer.vocab_size) for prefix in {prefix for _, prefix in blend}}
         self._sources = [(weight, opened[prefix]) for weight, prefix in blend]
         self._config, self._seed, self._tokenizer = config, seed, tokenizer
+        self._format = _sample_format(config, tokenizer)
         self._split = parse_split(config.split)
         self._cache: str | os.PathLike[str] = (
             config.data_cache_path or Path(self._sources[0][1].prefix).absolute().parent / "cache"
@@ -191,8 +201,7 @@ class _Builder:
             self._seed,
             SPLITS[which],
             self._cache,
-            self._tokenizer.eod,
-            self._config.eod_mask_loss,
+            self._format,
             self._tokenizer.vocab_size,
         )
 
@@ -208,8 +217,9 @@ def build_train_valid_test_datasets(
     """
     assert min(num_samples) >= 0, num_samples
     if config.mock_data:
+        sample_format = _sample_format(config, tokenizer)
         mock = [
-            MockGPTDataset(tokenizer.vocab_size, config.seq_length, count, len(SPLITS) * seed + which)
+            MockGPTDataset(tokenizer.vocab_size, config.seq_length, count, len(SPLITS) * seed + which, sample_format)
             if count
             else None
             for which, count in enumerate(num_samples)

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -20,19 +22,54 @@ _MOST_EPOCHS = 100_000
 
 
 class Dataset(Protocol):
-    """A map-style data set of samples `{"tokens": int64 [S], "labels": int64 [S], "loss_mask": float32 [S]}`."""
+    """A map-style data set of samples, as `make_sample` describes them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
 
 
-def make_sample(tokens: NDArray, eod_token: int | None, eod_mask_loss: bool) -> Sample:
-    """A sample from seq_length + 1 consecutive tokens; with `eod_mask_loss`, without loss where the input is EOD."""
+@dataclass(frozen=True, kw_only=True)
+class SampleFormat:
+    """What a sample says about the documents in it."""
+
+    eod_token: int | None = None
+    """Token that ends a document."""
+    eod_mask_loss: bool = False
+    """Take no loss where the input is `eod_token`, since what follows is unrelated."""
+    reset_position_ids: bool = False
+    """Count positions from 0 in each document, as `position_ids`."""
+    reset_attention_mask: bool = False
+    """Give the `document_lengths`, so that documents can be kept from seeing each other."""
+
+    def __post_init__(self) -> None:
+        assert not (self.eod_mask_loss and self.eod_token is None), "eod_mask_loss needs eod_token"
+
+
+def make_sample(tokens: NDArray, format: SampleFormat, stored_lengths: Sequence[int] = ()) -> Sample:
+    """A sample from S + 1 consecutive tokens, cut from stored documents of `stored_lengths` tokens.
+
+    `tokens` int64 [S], `labels` int64 [S] (the tokens that follow them), `loss_mask` float32 [S]; if the format asks
+    for them, `position_ids` int64 [S] and `document_lengths` int32 [documents], which sum to S. A document ends where
+    the stored one ends, and after an EOD within it.
+    """
     tokens = tokens.astype(np.int64)
-    loss_mask = np.ones(len(tokens) - 1, np.float32)
-    if eod_mask_loss:
-        loss_mask[tokens[:-1] == eod_token] = 0
-    return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": loss_mask}
+    inputs, labels = tokens[:-1], tokens[1:]
+    loss_mask = np.ones(len(inputs), np.float32)
+    if format.eod_mask_loss:
+        loss_mask[inputs == format.eod_token] = 0
+    sample: Sample = {"tokens": inputs, "labels": labels, "loss_mask": loss_mask}
+    if format.reset_position_ids or format.reset_attention_mask:
+        begins = np.zeros(len(tokens), bool)
+        begins[np.cumsum([0, *stored_lengths])[: len(stored_lengths)]] = True
+        begins[0] = True
+        begins[1:] |= inputs == format.eod_token
+        starts = np.flatnonzero(begins[:-1])
+        lengths = np.diff(starts, append=len(inputs))
+        if format.reset_position_ids:
+            sample["position_ids"] = np.arange(len(inputs)) - np.repeat(starts, lengths)
+        if format.reset_attention_mask:
+            sample["document_lengths"] = lengths.astype(np.int32)
+    return sample
 
 
 def _shuffled(count: int, start: int, seed: int, epoch: int, purpose: int) -> NDArray[np.integer]:
@@ -65,16 +102,14 @@ class GPTDataset:
         seed: int,
         name: str,
         cache_dir: str | os.PathLike[str] | None = None,
-        eod_token: int | None = None,
-        eod_mask_loss: bool = False,
+        sample_format: SampleFormat = SampleFormat(),
         vocab_size: int | None = None,
     ) -> None:
         assert num_samples > 0 and seq_length > 0, (num_samples, seq_length)
-        assert not (eod_mask_loss and eod_token is None), "eod_mask_loss needs eod_token"
         self.indexed, self.name = indexed, name
         self._first_document = documents[0]
         self._num_samples, self.seq_length, self._seed = num_samples, seq_length, seed
-        self._eod_token, self._eod_mask_loss, self._vocab_size = eod_token, eod_mask_loss, vocab_size
+        self._format, self._vocab_size = sample_format, vocab_size
         self.tokens_per_epoch = count_tokens(indexed, documents)
         if self.tokens_per_epoch == 0:
             raise ValueError(
@@ -121,16 +156,17 @@ class GPTDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
-        tokens = self._read(int(self.shuffle_index[index]))
+        parts = self._read(int(self.shuffle_index[index]))
+        tokens = np.concatenate(parts)
         if self._vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             raise ValueError(
                 f"{self.indexed.prefix} has the token id {tokens.max()}, which is outside the vocabulary of "
                 f"{self._vocab_size}: it was made with another tokenizer"
             )
-        return make_sample(tokens, self._eod_token, self._eod_mask_loss)
+        return make_sample(tokens, self._format, [len(part) for part in parts])
 
-    def _read(self, sample: int) -> NDArray:
-        """The seq_length + 1 tokens of a sample, counted in the order before shuffling."""
+    def _read(self, sample: int) -> list[NDArray]:
+        """The seq_length + 1 tokens of a sample, by document; counted in the order before shuffling."""
         (first, offset), (last, end) = self.sample_index[sample].tolist(), self.sample_index[sample + 1].tolist()
         parts = []
         for position in range(first, last + 1):
@@ -138,7 +174,7 @@ class GPTDataset:
             start = offset if position == first else 0
             length = end + 1 - start if position == last else None
             parts.append(self.indexed.get_document(document, start, length))
-        return np.concatenate(parts)
+        return parts
 
 
 def count_tokens(indexed: IndexedDataset, documents: tuple[int, int]) -> int:
@@ -152,8 +188,16 @@ class MockGPTDataset:
     Sample k depends on the seed and k alone.
     """
 
-    def __init__(self, vocab_size: int, seq_length: int, num_samples: int, seed: int) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        sample_format: SampleFormat = SampleFormat(),
+    ) -> None:
         assert vocab_size > 0 and seq_length > 0 and num_samples > 0, (vocab_size, seq_length, num_samples)
+        self._format = sample_format
         self._vocab_size, self.seq_length, self._num_samples, self._seed = vocab_size, seq_length, num_samples, seed
 
     def __len__(self) -> int:
@@ -164,4 +208,4 @@ class MockGPTDataset:
             raise IndexError(f"sample {index} of {self._num_samples}")
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self._seed, index])))
         start, step = random.randint(0, self._vocab_size), random.randint(1, 8)
-        return make_sample((start + step * np.arange(self.seq_length + 1)) % self._vocab_size, None, False)
+        return make_sample((start + step * np.arange(self.seq_length + 1)) % self._vocab_size, self._format)

@@ -79,7 +79,6 @@ def test_the_checkpoint_decides_about_the_shape() -> None:
         ("--attention-dropout 0.1", "Dropout is not part of Mixtral"),
         ("--normalization LayerNorm", "only RMSNorm"),
         ("--fp16", "Use --bf16"),
-        ("--reset-attention-mask", "not supported"),
         ("--bf16 --params-dtype float32", "contradicts"),
         ("--hidden-size 30 --num-attention-heads 4", r"--hidden-size \(30\) is not divisible by --num-attention-heads"),
         ("--num-attention-heads 32 --num-query-groups 5", "--num-query-groups"),

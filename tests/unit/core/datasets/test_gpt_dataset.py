@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset, SampleFormat, make_sample
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 SEQ_LENGTH = 8
@@ -123,8 +123,8 @@ def test_documents_of_several_sequences_are_read_whole(tmp_path: Path) -> None:
 
 
 def test_eod_is_masked_where_it_is_the_input(indexed: IndexedDataset) -> None:
-    masked = gpt(indexed, 100, eod_token=17, eod_mask_loss=True)
-    plain = gpt(indexed, 100, eod_token=17)
+    masked = gpt(indexed, 100, sample_format=SampleFormat(eod_token=17, eod_mask_loss=True))
+    plain = gpt(indexed, 100, sample_format=SampleFormat(eod_token=17))
     assert any(17 in masked[i]["tokens"] for i in range(100))
     for i in range(100):
         assert np.array_equal(masked[i]["loss_mask"], (masked[i]["tokens"] != 17).astype(np.float32))
@@ -249,3 +249,36 @@ def test_mock_samples_depend_on_seed_and_number_alone() -> None:
         assert np.array_equal(tokens, long[i]["tokens"]) and not np.array_equal(tokens, other[i]["tokens"])
         assert tokens.min() >= 0 and tokens.max() < 50 and np.array_equal(tokens[1:], short[i]["labels"][:-1])
     assert not np.array_equal(short[0]["tokens"], short[1]["tokens"])
+
+
+def test_samples_know_their_documents(indexed: IndexedDataset) -> None:
+    """Tokens number the corpus, so that a token tells its document; here no token is an EOD."""
+    kind = SampleFormat(reset_position_ids=True, reset_attention_mask=True)
+    starts = np.cumsum([0, *indexed.document_lengths(0, indexed.document_count)])
+    dataset, single = gpt(indexed, 150, sample_format=kind), 0
+    for i in range(150):
+        sample = dataset[i]
+        document = np.searchsorted(starts, sample["tokens"], side="right")
+        begins = [0, *(np.flatnonzero(np.diff(document)) + 1).tolist()]
+        assert sample["document_lengths"].tolist() == np.diff([*begins, SEQ_LENGTH]).tolist()
+        assert sample["document_lengths"].dtype == np.int32 and sample["position_ids"].dtype == np.int64
+        expected = np.concatenate([np.arange(length) for length in sample["document_lengths"]])
+        assert np.array_equal(sample["position_ids"], expected)
+        single += len(begins) == 1
+    assert 0 < single < 150
+
+
+def test_a_document_ends_after_an_eod() -> None:
+    kind = SampleFormat(eod_token=9, reset_position_ids=True, reset_attention_mask=True)
+    cases = [
+        ([1, 2, 9, 3, 4, 5], [6], [3, 2]),
+        ([9, 9, 1, 9, 2, 9], [6], [1, 1, 2, 1]),
+        ([1, 2, 3, 4, 9, 5], [5, 1], [5]),
+        ([1, 2, 3, 4, 5, 9], [6], [5]),
+        ([1, 9, 3, 4, 5, 9], [2, 0, 2, 2], [2, 2, 1]),
+    ]
+    for tokens, stored, lengths in cases:
+        sample = make_sample(np.array(tokens), kind, stored)
+        assert sample["document_lengths"].tolist() == lengths, tokens
+        assert sample["position_ids"].tolist() == [k for length in lengths for k in range(length)]
+    assert make_sample(np.array(cases[0][0]), SampleFormat(eod_token=9)).keys() == {"tokens", "labels", "loss_mask"}

@@ -1,0 +1,39 @@
+"""What reaches a stage: microbatches put together from samples, and which stages read them."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from model_testing import tiny_arguments
+
+from megatron.core.datasets.gpt_dataset import MockGPTDataset, SampleFormat, make_sample
+from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.training.loader import collate
+from megatron.training.setup import batches
+
+DOCUMENTS = SampleFormat(eod_token=0, reset_position_ids=True, reset_attention_mask=True)
+
+
+def test_documents_of_a_microbatch_are_bounded_sample_by_sample() -> None:
+    texts = ([5, 0, 6, 7, 8], [1, 2, 3, 4, 5])
+    batch = collate([make_sample(torch.tensor(text).numpy(), DOCUMENTS) for text in texts])
+    assert batch["document_bounds"].tolist() == [0, 2, 4, 8] and batch["document_bounds"].dtype == torch.int32
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
+    assert batch["tokens"].tolist() == [[5, 0, 6, 7], [1, 2, 3, 4]]
+    assert batch["labels"].tolist() == [[0, 6, 7, 8], [2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("flag", ["reset_position_ids", "reset_attention_mask", None])
+def test_a_middle_stage_reads_only_what_it_needs(flag: str | None, num_workers: int) -> None:
+    arguments = tiny_arguments(settings={"num_workers": num_workers} | ({flag: True} if flag else {}))
+    dataset = MockGPTDataset(203, 16, 8, 1, replace(DOCUMENTS, **{flag: True} if flag else {}))
+    groups = ProcessGroups(pp=Group(rank=1, ranks=(0, 1, 2)))
+    trainer = SimpleNamespace(arguments=arguments, groups=groups, device=torch.device("cpu"))
+    batch = next(batches(trainer, dataset, 0))
+    if flag is None:
+        assert batch is None
+    else:
+        assert batch["position_ids"].tolist() == [[*range(16)]] * 2
+        assert batch["document_bounds"].tolist()[-1] == 32
