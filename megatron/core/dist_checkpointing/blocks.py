@@ -1,0 +1,143 @@
+"""Where the elements of a rank's shard lie in the whole tensor, in one form for every way of cutting.
+
+A tensor that is cut along dimension d in `stride` blocks is seen as a matrix: its rows are all indices before d times
+the blocks, its columns the rest. Part `rank` of `size` is then a range of columns of that matrix, whatever d and the
+stride are, and a flat range of a part (a ZeRO shard) is at most three rectangles. So everything that is saved or
+loaded is rectangles of the same matrix, and going from one layout to another is intersecting them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Rows and columns of a tensor's matrix, held contiguously (row by row) from element `offset` of some storage."""
+
+    row_begin: int
+    row_end: int
+    column_begin: int
+    column_end: int
+    offset: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.row_end - self.row_begin
+
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return self.column_end - self.column_begin
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.rows * self.columns
+
+    def intersect(self, other: "Block") -> "Block | None":
+        """The rectangle that both cover, None if there is none; its offset has no meaning."""
+        common = Block(
+            max(self.row_begin, other.row_begin),
+            min(self.row_end, other.row_end),
+            max(self.column_begin, other.column_begin),
+            min(self.column_end, other.column_end),
+        )
+        return common if common.row_begin < common.row_end and common.column_begin < common.column_end else None
+
+    def position(self, row: int, column: int) -> int:
+        """Element of the storage that holds (row, column) of the matrix."""
+        return self.offset + (row - self.row_begin) * self.columns + column - self.column_begin
+
+
+def matrix_shape(shape: Sequence[int], partition_dim: int | None, stride: int) -> tuple[int, int]:
+    """Rows and columns of the matrix that a tensor of `shape` is seen as."""
+    if partition_dim is None:
+        return 1, math.prod(shape)
+    assert shape[partition_dim] % stride == 0, (shape, partition_dim, stride)
+    rows = math.prod(shape[:partition_dim]) * stride
+    return rows, math.prod(shape) // rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorShard:
+    """A flat range of one part of a tensor: what a rank saves, or what is loaded into its memory."""
+
+    kind: str
+    """What the values are: weight, master, exp_avg, exp_avg_sq, rng."""
+    name: str
+    """Name in the whole model, with global layer and expert numbers."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor, without vocabulary padding."""
+    data: Tensor
+    """[n], contiguous: elements start ... start + n of the flattened part, vocabulary padding included."""
+    start: int = 0
+    partition_dim: int | None = None
+    """Dimension the tensor is cut along; None if every part is the whole tensor."""
+    stride: int = 1
+    """Blocks along that dimension that are each cut apart (2 for gate and up)."""
+    rank: int = 0
+    size: int = 1
+    """The part is number `rank` of `size`."""
+    padded_length: int | None = None
+    """Length of the cut dimension with the padding that this layout needs; None if it has none."""
+    owned: bool = True
+    """Whether this rank is the one, of those that hold the same values, that saves them."""
+
+    def blocks(self) -> Iterator[Block]:
+        """The rectangles that `data` consists of, with offsets into it; padding is left out."""
+        rows, columns = matrix_shape(self.shape, self.partition_dim, self.stride)
+        padded = columns
+        if self.padded_length is not None:
+            assert rows == 1 and self.partition_dim is not None, self.name
+            padded = columns // self.shape[self.partition_dim] * self.padded_length
+        parts = 1 if self.partition_dim is None else self.size
+        assert padded % parts == 0, (self.name, padded, parts)
+        width = padded // parts
+        first = width * self.rank if parts > 1 else 0
+        position, end = self.start, self.start + self.data.numel()
+        assert end <= rows * width, (self.name, end, rows, width)
+        while position < end:
+            row, column = divmod(position, width)
+            whole_rows = (end - position) // width if column == 0 else 0
+            column_end = width if whole_rows else min(width, column + end - position)
+            block = Block(
+                row, row + max(1, whole_rows), first + column, min(first + column_end, columns), position - self.start
+            )
+            if block.columns > 0:
+                yield block
+            position += max(1, whole_rows) * (column_end - column)
+
+
+def missing_elements(blocks: Sequence[Block], rows: int, columns: int) -> int:
+    """How many elements of a matrix `blocks` leave out; -1 if one is covered twice or lies outside."""
+    ordered = sorted(blocks)
+    for index, block in enumerate(ordered):
+        if min(block.rows, block.columns) <= 0 or block.row_end > rows or block.column_end > columns:
+            return -1
+        if min(block.row_begin, block.column_begin) < 0:
+            return -1
+        for later in ordered[index + 1 :]:
+            if later.row_begin >= block.row_end:
+                break
+            if block.intersect(later):
+                return -1
+    return rows * columns - sum(block.numel for block in ordered)
+
+
+def view_of(data: Tensor, block: Block, part: Block) -> Tensor:
+    """[rows, columns] view of the elements of `part` in storage that holds `block`."""
+    whole = data[block.offset : block.offset + block.numel].view(block.rows, block.columns)
+    rows = slice(part.row_begin - block.row_begin, part.row_end - block.row_begin)
+    return whole[rows, part.column_begin - block.column_begin : part.column_end - block.column_begin]
+
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.uint8: "U8",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

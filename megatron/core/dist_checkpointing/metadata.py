@@ -1,0 +1,156 @@
+"""`metadata.json` of a step: what is saved, where each rectangle of each tensor lies, and checksums of everything."""
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.atomic_files import atomic_writer
+from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, DTYPES, Block, matrix_shape, missing_elements
+
+METADATA_FILE = "metadata.json"
+FORMAT = "megatron-mixtral training checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """One rectangle in a file."""
+
+    block: Block
+    """Its `offset` is the byte in the file where it begins."""
+    file: str
+    checksum: int
+    """CRC-32 of its bytes."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A whole tensor of a checkpoint, and the pieces it was saved in."""
+
+    kind: str
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    partition_dim: int | None
+    stride: int
+    blocks: tuple[StoredBlock, ...]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that its blocks are parts of."""
+        return matrix_shape(self.shape, self.partition_dim, self.stride)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a step."""
+
+    size: int
+    """Bytes."""
+    header_size: int
+    """Bytes before the first tensor."""
+    header_checksum: int
+    """CRC-32 of those."""
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """All that is known of a step apart from the tensors' values."""
+
+    iteration: int
+    arguments: dict[str, Any]
+    """Every setting of the run, as plain values."""
+    state: dict[str, Any]
+    """Progress, optimizer step and what else is not a tensor, as plain values."""
+    files: dict[str, StoredFile]
+    tensors: dict[tuple[str, str], StoredTensor]
+    """By kind and name."""
+
+
+def is_distributed_checkpoint(folder: Path) -> bool:
+    """Whether a step's folder is in this format, whole or damaged."""
+    return (folder / METADATA_FILE).is_file() or any(folder.glob("rank_*.safetensors"))
+
+
+def write(folder: Path, metadata: Metadata) -> None:
+    """Writes `metadata.json`. Raises ValueError if a tensor is not covered exactly once."""
+    check_complete(folder, metadata)
+    content = _to_plain(metadata)
+    text = json.dumps({"format": FORMAT, "version": VERSION, "checksum": _checksum(content), "content": content})
+    with atomic_writer(folder / METADATA_FILE) as file:
+        file.write(text.encode("utf-8"))
+
+
+def read(folder: Path) -> Metadata:
+    """Reads and checks `metadata.json`. Raises FileNotFoundError, or ValueError naming the file and what is wrong."""
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is damaged, use another step")
+    try:
+        document = json.loads(path.read_bytes())
+        name, version = document["format"], document["version"]
+        checksum, content = document["checksum"], document["content"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or cut short: restore it, or use another step") from error
+    if name != FORMAT or version != VERSION:
+        raise ValueError(f"{path} is of format {name!r} version {version!r}, not {FORMAT!r} version {VERSION}")
+    if checksum != _checksum(content):
+        raise ValueError(f"{path} was altered: its checksum does not match; restore it, or use another step")
+    try:
+        metadata = _from_plain(content)
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it, or use another step") from error
+    check_complete(folder, metadata)
+    return metadata
+
+
+def check_complete(folder: Path, metadata: Metadata) -> None:
+    """Raises ValueError naming the first tensor whose elements are not all there exactly once."""
+    for tensor in metadata.tensors.values():
+        missing = missing_elements([stored.block for stored in tensor.blocks], *tensor.matrix)
+        if missing:
+            problem = f"lacks {missing} elements" if missing > 0 else "has elements twice or too many"
+            raise ValueError(f"{folder}: {tensor.kind} of {tensor.name} {problem}: the checkpoint cannot be used")
+        for stored in tensor.blocks:
+            file = metadata.files.get(stored.file)
+            end = stored.block.offset + stored.block.numel * tensor.dtype.itemsize
+            if file is None or stored.block.offset < file.header_size or end > file.size:
+                raise ValueError(f"{folder}: {tensor.kind} of {tensor.name} lies outside of {stored.file}")
+
+
+def _checksum(content: Any) -> int:
+    return zlib.crc32(json.dumps(content, separators=(",", ":")).encode("utf-8"))
+
+
+def _to_plain(metadata: Metadata) -> dict[str, Any]:
+    numbers = {name: number for number, name in enumerate(metadata.files)}
+    return {
+        "iteration": metadata.iteration,
+        "arguments": metadata.arguments,
+        "state": metadata.state,
+        "files": [[name, f.size, f.header_size, f.header_checksum] for name, f in metadata.files.items()],
+        "tensors": [
+            [t.kind, t.name, DTYPE_NAMES[t.dtype], list(t.shape), t.partition_dim, t.stride,
+             [[numbers[s.file], s.checksum, *s.block] for s in t.blocks]]
+            for t in metadata.tensors.values()
+        ],
+    }  # fmt: skip
+
+
+def _from_plain(content: dict[str, Any]) -> Metadata:
+    files = {name: StoredFile(*map(int, numbers)) for name, *numbers in content["files"]}
+    for name in files:
+        if not re.fullmatch(r"rank_[0-9]{5,}\.safetensors", name):
+            raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
+    names = list(files)
+    tensors = {}
+    for kind, name, dtype, shape, partition_dim, stride, blocks in content["tensors"]:
+        stored = tuple(StoredBlock(Block(*map(int, block)), names[file], crc) for file, crc, *block in blocks)
+        tensor = StoredTensor(kind, name, DTYPES[dtype], tuple(shape), partition_dim, stride, stored)
+        tensors[kind, name] = tensor
+    return Metadata(content["iteration"], content["arguments"], content["state"], files, tensors)
