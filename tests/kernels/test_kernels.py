@@ -5,7 +5,7 @@ import torch
 from kernel_testing import DTYPES, assert_close, drawn
 from torch import Tensor
 
-from megatron.core.fusions.kernels import grouped_gemm, permute, rms_norm, router, swiglu
+from megatron.core.fusions.kernels import cross_entropy, grouped_gemm, permute, rms_norm, rotary, router, swiglu
 
 WIDTHS = [(1, 8), (7, 33), (129, 64)]
 
@@ -112,3 +112,50 @@ def test_weight_gradient(counts: tuple[int, ...], dtype: torch.dtype, device: to
             assert torch.equal(main_grad[expert], before[expert])
             continue
         assert_close(main_grad[expert], before[expert].double() + grad[part].double().T @ x[part].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(0, 8, 8), (3, 5, 5), (7, 4100, 4097), (2, 16, 0)])
+def test_cross_entropy(rows: int, width: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    logits = drawn((rows, width), dtype, device)
+    ids = torch.arange(rows, device=device) * 5 - 2  # the first one is another rank's
+    elsewhere = (ids < 0) | (ids >= columns)
+    real = logits.double()[:, :columns]
+    target = (
+        torch.where(elsewhere, 0.0, real.gather(1, ids.clamp(0, max(columns - 1, 0))[:, None])[:, 0])
+        if columns
+        else torch.zeros(rows, device=device)
+    )
+    largest, total, target_logit = cross_entropy.statistics(logits, ids, columns)
+    assert_close(target_logit, target)
+    if not columns:
+        assert largest.tolist() == [float("-inf")] * rows
+        assert not total.any()
+        return
+    assert_close(largest + total.log(), real.logsumexp(1))
+    grad = drawn((rows,), torch.float32, device, 1)
+    one_hot = (torch.arange(width, device=device) == ids[:, None]) & ~elsewhere[:, None]
+    expected = torch.zeros((rows, width), dtype=torch.float64, device=device)
+    expected[:, :columns] = real.softmax(1)
+    expected = (expected - one_hot.double()) * grad.double()[:, None]
+    cross_entropy.gradient_(logits, ids, largest + total.log(), grad, columns)
+    assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own_positions", [False, True])
+@pytest.mark.parametrize(("batch", "heads", "length", "width"), [(1, 1, 1, 2), (2, 3, 5, 12), (2, 9, 7, 16)])
+def test_rotary(
+    batch: int, heads: int, length: int, width: int, own_positions: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    # queries are read out of a wider tensor, with the sequence first
+    x = drawn((length, batch, heads, 2 * width), dtype, device)[..., width:].permute(1, 2, 0, 3)
+    angles = drawn((batch, length, width // 2) if own_positions else (length, width // 2), torch.float32, device, 1)
+    cos, sin = angles.cos(), angles.sin()
+    wide_cos, wide_sin = ((t[:, None] if own_positions else t).double() for t in (cos, sin))
+    first, second = x.double().chunk(2, dim=-1)
+    expected = torch.cat((first * wide_cos - second * wide_sin, second * wide_cos + first * wide_sin), dim=-1)
+    y = rotary.rotate(x, cos, sin)
+    assert y.is_contiguous()
+    assert_close(y, expected)
+    assert_close(rotary.rotate(y, cos, sin, inverse=True), x)
