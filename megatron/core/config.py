@@ -136,14 +136,27 @@ class ParallelConfig:
     """Ranks that split the sequence in attention (CP)."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence."""
+    use_distributed_optimizer: bool = False
+    """Share out masters and moments over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce the gradients of a bucket while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather the parameters of a bucket while the forward pass goes on; needs --use-distributed-optimizer."""
+    ddp_bucket_size: int | None = None
+    """Elements of a bucket; 40 million, or 1 million times the data-parallel size if that is more, if not given.
+    Without --overlap-grad-reduce or --overlap-param-gather there is one bucket."""
+    grad_reduce_in_bf16: bool = False
+    """Accumulate and reduce the gradients of bfloat16 parameters in bfloat16 instead of float32."""
 
     def __post_init__(self) -> None:
         _require_positive(
             self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
             "expert_tensor_parallel_size", "context_parallel_size", "num_layers_per_virtual_pipeline_stage",
             "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers",
+            "decoder_last_pipeline_num_layers", "ddp_bucket_size",
         )  # fmt: skip
+        if self.overlap_param_gather and not self.use_distributed_optimizer:
+            raise ValueError("--overlap-param-gather needs --use-distributed-optimizer: add it, or leave this away")
         self._check_virtual_stages()
         if self.expert_model_parallel_size > 1:
             raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
@@ -190,6 +203,12 @@ class ParallelConfig:
     def expert_tensor_parallel(self) -> int:
         """Ranks that split each expert's matrices."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    def bucket_size(self, group_size: int) -> int | None:
+        """Elements of a bucket that `group_size` ranks reduce, as in Megatron-LM; None for a single one."""
+        if not (self.overlap_grad_reduce or self.overlap_param_gather):
+            return None
+        return self.ddp_bucket_size or max(40_000_000, 1_000_000 * group_size)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model in `world_size` ranks. Raises ValueError if TP x PP x CP does not divide it."""

@@ -38,8 +38,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
     ),
     **_flags(
-        "no effect", "", "use-distributed-optimizer", "overlap-grad-reduce", "overlap-param-gather",
-        "moe-permute-fusion", "use-flash-attn", "async-save", "recompute-activations",
+        "no effect", "", "moe-permute-fusion", "use-flash-attn", "async-save", "recompute-activations",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm",
         "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
         "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
@@ -49,8 +48,8 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags(
         "no effect", "one", "moe-token-dispatcher-type", "transformer-impl", "recompute-granularity",
         "recompute-method", "recompute-num-layers", "wandb-project", "wandb-exp-name", "wandb-save-dir",
-        "attention-backend", "manual-gc-interval", "timing-log-level",
-        "tensorboard-log-interval", "tensorboard-queue-size", "local-rank", "ddp-bucket-size",
+        "attention-backend", "manual-gc-interval", "timing-log-level", "tensorboard-log-interval",
+        "tensorboard-queue-size", "local-rank",
     ),
     **_flags("no effect", "many", "recompute-modules"),
     **_flags(

@@ -118,7 +118,7 @@ def build_trainer(
         for chunk in model:
             initialize_parameters(chunk, chunk.first_layer, training.seed)
         _share_initial_weights(model, groups)
-    buffers = GradientBuffers(model.parameters(), groups)
+    buffers = GradientBuffers(model, groups, arguments.parallel)
     shards = groups.tp.size if model.sequence_parallel else 1
     length = arguments.data.seq_length // shards
     link = StageLink(
@@ -133,7 +133,7 @@ def build_trainer(
         device=device,
         model=model,
         buffers=buffers,
-        optimizer=MixedPrecisionAdamW(model, buffers, arguments.optimizer, groups),
+        optimizer=MixedPrecisionAdamW(buffers, arguments.optimizer, groups),
         schedule=build_schedule(arguments, batch_size),
         forward_step=forward_step,
         link=link,

@@ -168,11 +168,11 @@ def train_step(
 ) -> tuple[StepRecord, bool]:
     """One iteration: all microbatches, reduction, update. Returns its record and whether any rank wants to stop."""
     start = time.perf_counter()
-    trainer.buffers.zero()
+    trainer.buffers.start_step(trainer.num_microbatches)
     results = _run_microbatches(trainer, source, forward_only=False)
     trainer.buffers.finalize()
     learning_rate = trainer.schedule.learning_rate(progress.scheduled_samples)
-    update = trainer.optimizer.step(learning_rate)
+    update = trainer.optimizer.step(learning_rate, _losses(results))
     layers = trainer.arguments.model.num_layers
     averages = average_over_ranks(results, trainer.groups, layers, trainer.device, wants_stop())
     progress.iteration += 1

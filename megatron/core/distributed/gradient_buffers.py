@@ -1,78 +1,271 @@
-"""Gradients of all microbatches of a step, accumulated in float32 (or wider) in contiguous buffers."""
+"""Weights and gradients of a rank in contiguous buffers, cut into buckets that are reduced and gathered as a whole.
 
-from collections.abc import Iterable
+Parameters lie in reverse order, since the backward pass finishes the last ones first. Each bucket belongs to the ranks
+that hold the same parameters; with the distributed optimizer (ZeRO-1, arXiv:1910.02054) each of them owns an equal
+shard of it, wherever that cuts a parameter.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron.core.config import ParallelConfig
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
+# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-class _Buffer:
-    """One flat tensor; every parameter's `main_grad` is a view of it."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
-        offset = 0
-        for parameter in parameters:
-            view = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            parameter.main_grad = view  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(_accumulate)
-            offset += parameter.numel()
+# Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 16-bit types, which
+# matrix products and NCCL like, and more than any kernel requires.
+ALIGNMENT = 64
 
 
-def _accumulate(parameter: Tensor) -> None:
-    assert parameter.grad is not None
-    main_grad(parameter).add_(parameter.grad)
-    parameter.grad = None
+class Piece(NamedTuple):
+    """The part of one parameter that lies in a range of a bucket."""
+
+    parameter: nn.Parameter
+    start: int
+    """First element in the flattened parameter."""
+    end: int
+    """Element after the last one in the flattened parameter."""
+    offset: int
+    """Place of the first element in the bucket."""
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Neighbouring parameters of the buffers that are communicated at once."""
+
+    group: Group
+    """Ranks that hold the same parameters."""
+    parameters: list[nn.Parameter]
+    offsets: list[int]
+    """Place of each parameter in the bucket."""
+    weights: Tensor
+    """Flat; the parameters are views of it."""
+    grads: Tensor
+    """Flat; the parameters' `main_grad`s are views of it."""
+    complete: int = 0
+    """Parameters that have received the gradients of all microbatches of the step."""
+    work: list[dist.Work] = field(default_factory=list)
+    """Communication under way."""
+
+    @property
+    def own(self) -> slice:
+        """The shard that belongs to this rank of the group."""
+        size = self.weights.numel() // self.group.size
+        return slice(self.group.rank * size, (self.group.rank + 1) * size)
+
+    def pieces(self, part: slice) -> Iterator[Piece]:
+        """What of each parameter lies in `part` of the bucket; padding belongs to none."""
+        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
+            start, end = max(part.start - offset, 0), min(part.stop - offset, parameter.numel())
+            if start < end:
+                yield Piece(parameter, start, end, offset + start)
+
+    def wait(self) -> None:
+        """Returns when the communication under way is done."""
+        for work in self.work:
+            work.wait()
+        self.work.clear()
 
 
 def main_grad(parameter: Tensor) -> Tensor:
-    """The accumulated gradient of a parameter, of its shape, in float32 or wider."""
+    """The accumulated gradient of a parameter, of its shape, in the type it is reduced in."""
     return parameter.main_grad  # type: ignore[attr-defined]
 
 
+def _aligned(size: int, multiple: int = ALIGNMENT) -> int:
+    return -(-size // multiple) * multiple
+
+
 class GradientBuffers:
-    """Accumulates the gradients of `parameters` and averages them over the ranks that hold the same ones.
+    """Accumulates the gradients of a model and averages them over the ranks that hold the same parameters.
 
     Dense parameters are averaged over dp x cp. Expert parameters are summed over expert-data-parallel ranks only, but
     scaled by the same 1/(dp x cp): between them, the ranks have seen all tokens of the step either way.
+
+    After `finalize`, gradients are whole on every rank, or with the distributed optimizer on the rank that owns them.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], groups: ProcessGroups) -> None:
-        self.groups = groups
-        self.parameters = list(parameters)
-        dense = [p for p in self.parameters if not spec_of(p).is_expert]
-        expert = [p for p in self.parameters if spec_of(p).is_expert]
-        self._buffers: list[tuple[_Buffer, Group]] = [
-            (_Buffer(members), group) for members, group in ((dense, groups.dp_cp), (expert, groups.edp)) if members
-        ]
-        self._sequence_partial = [main_grad(p) for p in self.parameters if spec_of(p).sequence_partial_grad]
+    def __init__(self, model: nn.Module, groups: ProcessGroups, config: ParallelConfig | None = None) -> None:
+        self.groups, self.config = groups, config or ParallelConfig()
+        self.sharded = self.config.use_distributed_optimizer
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.buckets = self._build(list(self.names))
+        self._bucket_of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        self._arrivals = dict.fromkeys(self.names, 0)
+        self._microbatches = 1
+        self._launched = 0
+        for parameter in self.names:
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
+        if self.sharded and self.config.overlap_param_gather:
+            self._wait_before_use(model)
 
-    def zero(self) -> None:
-        """Starts a new step."""
-        for buffer, _ in self._buffers:
-            buffer.flat.zero_()
+    def _build(self, parameters: list[nn.Parameter]) -> list[Bucket]:
+        """Moves the parameters into flat buffers and returns the buckets in the order of the backward pass."""
+        order = {parameter: number for number, parameter in enumerate(parameters)}
+        buckets: list[Bucket] = []
+        for is_expert, group in ((False, self.groups.dp_cp), (True, self.groups.edp)):
+            for dtype in sorted({p.dtype for p in parameters}, key=str):
+                members = [p for p in reversed(parameters) if spec_of(p).is_expert == is_expert and p.dtype == dtype]
+                if members:
+                    buckets += _fill(members, group, self.config.bucket_size(group.size), self._grad_dtype(dtype))
+        # a bucket is ready when its last member is, the first of them in the forward pass
+        return sorted(buckets, key=lambda bucket: -order[bucket.parameters[-1]])
 
-    def scale(self, factor: float) -> None:
-        """Multiplies all gradients."""
-        for buffer, _ in self._buffers:
-            buffer.flat.mul_(factor)
+    def _grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.config.grad_reduce_in_bf16 and dtype == torch.bfloat16:
+            return dtype
+        return torch.promote_types(dtype, torch.float32)
+
+    def owned(self, bucket: Bucket) -> slice:
+        """The part of a bucket that this rank updates."""
+        return bucket.own if self.sharded else slice(0, bucket.weights.numel())
+
+    def start_step(self, num_microbatches: int) -> None:
+        """Zeroes the gradients; every parameter will receive at most one from each microbatch."""
+        self._microbatches, self._launched = num_microbatches, 0
+        for parameter in self._arrivals:
+            self._arrivals[parameter] = 0
+        for bucket in self.buckets:
+            bucket.wait()
+            bucket.complete = 0
+            bucket.grads.zero_()
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None and isinstance(parameter, nn.Parameter)
+        self._arrivals[parameter] += 1
+        assert self._arrivals[parameter] <= self._microbatches, (
+            f"{self.names[parameter]} received more gradients than there are microbatches"
+        )
+        main_grad(parameter).add_(parameter.grad)
+        parameter.grad = None
+        if self._arrivals[parameter] == self._microbatches:
+            self._bucket_of[parameter].complete += 1
+            if self.config.overlap_grad_reduce:
+                self._reduce_ready()
+
+    def _reduce_ready(self) -> None:
+        """Starts the reduction of complete buckets, in an order that is the same on all ranks.
+
+        A bucket whose parameters got fewer gradients than microbatches (an expert without tokens) holds up those after
+        it until `finalize`, since other ranks, where it is complete, reduce it first.
+        """
+        while self._launched < len(self.buckets):
+            bucket = self.buckets[self._launched]
+            if bucket.complete < len(bucket.parameters):
+                return
+            self._reduce(bucket)
+            self._launched += 1
+
+    def _reduce(self, bucket: Bucket) -> None:
+        replicas = self.groups.dp_cp.size
+        if replicas > 1:
+            bucket.grads.div_(replicas)
+        if bucket.group.size == 1:
+            return
+        if self.sharded:
+            work = _reduce_scatter(bucket.grads[bucket.own], bucket.grads, group=bucket.group.handle, async_op=True)
+        else:
+            work = dist.all_reduce(bucket.grads, group=bucket.group.handle, async_op=True)
+        bucket.work.append(work)
 
     def finalize(self) -> None:
-        """Makes the gradients those of the whole step; collective over tp, dp x cp and edp."""
-        if self._sequence_partial and self.groups.tp.size > 1:
-            joined = torch.cat([grad.reshape(-1) for grad in self._sequence_partial])
-            dist.all_reduce(joined, group=self.groups.tp.handle)
-            sizes = [grad.numel() for grad in self._sequence_partial]
-            for grad, total in zip(self._sequence_partial, joined.split(sizes), strict=True):
-                grad.copy_(total.view_as(grad))
-        replicas = self.groups.dp_cp.size
-        for buffer, group in self._buffers:
-            if replicas > 1:
-                buffer.flat.div_(replicas)
-            if group.size > 1:
-                dist.all_reduce(buffer.flat, group=group.handle)
+        """Makes the gradients those of the whole step; collective over dp x cp, edp and tp."""
+        for bucket in self.buckets[self._launched :]:
+            self._reduce(bucket)
+        self._launched = len(self.buckets)
+        for bucket in self.buckets:
+            bucket.wait()
+        self._sum_sequence_partial()
+
+    def _sum_sequence_partial(self) -> None:
+        """Sums over tensor-parallel ranks the gradients of which each has seen only its slice of the sequence.
+
+        These ranks own the same shards, and the sum is linear, so that it can come after the reduction.
+        """
+        if self.groups.tp.size == 1:
+            return
+        partial = [
+            bucket.grads[piece.offset : piece.offset + piece.end - piece.start]
+            for bucket in self.buckets
+            for piece in bucket.pieces(self.owned(bucket))
+            if spec_of(piece.parameter).sequence_partial_grad
+        ]
+        if not partial:
+            return
+        joined = torch.cat(partial)
+        dist.all_reduce(joined, group=self.groups.tp.handle)
+        for grad, total in zip(partial, joined.split([grad.numel() for grad in partial]), strict=True):
+            grad.copy_(total)
+
+    def gather_parameters(self) -> None:
+        """Brings the updated shards together, first those that the forward pass needs first; collective."""
+        if not self.sharded:
+            return
+        for bucket in reversed(self.buckets):
+            if bucket.group.size > 1:
+                own = bucket.weights[bucket.own]
+                bucket.work.append(_all_gather(bucket.weights, own, group=bucket.group.handle, async_op=True))
+        if not self.config.overlap_param_gather:
+            self.wait_for_parameters()
+
+    def _wait_before_use(self, model: nn.Module) -> None:
+        """Makes each module wait, before its forward pass, for the buckets that its parameters are in.
+
+        A module without a forward of its own is used by the one that contains it.
+        """
+        for module in model.modules():
+            holders = [module, *(child for child in module.children() if type(child).forward is nn.Module.forward)]
+            parameters = [parameter for holder in holders for parameter in holder.parameters(recurse=False)]
+            needed = [b for b in self.buckets if any(self._bucket_of[parameter] is b for parameter in parameters)]
+            if needed:
+                module.register_forward_pre_hook(functools.partial(_wait_for, needed))
+
+    def wait_for_parameters(self) -> None:
+        """Returns when the parameters are those of the last update; before reading them other than by a forward."""
+        for bucket in self.buckets:
+            bucket.wait()
+
+
+def _wait_for(buckets: list[Bucket], module: nn.Module, inputs: object) -> None:
+    for bucket in buckets:
+        bucket.wait()
+
+
+def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, grad_dtype: torch.dtype) -> list[Bucket]:
+    """Buckets of at least `bucket_size` elements, in one buffer of weights and one of gradients."""
+    cuts: list[tuple[list[nn.Parameter], list[int], int]] = []
+    parameters: list[nn.Parameter] = []
+    offsets: list[int] = []
+    size = 0
+    for parameter in members:
+        parameters.append(parameter)
+        offsets.append(size)
+        size = _aligned(size + parameter.numel())
+        if parameter is members[-1] or (bucket_size is not None and size >= bucket_size):
+            cuts.append((parameters, offsets, _aligned(size, ALIGNMENT * group.size)))
+            parameters, offsets, size = [], [], 0
+    total = sum(length for _, _, length in cuts)
+    weights = members[0].new_zeros(total, requires_grad=False)
+    grads = torch.zeros(total, dtype=grad_dtype, device=weights.device)
+    buckets, start = [], 0
+    for parameters, offsets, length in cuts:
+        part = slice(start, start + length)
+        bucket = Bucket(group, parameters, offsets, weights[part], grads[part])
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            place = slice(offset, offset + parameter.numel())
+            bucket.weights[place].copy_(parameter.detach().reshape(-1))
+            parameter.data = bucket.weights[place].view_as(parameter)
+            parameter.main_grad = bucket.grads[place].view_as(parameter)  # type: ignore[attr-defined]
+        buckets.append(bucket)
+        start += length
+    return buckets

@@ -1,16 +1,21 @@
-"""AdamW (arXiv:1711.05101) on float32 masters of the model's parameters."""
+"""AdamW (arXiv:1711.05101) on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core.config import OptimizerConfig
-from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
-from megatron.core.optimizer.clip_grads import gradient_norm
+from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
+from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
+
+STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
 
 
 class StepResult(NamedTuple):
@@ -22,84 +27,214 @@ class StepResult(NamedTuple):
     """Global gradient norm before clipping."""
 
 
-class MixedPrecisionAdamW:
-    """Keeps a float32 master of each bfloat16 parameter; float32 and float64 parameters are their own masters."""
+class StatePiece(NamedTuple):
+    """The optimizer's state of a part of one parameter, on the rank that updates it."""
 
-    def __init__(
-        self, model: nn.Module, buffers: GradientBuffers, config: OptimizerConfig, groups: ProcessGroups
-    ) -> None:
+    name: str
+    """Name of the parameter on this rank (see `GradientBuffers.names`)."""
+    parameter: nn.Parameter
+    start: int
+    """First element in the parameter of this rank, flattened."""
+    end: int
+    """Element after the last one."""
+    tensors: dict[str, Tensor]
+    """`master`, `exp_avg`, `exp_avg_sq`: flat views of `end - start` elements; writing to them sets the state."""
+
+
+class _ParameterKind(NamedTuple):
+    """What decides about a parameter's hyperparameters."""
+
+    decayed: bool
+
+
+@dataclass(eq=False)
+class _BucketState:
+    """Masters and moments of the part of a bucket that this rank updates, flat."""
+
+    bucket: Bucket
+    part: slice
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    segments: list[tuple[_ParameterKind, slice, Tensor]]
+    """Runs of one kind: their place in the part, and the view of the master that AdamW updates."""
+
+    @property
+    def has_own_master(self) -> bool:
+        """Whether the master is another tensor than the weights."""
+        return self.master.dtype != self.bucket.weights.dtype
+
+
+class MixedPrecisionAdamW:
+    """Keeps float32 masters of 16-bit parameters; float32 and float64 parameters are their own masters.
+
+    Bytes a parameter beside weights and gradients: 12 in 16-bit types, 8 in float32, 16 in float64; divided by the
+    number of ranks that hold the parameter if the optimizer is distributed.
+    """
+
+    def __init__(self, buffers: GradientBuffers, config: OptimizerConfig, groups: ProcessGroups) -> None:
         self.config, self.buffers, self.groups = config, buffers, groups
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self._masters: dict[str, Tensor] = {}
-        decayed: list[Tensor] = []
-        plain: list[Tensor] = []
-        for name, parameter in self._parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            master = parameter if wide == parameter.dtype else nn.Parameter(parameter.detach().to(wide))
-            self._masters[name] = master
-            (decayed if spec_of(parameter).weight_decay else plain).append(master)
+        self.steps_taken = 0
+        self._states = [self._new_state(bucket) for bucket in buffers.buckets]
+        self._counted = counted_gradients(buffers, groups)
+        kinds = sorted({kind for state in self._states for kind, _, _ in state.segments})
         self._adam = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            [
+                {
+                    "params": [view for state in self._states for k, _, view in state.segments if k == kind],
+                    "weight_decay": config.weight_decay if kind.decayed else 0.0,
+                    "kind": kind,
+                }
+                for kind in kinds
+            ],
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             fused=True,
         )
+        self._attach_moments()
+
+    def _kind(self, parameter: nn.Parameter) -> _ParameterKind:
+        return _ParameterKind(spec_of(parameter).weight_decay)
+
+    def _new_state(self, bucket: Bucket) -> _BucketState:
+        part = self.buffers.owned(bucket)
+        weights = bucket.weights[part]
+        master = weights.to(torch.promote_types(weights.dtype, torch.float32))  # the same tensor if that is its type
+        runs: list[tuple[_ParameterKind, slice]] = []
+        for piece in bucket.pieces(part):
+            kind, start, end = self._kind(piece.parameter), piece.offset, piece.offset + piece.end - piece.start
+            if runs and runs[-1][0] == kind:
+                start = runs.pop()[1].start + part.start
+            runs.append((kind, slice(start - part.start, end - part.start)))
+        return _BucketState(
+            bucket,
+            part,
+            master,
+            torch.zeros_like(master),
+            torch.zeros_like(master),
+            [(kind, place, master[place]) for kind, place in runs],
+        )
+
+    def _attach_moments(self) -> None:
+        for state in self._states:
+            for _, place, view in state.segments:
+                self._adam.state[view] = {
+                    "step": torch.tensor(float(self.steps_taken), device=view.device),
+                    "exp_avg": state.exp_avg[place],
+                    "exp_avg_sq": state.exp_avg_sq[place],
+                }
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepResult:
-        """Clips the finalised gradients and updates, or leaves everything alone if they are not finite."""
-        norm = gradient_norm(self._parameters.values(), self.groups)
+    def step(self, learning_rate: float, losses: Tensor | None = None) -> StepResult:
+        """Clips the finalised gradients and updates, or leaves everything alone if they or `losses` are not finite.
+
+        Collective over the whole job; all ranks return the same.
+        """
+        if losses is None:
+            losses = self.buffers.buckets[0].grads.new_zeros(())
+        norm = gradient_norm(self._counted, losses, self.groups.world)
         if not math.isfinite(norm):
             return StepResult(False, norm)
-        if self.config.clip_grad and norm > self.config.clip_grad:
-            self.buffers.scale(self.config.clip_grad / (norm + 1e-6))
+        clip = self.config.clip_grad
+        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
-        for name, master in self._masters.items():
-            master.grad = main_grad(self._parameters[name])
+        for state in self._states:
+            grads = state.bucket.grads[state.part].to(state.master.dtype)
+            if factor != 1.0:
+                grads.mul_(factor)
+            for _, place, view in state.segments:
+                view.grad = grads[place]
         self._adam.step()
-        for name, master in self._masters.items():
-            master.grad = None
-            if master is not self._parameters[name]:
-                self._parameters[name].copy_(master)
+        self.steps_taken += 1
+        for state in self._states:
+            for _, _, view in state.segments:
+                view.grad = None
+        self._copy_masters_to_weights()
         return StepResult(True, norm)
+
+    def _copy_masters_to_weights(self) -> None:
+        for state in self._states:
+            if state.has_own_master:
+                state.bucket.weights[state.part].copy_(state.master)
+        self.buffers.gather_parameters()
 
     @torch.no_grad()
     def reload_masters(self) -> None:
         """Takes the masters anew from the model's parameters, after weights were loaded into it."""
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
-                master.copy_(self._parameters[name])
+        for state in self._states:
+            if state.has_own_master:
+                state.master.copy_(state.bucket.weights[state.part])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masters, moments and step counts under the parameters' names; tensors are not copied."""
-        state: dict[str, Any] = {}
-        for name, master in self._masters.items():
-            moments = self._adam.state.get(master, {})
-            state[name] = {"master": master.detach(), **moments}
-        return state
+    def state_pieces(self) -> Iterator[StatePiece]:
+        """The state that this rank keeps, parameter by parameter; empty where another rank owns all of one.
+
+        To load, write to the tensors on every rank, then call `finish_loading`.
+        """
+        for state in self._states:
+            for piece in state.bucket.pieces(state.part):
+                start = piece.offset - state.part.start
+                place = slice(start, start + piece.end - piece.start)
+                tensors = {name: getattr(state, name)[place] for name in STATE_NAMES}
+                yield StatePiece(self.buffers.names[piece.parameter], piece.parameter, piece.start, piece.end, tensors)
+
+    def scalars(self) -> dict[str, float]:
+        """The part of the state that is no tensor, the same on all ranks; plain numbers by name."""
+        return {"steps_taken": self.steps_taken}
+
+    @torch.no_grad()
+    def finish_loading(self, scalars: dict[str, float]) -> None:
+        """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
+        self.steps_taken = int(scalars["steps_taken"])
+        self._attach_moments()
+        self._copy_masters_to_weights()
+        self.buffers.wait_for_parameters()
+
+    @torch.no_grad()
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """The state by the parameters' names, on the CPU, shards brought together; collective over dp x cp and edp.
+
+        Ranks that do not `keep` it take part and get an empty dictionary.
+        """
+        whole: dict[str, Any] = {}
+        for state in self._states:
+            bucket = state.bucket
+            for name in STATE_NAMES:
+                flat = getattr(state, name)
+                if self.buffers.sharded and bucket.group.size > 1:
+                    flat = flat.new_empty(bucket.weights.numel())
+                    dist.all_gather(
+                        list(flat.chunk(bucket.group.size)), getattr(state, name), group=bucket.group.handle
+                    )
+                if keep:
+                    for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
+                        values = flat[offset : offset + parameter.numel()].view_as(parameter)
+                        whole.setdefault(self.buffers.names[parameter], {})[name] = values.to("cpu", copy=True)
+        return {"scalars": self.scalars(), "parameters": whole} if keep else {}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, naming parameters, if `state` is not of this model."""
-        if state.keys() != self._masters.keys():
-            different = sorted(state.keys() ^ self._masters.keys())
+        if set(state) != {"scalars", "parameters"} or state["scalars"].keys() != self.scalars().keys():
+            raise ValueError("the optimizer state was not saved by this version of the program")
+        shapes = {name: parameter.shape for parameter, name in self.buffers.names.items()}
+        saved = state["parameters"]
+        if saved.keys() != shapes.keys():
+            different = sorted(saved.keys() ^ shapes.keys())
             raise ValueError(f"the optimizer state belongs to another model: {different[:5]} differ")
-        for name, master in self._masters.items():
-            for key, value in state[name].items():
-                if key != "step" and value.shape != master.shape:
+        for name, shape in shapes.items():
+            for key in STATE_NAMES:
+                if key not in saved[name]:
+                    raise ValueError(f"the optimizer state holds no {key} of {name}")
+                if saved[name][key].shape != shape:
                     raise ValueError(
-                        f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, not {tuple(master.shape)}"
+                        f"the optimizer's {key} of {name} has shape {tuple(saved[name][key].shape)}, not {tuple(shape)}"
                     )
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned and `check_state_dict` accepts."""
-        for name, master in self._masters.items():
-            saved = dict(state[name])
-            master.copy_(saved.pop("master"))
-            if saved:
-                # the step count too: fused AdamW wants it on the parameter's device
-                self._adam.state[master] = {key: value.to(master.device) for key, value in saved.items()}
-            if master is not self._parameters[name]:
-                self._parameters[name].copy_(master)
+        """Restores what `state_dict` returned and `check_state_dict` accepts; collective over dp x cp and edp."""
+        for piece in self.state_pieces():
+            for key, tensor in piece.tensors.items():
+                tensor.copy_(state["parameters"][piece.name][key].reshape(-1)[piece.start : piece.end])
+        self.finish_loading(state["scalars"])
