@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
-from megatron.core.distributed.gradient_buffers import main_grad
+from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.parameter import NamedShard
 from megatron.core.tensor_parallel.partition import join_from_tp
@@ -123,6 +124,14 @@ def _gradient_shards(model: Any) -> list[NamedShard]:
     return shards
 
 
+def _gather_gradients(buffers: GradientBuffers) -> None:
+    """Makes the gradients whole on every rank, where each has only its own shard."""
+    for bucket in buffers.buckets:
+        if buffers.sharded and bucket.group.size > 1:
+            own = bucket.grads[bucket.own].clone()
+            dist.all_gather(list(bucket.grads.chunk(bucket.group.size)), own, group=bucket.group.handle)
+
+
 def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, steps: int) -> StepOutcome:
     """Trains the tiny model for some steps on this rank of the layout that `settings` describe."""
     arguments = tiny_arguments(params_dtype, settings)
@@ -135,6 +144,7 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
     def finalize_and_keep() -> None:
         finalize()
         if not gradients:
+            _gather_gradients(trainer.buffers)
             gradients.update(_shards(_gradient_shards(trainer.model)))
 
     trainer.buffers.finalize = finalize_and_keep  # type: ignore[method-assign]
@@ -150,6 +160,7 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
                 "grad_norm": record.grad_norm,
             }
         )
+    trainer.buffers.wait_for_parameters()
     weights = _shards(list(trainer.model.named_shards()))
     return StepOutcome(numbers, gradients, weights)
 

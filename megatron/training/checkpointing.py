@@ -90,6 +90,8 @@ def save_checkpoint(
     """Saves a step that is either whole or absent; collective. Raises ValueError on every rank if any rank fails."""
     assert arguments.checkpoint.save is not None
     root, iteration = Path(arguments.checkpoint.save), progress.iteration
+    # brought together before any rank can fail on its own
+    state = {} if arguments.checkpoint.no_save_optim else optimizer.state_dict(keep=groups.dp_cp.rank == 0)
 
     layout = interchange_layout(arguments)
     rank_in_stage = groups.world.rank % (groups.world.size // layout.pipeline)
@@ -113,7 +115,7 @@ def save_checkpoint(
                 shard.stage_name: shard.data.to("cpu", copy=True) for shard in named_shards(chunk, chunk.first_layer)
             }
         if not arguments.checkpoint.no_save_optim:
-            content["optimizer"] = optimizer.state_dict()
+            content["optimizer"] = state
         interchange.save_torch(folder / interchange.CHECKPOINT_FILE, content)
 
     def commit() -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron.core.config import ModelConfig
 from megatron.core.datasets import blend_summary
 from megatron.core.models.mixtral.flops import training_flops_per_token
@@ -160,6 +162,12 @@ def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_
     )
 
 
+def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
+    """A number that is finite if the losses of this rank's microbatches are."""
+    losses = [result.loss for result in results if result.loss is not None]
+    return torch.stack(losses).sum() if losses else None
+
+
 def train_step(
     trainer: Trainer,
     source: Iterator[Batch | None],
@@ -283,6 +291,7 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None
 
 
 def _save(trainer: Trainer, progress: Progress) -> None:
+    trainer.buffers.wait_for_parameters()
     save_checkpoint(trainer.arguments, trainer.groups, trainer.model, trainer.optimizer, progress)
     print_once(trainer.groups, f"saved iteration {progress.iteration} to {trainer.arguments.checkpoint.save}")
 

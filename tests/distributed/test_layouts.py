@@ -34,6 +34,10 @@ PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
 SP = {"sequence_parallel": True}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
+ZERO = {"use_distributed_optimizer": True}
+# buckets so small that most tensors have their own, and some neighbours share one
+OVERLAP_GRADS = {"overlap_grad_reduce": True, "ddp_bucket_size": 2000}
+ZERO_OVERLAP = ZERO | OVERLAP_GRADS | {"overlap_param_gather": True}
 
 LAYOUTS = {
     "tp2": Layout(2, TP2, quick=True, float32=True),
@@ -51,6 +55,12 @@ LAYOUTS = {
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
     "tp2_sp_pp2_documents": Layout(4, TP2 | SP | PP2, shared_settings=DOCUMENTS, quick=True),
     "pp4_documents": Layout(4, PP4, shared_settings=DOCUMENTS),
+    "dp2_zero": Layout(2, ZERO, quick=True, float32=True),
+    "dp2_overlap": Layout(2, OVERLAP_GRADS),
+    "dp4_zero": Layout(4, ZERO),
+    "tp2_dp2_zero_overlap": Layout(4, TP2 | ZERO_OVERLAP),
+    "pp2_dp2_zero": Layout(4, PP2 | ZERO_OVERLAP),
+    "tp2_sp_dp2_zero": Layout(4, TP2 | SP | ZERO_OVERLAP, quick=True),
 }
 QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
 
