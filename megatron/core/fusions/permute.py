@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core.fusions import backend
+
 
 @dataclass(frozen=True)
 class PermutationMap:
@@ -31,6 +33,10 @@ class PermutationMap:
 
 def permutation_map(experts_TK: Tensor, num_experts: int) -> PermutationMap:
     """Stable sort of the pairs by expert: int64 `experts_TK` with values in [0, num_experts)."""
+    if backend.runs_triton_on(experts_TK):
+        from megatron.core.fusions.kernels import permute as kernels
+
+        return PermutationMap(*kernels.permutation_map(experts_TK, num_experts))
     flat = experts_TK.reshape(-1)
     row_to_pair = torch.argsort(flat, stable=True)
     pair_to_row = torch.empty_like(row_to_pair)
@@ -41,10 +47,18 @@ def permutation_map(experts_TK: Tensor, num_experts: int) -> PermutationMap:
 
 
 def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
+    if backend.runs_triton(x_TH):
+        from megatron.core.fusions.kernels import permute as kernels
+
+        return kernels.gather(x_TH.contiguous(), index.row_to_pair_R, index.top_k)
     return x_TH[index.row_to_pair_R // index.top_k]
 
 
 def _combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
+    if backend.runs_triton(y_RH):
+        from megatron.core.fusions.kernels import permute as kernels
+
+        return kernels.combine(y_RH.contiguous(), index.pair_to_row_TK)
     wide = torch.promote_types(y_RH.dtype, torch.float32)
     return y_RH[index.pair_to_row_TK].sum(dim=1, dtype=wide).to(y_RH.dtype)
 

@@ -6,12 +6,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core.fusions import backend
+
 
 class _RMSNorm(Function):
     """Keeps x, the weight and one number a row for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        if backend.runs_triton(x, weight):
+            from megatron.core.fusions.kernels import rms_norm as kernels
+
+            x = x.contiguous()
+            y, inverse_rms = kernels.forward(x, weight, epsilon)
+            ctx.save_for_backward(x, weight, inverse_rms)
+            return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -20,6 +29,11 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
+        if backend.runs_triton(x, weight):
+            from megatron.core.fusions.kernels import rms_norm as kernels
+
+            grad_x, grad_weight = kernels.backward(grads[0].contiguous(), x, weight, inverse_rms)
+            return grad_x, grad_weight.to(weight.dtype), None
         normalized = x.to(inverse_rms.dtype) * inverse_rms
         grad = grads[0].to(inverse_rms.dtype)
         grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0).to(weight.dtype)

@@ -1,7 +1,12 @@
 """Rotary position embedding (RoFormer, arXiv:2104.09864), in the form that rotates the two halves of a head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from megatron.core.fusions import backend
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -17,7 +22,28 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
     return angles.cos(), angles.sin()
 
 
+class _Rotate(Function):
+    """The kernel; the gradient is rotated back, so that nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        from megatron.core.fusions.kernels import rotary as kernels
+
+        if cos.ndim == 4:
+            cos, sin = cos.squeeze(1), sin.squeeze(1)
+        ctx.save_for_backward(cos, sin)
+        return kernels.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        from megatron.core.fusions.kernels import rotary as kernels
+
+        return kernels.rotate(grads[0].contiguous(), *ctx.saved_tensors, inverse=True), None, None
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x_i, x_{i+d/2}) by its position's angle: x [B, heads, S, d] -> the same shape."""
+    if backend.runs_triton(x, cos, sin):
+        return _Rotate.apply(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,9 +1,12 @@
 """Top-k choice of experts from router logits."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from megatron.core.fusions import backend
 
 
 class Routing(NamedTuple):
@@ -21,8 +24,30 @@ class Routing(NamedTuple):
     """Number of (token, choice) pairs sent to each expert, in the probabilities' type."""
 
 
+class _Route(Function):
+    """The kernel, which makes everything in one pass and its gradient in another."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
+        from megatron.core.fusions.kernels import router as kernels
+
+        out = kernels.forward(logits.contiguous(), top_k)
+        ctx.save_for_backward(out.probs_TK, out.experts_TK, out.softmax_TE)
+        ctx.mark_non_differentiable(out.experts_TK, out.tokens_per_expert_E)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        from megatron.core.fusions.kernels import router as kernels
+
+        grad_probs, _, grad_softmax, grad_logsumexp, _ = (grad.contiguous() for grad in grads)
+        return kernels.backward(grad_probs, grad_softmax, grad_logsumexp, *ctx.saved_tensors), None
+
+
 def top_k_routing(logits_TE: Tensor, top_k: int) -> Routing:
     """softmax -> top-k -> renormalise, which equals top-k -> softmax; `logits_TE` is float32 or wider."""
+    if backend.runs_triton(logits_TE):
+        return Routing(*_Route.apply(logits_TE, top_k))
     softmax_TE = logits_TE.softmax(dim=-1)
     probs_TK, experts_TK = softmax_TE.topk(top_k, dim=-1)
     probs_TK = probs_TK / probs_TK.sum(dim=-1, keepdim=True)

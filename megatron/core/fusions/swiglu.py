@@ -7,19 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core.fusions import backend
+
 
 class _WeightedSwiGLU(Function):
     """Keeps only its inputs for the backward pass; autograd would keep every float32 step in between."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
+        gate_up, probs = gate_up.contiguous(), probs.contiguous()
         ctx.save_for_backward(gate_up, probs)
+        if backend.runs_triton(gate_up, probs):
+            from megatron.core.fusions.kernels import swiglu as kernels
+
+            return kernels.forward(gate_up, probs)
         gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
         return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, probs = ctx.saved_tensors
+        if backend.runs_triton(gate_up, probs):
+            from megatron.core.fusions.kernels import swiglu as kernels
+
+            grad_gate_up, grad_probs, _ = kernels.backward(grads[0].contiguous(), gate_up, probs)
+            return grad_gate_up, grad_probs.to(probs.dtype)
         wide = torch.promote_types(gate_up.dtype, torch.float32)
         gate, up = gate_up.to(wide).chunk(2, dim=-1)
         grad = grads[0].to(wide)

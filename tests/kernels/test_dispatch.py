@@ -1,0 +1,65 @@
+"""The operations with their kernels behind them equal their PyTorch forms, outputs and gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_testing import assert_close, drawn
+from torch import Tensor
+
+from megatron.core.fusions import backend
+from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
+from megatron.core.fusions.rms_norm import rms_norm
+from megatron.core.fusions.rotary import apply_rotary, rotary_tables
+from megatron.core.fusions.router import top_k_routing
+from megatron.core.fusions.swiglu import weighted_swiglu
+
+
+def _norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (rms_norm(x.transpose(0, 1), weight, 1e-5),)
+
+
+def _rotary(x: Tensor) -> tuple[Tensor, ...]:
+    batch, _, length, width = x.shape
+    shared = rotary_tables(torch.arange(length, device=x.device), width, 10000.0, x.dtype)
+    own = rotary_tables(torch.arange(batch * length, device=x.device).view(batch, -1), width, 10000.0, x.dtype)
+    return apply_rotary(x, *shared), apply_rotary(x, *own)
+
+
+def _experts(x_TH: Tensor, logits_TE: Tensor) -> tuple[Tensor, ...]:
+    routing = top_k_routing(logits_TE, 2)
+    index = permutation_map(routing.experts_TK, logits_TE.shape[1])
+    rows = gather_rows(x_TH, index)
+    y = combine_rows(weighted_swiglu(rows, gather_probs(routing.probs_TK, index)), index)
+    return y, routing.softmax_TE, routing.logsumexp_T, routing.tokens_per_expert_E
+
+
+CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[tuple[int, ...], ...]]] = {
+    "rms_norm": (_norm, ((5, 3, 24), (24,))),
+    "rotary": (_rotary, ((2, 3, 5, 8),)),
+    "experts": (_experts, ((13, 24), (13, 5))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_equal_the_plain_form(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, shapes = CASES[name]
+
+    def run(triton: bool, dtype: torch.dtype) -> list[Tensor]:
+        calls = []
+
+        def choose(*_: Tensor) -> bool:
+            calls.append(triton)
+            return triton
+
+        monkeypatch.setattr(backend, "runs_triton", choose)
+        monkeypatch.setattr(backend, "runs_triton_on", choose)
+        inputs = [drawn(shape, torch.float32, device, i).to(dtype).requires_grad_() for i, shape in enumerate(shapes)]
+        outputs = function(*inputs)
+        total = torch.stack([(out * (i + 1)).square().sum() for i, out in enumerate(outputs)]).sum()
+        total.backward()
+        assert calls, "nothing asked which form to run"
+        return [*outputs, *(tensor.grad for tensor in inputs if tensor.grad is not None)]
+
+    for ours, reference in zip(run(True, torch.float32), run(False, torch.float64), strict=True):
+        assert_close(ours, reference)
