@@ -1,0 +1,1 @@
+"""Context parallelism: ranks that each hold a part of every sequence."""
