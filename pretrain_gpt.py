@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.core.context_parallel.zigzag import split_batch
 from megatron.core.datasets import build_train_valid_test_datasets
 from megatron.core.fusions.attention import Documents
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
+from megatron.core.tensor_parallel.mappings import all_reduce
 from megatron.training.config import Arguments
 from megatron.training.metrics import MicrobatchResult
 from megatron.training.training import pretrain
@@ -36,18 +38,28 @@ def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], t
 def forward_step(
     model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, auxiliary_loss_scale: float
 ) -> tuple[Tensor, MicrobatchResult]:
-    """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1."""
-    batch = batch or {}
+    """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1.
+
+    Where ranks split a sequence, each returns its part of that mean times their number, since gradients are averaged
+    over them.
+    """
+    batch = split_batch(batch or {}, model.cp)
     documents = None
     if "document_bounds" in batch:
         documents = Documents.from_bounds(batch["document_bounds"], batch["tokens"].device)
     output, statistics = model(
-        batch.get("tokens"), hidden, batch.get("labels"), auxiliary_loss_scale, batch.get("position_ids"), documents
+        batch.get("tokens"),
+        hidden,
+        batch.get("labels"),
+        auxiliary_loss_scale * model.cp.size,
+        batch.get("position_ids"),
+        documents,
     )
     if model.output_layer is None:
         return output, MicrobatchResult(None, statistics)
     mask = batch["loss_mask"]
-    loss = (output * mask).sum() / mask.sum().clamp(min=1)
+    tokens = all_reduce(mask.sum(), model.cp).clamp(min=1)
+    loss = (output * mask).sum() * (model.cp.size / tokens)
     return loss, MicrobatchResult(loss.detach(), statistics)
 
 

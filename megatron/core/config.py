@@ -162,8 +162,6 @@ class ParallelConfig:
             raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
         if self.expert_tensor_parallel != self.tensor_model_parallel_size:
             raise ValueError("--expert-tensor-parallel-size must equal --tensor-model-parallel-size for now")
-        if self.context_parallel_size > 1:
-            raise ValueError("--context-parallel-size above 1 is not supported yet: leave it at 1")
 
     def _check_virtual_stages(self) -> None:
         by_layers, by_number = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
@@ -231,8 +229,19 @@ class ParallelConfig:
         _require_divisible(
             "--num-experts", model.num_experts, "--expert-model-parallel-size", self.expert_model_parallel_size
         )
-        if self.sequence_parallel:
-            _require_divisible("--seq-length", seq_length, *tp)
+        self._check_sequence(seq_length)
+
+    def _check_sequence(self, seq_length: int) -> None:
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size if self.sequence_parallel else 1
+        # each context-parallel rank holds two equal chunks, and splits them together over its tensor-parallel ranks
+        multiple = cp * math.lcm(2, tp) if cp > 1 else tp
+        if seq_length % multiple:
+            parts = [f"2 x --context-parallel-size ({cp})"] if cp > 1 else []
+            parts += [f"{'--context-parallel-size x ' if cp > 1 else ''}--tensor-model-parallel-size ({tp})"] * (tp > 1)
+            raise ValueError(
+                f"--seq-length ({seq_length}) is not divisible by {' and by '.join(parts)}: take a multiple of "
+                f"{multiple}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,8 @@ class ProcessGroups:
     """Data parallel: ranks that hold the same dense parameters and read different samples."""
     cp: Group = Group()
     """Context parallel: ranks that split a sequence."""
+    tp_cp: Group = Group()
+    """Ranks that hold the tokens of one microbatch between them, with sequence parallelism."""
     dp_cp: Group = Group()
     """Ranks whose dense gradients are averaged."""
     model: Group = Group()
@@ -81,6 +83,7 @@ _GROUP_AXES = {
     "pp": (DENSE_AXES, ("pp",)),
     "dp": (DENSE_AXES, ("dp",)),
     "cp": (DENSE_AXES, ("cp",)),
+    "tp_cp": (DENSE_AXES, ("cp", "tp")),
     "dp_cp": (DENSE_AXES, ("dp", "cp")),
     "model": (DENSE_AXES, ("pp", "tp")),
     "ep": (EXPERT_AXES, ("ep",)),

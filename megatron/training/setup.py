@@ -119,7 +119,7 @@ def build_trainer(
             initialize_parameters(chunk, chunk.first_layer, training.seed)
         _share_initial_weights(model, groups)
     buffers = GradientBuffers(model, groups, arguments.parallel)
-    shards = groups.tp.size if model.sequence_parallel else 1
+    shards = groups.cp.size * (groups.tp.size if model.sequence_parallel else 1)
     length = arguments.data.seq_length // shards
     link = StageLink(
         pp=groups.pp,

@@ -132,11 +132,12 @@ def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
 def _summary(trainer: Trainer) -> str:
     groups, model = trainer.groups, trainer.arguments.model
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    context = f"context {groups.cp.size} x " if groups.cp.size > 1 else ""
     return (
         f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
         f"{model.ffn_hidden_size}, top {model.moe_router_topk}, vocabulary {model.vocab_size}, {model.params_dtype}\n"
         f"{groups.world.size} {trainer.device.type} process(es): tensor {groups.tp.size} x pipeline {groups.pp.size} x "
-        f"data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "
+        f"{context}data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "
         f"{parameters:,} parameters on the first rank; batch {trainer.batch_size} = {groups.dp.size} x "
         f"{trainer.num_microbatches} microbatches of {trainer.arguments.training.micro_batch_size}"
     )

@@ -33,6 +33,8 @@ TP4 = {"tensor_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
 SP = {"sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+CP4 = {"context_parallel_size": 4}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 ZERO = {"use_distributed_optimizer": True}
 # buckets so small that most tensors have their own, and some neighbours share one
@@ -53,6 +55,13 @@ LAYOUTS = {
     "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
     "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
+    "cp2": Layout(2, CP2, quick=True, float32=True),
+    "cp4": Layout(4, CP4),
+    "cp2_dp2": Layout(4, CP2),
+    "cp2_pp2": Layout(4, CP2 | PP2),
+    "cp2_tp2": Layout(4, CP2 | TP2),
+    "cp2_tp2_sp": Layout(4, CP2 | TP2 | SP, quick=True),
+    "cp2_tp2_sp_pp2": Layout(8, CP2 | TP2 | SP | PP2),
     "tp2_sp_pp2_documents": Layout(4, TP2 | SP | PP2, shared_settings=DOCUMENTS, quick=True),
     "pp4_documents": Layout(4, PP4, shared_settings=DOCUMENTS),
     "dp2_zero": Layout(2, ZERO, quick=True, float32=True),

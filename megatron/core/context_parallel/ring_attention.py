@@ -1,8 +1,8 @@
 """Causal attention over a sequence that is split between ranks: keys and values go round in a ring (arXiv:2310.01889).
 
-Each rank keeps its queries. In step i it attends to the keys that rank r - i owns, while the next ones are on their way.
-The partial results are merged by their log-sum-exp in float32 or wider. In the backward pass the gradients of keys and
-values travel with them, each rank adding its share, and arrive at their owner.
+Each rank keeps its queries. In step i it attends to the keys that rank r - i owns, while the next ones are on their
+way. The partial results are merged by their log-sum-exp in float32 or wider. In the backward pass the gradients of keys
+and values travel with them, each rank adding its share, and arrive at their owner.
 
 With the zigzag split (`zigzag.py`) a rank attends to all of its own block causally, with all of its queries to the
 early half of the blocks of ranks before it, and with its late half to the whole blocks of ranks after it: in every step
@@ -65,12 +65,14 @@ def _merge(out: Tensor, logsumexp: Tensor, block_out: Tensor, block_logsumexp: T
 class _RingAttention(Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, cp: Group) -> Tensor:
+        ctx.cp = cp
         keys_values = torch.stack((key, value))
         wide = torch.promote_types(query.dtype, torch.float32)
         for step in range(cp.size):
             coming = _pass_on(keys_values, cp) if step + 1 < cp.size else None
             queries, keys, causal = _visible(step, cp, query.shape[2])
-            block_out, block_logsumexp = attention_block(query[:, :, queries], *keys_values[:, :, :, keys], causal)
+            block_key, block_value = keys_values[:, :, :, keys]
+            block_out, block_logsumexp = attention_block(query[:, :, queries], block_key, block_value, causal)
             if step == 0:
                 out, logsumexp = block_out.to(wide), block_logsumexp.to(wide)
             else:
@@ -79,7 +81,6 @@ class _RingAttention(Function):
                 keys_values = coming.wait()
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.cp = cp
         return out
 
     @staticmethod
@@ -93,8 +94,9 @@ class _RingAttention(Function):
         for step in range(cp.size):
             coming = _pass_on(keys_values, cp) if step + 1 < cp.size else None
             rows, keys, causal = _visible(step, cp, query.shape[2])
+            block_key, block_value = keys_values[:, :, :, keys]
             block_query, *block = attention_block_backward(
-                grads[0][:, :, rows], query[:, :, rows], *keys_values[:, :, :, keys], out[:, :, rows],
+                grads[0][:, :, rows], query[:, :, rows], block_key, block_value, out[:, :, rows],
                 logsumexp[:, :, rows], causal,
             )  # fmt: skip
             grad_query[:, :, rows] += block_query
@@ -115,8 +117,8 @@ class _RingAttention(Function):
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, cp: Group) -> Tensor:
     """Causal attention over the whole sequence, of which this rank holds its zigzag part.
 
-    query is [B, heads, S/cp, d]; key and value are [B, groups, S/cp, d], each group shared by heads / groups consecutive
-    query heads; only the groups are sent. Returns [B, heads, S/cp, d]. Collective over `cp`.
+    query is [B, heads, S/cp, d]; key and value are [B, groups, S/cp, d], each group shared by heads / groups
+    consecutive query heads; only the groups are sent. Returns [B, heads, S/cp, d]. Collective over `cp`.
     """
     assert cp.size > 1, "a sequence on one rank needs no ring"
     return _RingAttention.apply(query, key, value, cp)

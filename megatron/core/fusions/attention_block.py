@@ -1,7 +1,7 @@
 """Attention to one block of keys, with the logarithm of its normaliser, so that several blocks can be merged.
 
-B batch, h query heads, g key heads, each shared by h/g consecutive query heads, d head width. With p = exp(s - L), L the
-log-sum-exp over the keys of all blocks, the backward of one block needs nothing of the others (arXiv:2307.08691).
+B batch, h query heads, g key heads, each shared by h/g consecutive query heads, d head width. With p = exp(s - L), L
+the log-sum-exp over the keys of all blocks, the backward of one block needs nothing of the others (arXiv:2307.08691).
 """
 
 import math

@@ -1,9 +1,13 @@
-"""Causal self-attention with grouped queries (arXiv:2305.13245) and rotary positions, heads split over TP ranks."""
+"""Causal self-attention with grouped queries (arXiv:2305.13245) and rotary positions.
+
+Heads are split over tensor-parallel ranks, the sequence over context-parallel ranks.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.context_parallel.ring_attention import ring_attention
 from megatron.core.fusions.attention import Documents, causal_attention
 from megatron.core.fusions.rotary import apply_rotary
 from megatron.core.parallel_state import Group
@@ -11,12 +15,20 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 
 
 class SelfAttention(nn.Module):
-    """Attention over one sequence: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
+    """Attention over one sequence: [S/cp, B, H] (or [S/cp/tp, B, H]) -> the same shape."""
 
     def __init__(
-        self, config: ModelConfig, *, output_std: float, group: Group, sequence_parallel: bool, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        output_std: float,
+        group: Group,
+        cp: Group,
+        sequence_parallel: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self.cp = cp
         self.head_dim = config.head_dim
         self.local_groups = config.query_groups // group.size
         self.queries_per_group = config.num_attention_heads // config.query_groups
@@ -43,7 +55,7 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
-        """`rotary` holds cos and sin, each [S, head_dim/2] or, by sample, [B, 1, S, head_dim/2]."""
+        """`rotary` holds cos and sin, each [S/cp, head_dim/2] or, by sample, [B, 1, S/cp, head_dim/2]."""
         qkv = self.linear_qkv(x)
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
@@ -51,5 +63,9 @@ class SelfAttention(nn.Module):
         # [S, B, groups, n, d] -> [B, heads, S, d]
         query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
-        context = causal_attention(query, key, value, documents)
+        if self.cp.size == 1:
+            context = causal_attention(query, key, value, documents)
+        else:
+            assert documents is None, "documents are not kept apart in a split sequence"
+            context = ring_attention(query, key, value, self.cp)
         return self.linear_proj(context.permute(2, 0, 1, 3).reshape(sequence, batch, -1))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.context_parallel.zigzag import positions
 from megatron.core.fusions.attention import Documents
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.parallel_state import ProcessGroups
@@ -35,7 +36,7 @@ class TransformerBlock(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.cp = config, groups.cp
         self.sequence_shards = groups.tp.size if sequence_parallel else 1
         self.layers = nn.ModuleList(
             TransformerLayer(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
@@ -60,10 +61,14 @@ class TransformerBlock(nn.Module):
         position_ids: Tensor | None = None,
         documents: Documents | None = None,
     ) -> BlockOutput:
-        """x: [S, B, H] (or [S/tp, B, H]); position_ids: [B, S], 0 to S - 1 in every sample if not given."""
+        """x: [S/cp, B, H] (or [S/cp/tp, B, H]).
+
+        position_ids: [B, S/cp], where this rank's tokens stand in their sample; if not given, where the zigzag split
+        puts them.
+        """
         config = self.config
         if position_ids is None:
-            position_ids = torch.arange(x.shape[0] * self.sequence_shards, device=x.device)
+            position_ids = positions(x.shape[0] * self.sequence_shards, self.cp, x.device)
         rotary = rotary_tables(position_ids, config.head_dim, config.rotary_base, x.dtype)
         statistics = []
         for layer in self.layers:

@@ -36,7 +36,12 @@ class TransformerLayer(nn.Module):
 
         self.input_layernorm = norm()
         self.self_attention = SelfAttention(
-            config, output_std=output_std, group=groups.tp, sequence_parallel=sequence_parallel, device=device
+            config,
+            output_std=output_std,
+            group=groups.tp,
+            cp=groups.cp,
+            sequence_parallel=sequence_parallel,
+            device=device,
         )
         self.pre_mlp_layernorm = norm()
         self.mlp = MoELayer(

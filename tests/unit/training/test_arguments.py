@@ -86,6 +86,7 @@ def test_the_checkpoint_decides_about_the_shape() -> None:
         ("--num-query-groups 2 --tensor-model-parallel-size 4", "--num-query-groups"),
         ("--num-layers 5 --pipeline-model-parallel-size 2", r"--num-layers \(5\) is not divisible by --pipeline"),
         ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33", "--seq-length"),
+        ("--context-parallel-size 2 --seq-length 34", "not divisible by 2 x --context-parallel-size.*multiple of 4"),
         ("--expert-model-parallel-size 2", "not supported yet"),
         ("--seq-length 99999", "exceeds --max-position-embeddings"),
         ("--moe-router-topk 9", "exceeds --num-experts"),

@@ -44,7 +44,7 @@ class MixtralModel(nn.Module):
         self.stage = stage = stage or whole_model(config.num_layers)
         assert config.vocab_size is not None, "the vocabulary size is not known yet"
         self.vocab_size = config.vocab_size
-        self.tp = groups.tp
+        self.tp, self.cp = groups.tp, groups.cp
         self.sequence_parallel = sequence_parallel = sequence_parallel and groups.tp.size > 1
         padded = config.padded_vocab_size(groups.tp.size)
         self.embedding: nn.ModuleDict | None = None
@@ -92,14 +92,14 @@ class MixtralModel(nn.Module):
         position_ids: Tensor | None = None,
         documents: Documents | None = None,
     ) -> ModelOutput:
-        """Runs the stage.
+        """Runs the stage; S is the length of this rank's part of the sequence.
 
         Args:
             tokens: [B, S] int64; read by the first stage only.
             hidden: the previous stage's output; None on the first stage.
             labels: [B, S] int64, the tokens to predict; read by the last stage.
-            auxiliary_loss_scale: share of this microbatch in the step's loss.
-            position_ids: [B, S] int64, where they are not 0 to S - 1 in every sample; read by every stage.
+            auxiliary_loss_scale: what the gradient of this rank's part of the auxiliary losses is multiplied by.
+            position_ids: [B, S] int64, where they do not just count the tokens of a sample; read by every stage.
             documents: those of the microbatch if they must not see each other; read by every stage.
         """
         if self.embedding is not None:

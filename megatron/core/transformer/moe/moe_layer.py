@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import LocalTokenDispatcher
@@ -23,7 +23,12 @@ class MoELayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.router = TopKRouter(config, token_group=groups.tp if sequence_parallel else Group(), device=device)
+        self.router = TopKRouter(
+            config,
+            token_group=groups.tp_cp if sequence_parallel else groups.cp,
+            sequence_parallel=sequence_parallel,
+            device=device,
+        )
         self.experts = Experts(config, output_std=output_std, ep_group=groups.ep, group=groups.etp, device=device)
         self.dispatcher = LocalTokenDispatcher(
             config.num_experts, group=groups.etp, sequence_parallel=sequence_parallel

@@ -1,7 +1,7 @@
 """The router and its auxiliary losses.
 
-T tokens seen by this rank, E experts, K experts a token. With sequence parallelism a microbatch's tokens are spread
-over `token_group`; the losses are those of the whole microbatch.
+T tokens seen by this rank, E experts, K experts a token. With sequence and context parallelism a microbatch's tokens
+are spread over `token_group`; the losses are those of the whole microbatch.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +48,9 @@ class _AttachLoss(Function):
 class TopKRouter(nn.Module):
     """Chooses K experts for each token: x [T, H] -> Routing."""
 
-    def __init__(self, config: ModelConfig, *, token_group: Group, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, token_group: Group, sequence_parallel: bool, device: torch.device
+    ) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.moe_router_topk
         balanced = config.moe_router_load_balancing_type == "aux_loss"
@@ -58,7 +60,7 @@ class TopKRouter(nn.Module):
         spec = ParameterSpec(
             global_shape=(config.num_experts, config.hidden_size),
             init_std=config.init_method_std,
-            sequence_partial_grad=token_group.size > 1,
+            sequence_partial_grad=sequence_parallel,
         )
         self.weight = new_parameter(spec, config.dtype, device)
 

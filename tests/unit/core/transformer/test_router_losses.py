@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 
 def test_losses_and_gradients_equal_the_formulas() -> None:
-    router = TopKRouter(TINY_MODEL, token_group=Group(), device=torch.device("cpu"))
+    router = TopKRouter(TINY_MODEL, token_group=Group(), sequence_parallel=False, device=torch.device("cpu"))
     torch.nn.init.normal_(router.weight)
     x = torch.randn(37, TINY_MODEL.hidden_size, dtype=torch.float64)
     routing, statistics = router(x, 0.25)
@@ -33,7 +33,7 @@ def test_losses_and_gradients_equal_the_formulas() -> None:
 
 
 def test_a_balanced_router_has_loss_one() -> None:
-    router = TopKRouter(TINY_MODEL, token_group=Group(), device=torch.device("cpu"))
+    router = TopKRouter(TINY_MODEL, token_group=Group(), sequence_parallel=False, device=torch.device("cpu"))
     torch.nn.init.zeros_(router.weight)
     _, statistics = router(torch.randn(64, TINY_MODEL.hidden_size, dtype=torch.float64), 1.0)
     assert statistics.load_balancing_loss.item() == pytest.approx(1.0, rel=1e-12)
