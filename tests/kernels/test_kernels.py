@@ -81,6 +81,24 @@ def test_permutation(tokens: int, experts: int, top_k: int, forced: int | None, 
     assert ends.dtype == torch.int32
 
 
+def test_pairs_of_other_ranks_experts_get_no_row(device: torch.device) -> None:
+    chosen = drawn((77, 6), torch.float32, device).topk(2).indices - 2  # experts -2 ... 3, of which 0 ... 2 are here
+    here = (chosen >= 0) & (chosen < 3)
+    row_to_pair, pair_to_row, ends = permute.permutation_map(chosen, 3, int(here.sum()))
+    flat = torch.where(here, chosen, 3).flatten()
+    assert row_to_pair.tolist() == torch.argsort(flat, stable=True)[: int(here.sum())].tolist()
+    assert torch.equal(pair_to_row >= 0, here)
+    assert pair_to_row[here].sort().values.tolist() == list(range(int(here.sum())))
+    assert ends.tolist() == torch.bincount(flat, minlength=4)[:3].cumsum(0).tolist()
+    y = drawn((int(here.sum()), 8), torch.float32, device)
+    expected = (y.double()[pair_to_row.clamp(min=0)] * here[..., None]).sum(1)
+    assert_close(permute.combine(y, pair_to_row), expected)
+    padded = torch.cat((row_to_pair, row_to_pair.new_full((2,), -1)))
+    x = drawn((77, 8), torch.float32, device)
+    assert torch.equal(permute.gather(x, padded, 2)[:-2], x[row_to_pair // 2])
+    assert not permute.gather(x, padded, 2)[-2:].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width", "top_k"), [(0, 8, 2), (1, 33, 1), (13, 1030, 2)])
 def test_gather_and_combine(tokens: int, width: int, top_k: int, dtype: torch.dtype, device: torch.device) -> None:

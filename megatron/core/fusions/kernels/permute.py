@@ -17,7 +17,7 @@ def _count(experts_ptr, partial_ptr, pairs, E: tl.constexpr, PAIRS: tl.constexpr
     block = tl.program_id(0)
     pair = block * PAIRS + tl.arange(0, PAIRS)
     expert = tl.arange(0, BLOCK_E)
-    chosen = tl.load(experts_ptr + pair, mask=pair < pairs, other=E)
+    chosen = tl.load(experts_ptr + pair, mask=pair < pairs, other=-1)
     counts = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), axis=0)
     # expert by expert, and within each block by block: its exclusive sum is where every block's rows begin
     tl.store(partial_ptr + expert * tl.num_programs(0) + block, counts, mask=expert < E)
@@ -32,21 +32,22 @@ def _place(
     pair = block * PAIRS + tl.arange(0, PAIRS)
     expert = tl.arange(0, BLOCK_E)
     live = pair < pairs
-    chosen = tl.load(experts_ptr + pair, mask=live, other=E)
+    chosen = tl.load(experts_ptr + pair, mask=live, other=-1)
+    has_row = live & (chosen >= 0) & (chosen < E)
     is_chosen = (chosen[:, None] == expert[None, :]).to(tl.int32)
     earlier = tl.cumsum(is_chosen, axis=0) - is_chosen
     start = tl.load(starts_ptr + expert * tl.num_programs(0) + block, mask=expert < E, other=0).to(tl.int32)
     row = tl.sum(is_chosen * (earlier + start[None, :]), axis=1).to(tl.int64)
-    tl.store(pair_to_row_ptr + pair, row, mask=live)
-    tl.store(row_to_pair_ptr + row, pair.to(tl.int64), mask=live)
+    tl.store(pair_to_row_ptr + pair, tl.where(has_row, row, -1), mask=live)
+    tl.store(row_to_pair_ptr + row, pair.to(tl.int64), mask=has_row)
 
 
 @triton.jit
 def _gather(x_ptr, row_to_pair_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    token = tl.load(row_to_pair_ptr + row) // K
-    values = tl.load(x_ptr + token * width + column, mask=column < width)
+    pair = tl.load(row_to_pair_ptr + row)
+    values = tl.load(x_ptr + pair // K * width + column, mask=(column < width) & (pair >= 0), other=0.0)
     tl.store(out_ptr + row * width + column, values, mask=column < width)
 
 
@@ -57,15 +58,19 @@ def _combine(y_ptr, pair_to_row_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: t
     total = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(K):
         row = tl.load(pair_to_row_ptr + token * K + k)
-        total += tl.load(y_ptr + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+        values = tl.load(y_ptr + row * width + column, mask=(column < width) & (row >= 0), other=0.0)
+        total += values.to(tl.float32)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-def permutation_map(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable counting sort of int64 `experts_TK`: int64 row -> pair [P], int64 pair -> row [T, K], int32 ends [E]."""
+def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Stable counting sort of int64 `experts_TK`: int64 row -> pair [R], int64 pair -> row [T, K], int32 ends [E].
+
+    Pairs with an expert outside [0, num_experts) get row -1; `num_rows` counts the others, if they are not all.
+    """
     experts_TK = experts_TK.contiguous()
     pairs, device = experts_TK.numel(), experts_TK.device
-    row_to_pair = torch.empty(pairs, dtype=torch.int64, device=device)
+    row_to_pair = torch.empty(pairs if num_rows is None else num_rows, dtype=torch.int64, device=device)
     pair_to_row = torch.empty_like(experts_TK)
     if not pairs:
         return row_to_pair, pair_to_row, torch.zeros(num_experts, dtype=torch.int32, device=device)
@@ -80,7 +85,7 @@ def permutation_map(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 
 def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
-    """Row r is token `row_to_pair[r] // K`: x [T, H] contiguous -> [R, H]."""
+    """Row r is token `row_to_pair[r] // K`, or zero where that is negative: x [T, H] contiguous -> [R, H]."""
     rows, width = row_to_pair_R.numel(), x_TH.shape[1]
     out = x_TH.new_empty((rows, width))
     if rows:
@@ -90,7 +95,7 @@ def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
 
 
 def combine(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
-    """Sums the K rows of each token in float32: y [R, H] contiguous -> [T, H] in y's type."""
+    """Sums each token's rows, those not negative, in float32: y [R, H] contiguous -> [T, H] in y's type."""
     (tokens, top_k), width = pair_to_row_TK.shape, y_RH.shape[1]
     out = y_RH.new_empty((tokens, width))
     if tokens:
