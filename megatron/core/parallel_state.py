@@ -4,6 +4,7 @@ The dense grid is (pp, dp, cp, tp) and the expert grid (pp, edp, ep, etp), both 
 varying fastest, so that tensor-parallel ranks are neighbours. Groups are arguments everywhere else, never looked up.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,6 +93,9 @@ _GROUP_AXES = {
     "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
 }
 
+# Groups whose communication overlaps with that of the others.
+_REPLICAS = {"dp", "dp_cp", "edp"}
+
 
 def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes of the axes of the dense and of the expert grid. Raises ValueError if the layout does not fit the world."""
@@ -136,18 +140,22 @@ def build_process_groups(
     """
     dense, expert = grid_sizes(config, world_size)
     sizes = {DENSE_AXES: dense, EXPERT_AXES: expert}
-    # Groups with the same members share one communicator, since each costs memory on a GPU.
+    # Groups with the same members share one communicator, since each costs memory on a GPU. But gradients are reduced
+    # during the backward pass, at another moment on each rank, which must not mix with the model's own communication.
     handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
-    def make(ranks: list[int]) -> dist.ProcessGroup | None:
-        key = tuple(ranks)
-        if len(key) == 1:
+    def make(ranks: list[int], replicas: bool = False) -> dist.ProcessGroup | None:
+        key = (replicas, *ranks)
+        if len(ranks) == 1:
             return None
         if key not in handles:
             handles[key] = dist.new_group(ranks, timeout=timeout)
         return handles[key]
 
-    groups = {name: _own_group(rank_lists(sizes[grid], axes), rank, make) for name, (grid, axes) in _GROUP_AXES.items()}
+    groups = {
+        name: _own_group(rank_lists(sizes[grid], axes), rank, functools.partial(make, replicas=name in _REPLICAS))
+        for name, (grid, axes) in _GROUP_AXES.items()
+    }
     world = _own_group([list(range(world_size))], rank, make)
     handle = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), **groups)

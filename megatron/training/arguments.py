@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         for field in dataclasses.fields(config_class):
             _add_field(group, field, typing.get_type_hints(config_class)[field.name], sentences[field.name])
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16 with float32 masters and gradients.")
+    parser.add_argument("--fp16", action="store_true", help="Train in float16 with a loss scale and float32 masters.")
     group = parser.add_argument_group(
         "compatibility", "Flags of Megatron-LM scripts that are always on here, have no effect, or allow one value."
     )
@@ -100,7 +101,7 @@ def _add_field(group: Any, field: dataclasses.Field, hint: Any, sentence: str) -
     if typing.get_origin(hint) is Literal:
         group.add_argument(flag, choices=typing.get_args(hint), help=sentence)
     elif typing.get_origin(hint) is tuple:
-        group.add_argument(flag, nargs="*", help=sentence)
+        group.add_argument(flag, nargs="*", type=typing.get_args(hint)[0], help=sentence)
     else:
         group.add_argument(flag, type=hint, help=sentence)
 
@@ -129,8 +130,9 @@ def parse_arguments(
     if grouped and "num_query_groups" not in given and "use_checkpoint_args" not in given:
         raise ValueError("--group-query-attention needs --num-query-groups, the number of key/value heads")
     remarks = check_compatibility(given)
-    if given.pop("bf16", False) and given.setdefault("params_dtype", "bfloat16") != "bfloat16":
-        raise ValueError(f"--bf16 contradicts --params-dtype {given['params_dtype']}")
+    for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if given.pop(flag, False) and given.setdefault("params_dtype", dtype) != dtype:
+            raise ValueError(f"--{flag} contradicts --params-dtype {given['params_dtype']} (or --bf16 and --fp16 both)")
     if given.get("use_checkpoint_args") and given.get("load") and checkpoint_model is not None:
         remarks += _take_shape(given, checkpoint_model(given["load"]))
     sections = {
@@ -193,12 +195,13 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError("give --lr-warmup-fraction or --lr-warmup-iters/--lr-warmup-samples, not both")
     samples_run = arguments.training.train_samples is not None
     optimizer = arguments.optimizer
-    iterations = optimizer.lr_decay_iters is not None or optimizer.lr_warmup_iters
-    samples = optimizer.lr_decay_samples is not None or optimizer.lr_warmup_samples
+    iterations = optimizer.lr_decay_iters or optimizer.lr_warmup_iters or optimizer.lr_wsd_decay_iters
+    samples = optimizer.lr_decay_samples or optimizer.lr_warmup_samples or optimizer.lr_wsd_decay_samples
     if (samples_run and iterations) or (not samples_run and samples):
         raise ValueError(
-            "give the schedule in the unit of the run: --lr-decay-iters and --lr-warmup-iters with --train-iters, "
-            "--lr-decay-samples and --lr-warmup-samples with --train-samples"
+            "give the schedule in the unit of the run: --lr-decay-iters, --lr-warmup-iters and --lr-wsd-decay-iters "
+            "with --train-iters, --lr-decay-samples, --lr-warmup-samples and --lr-wsd-decay-samples with "
+            "--train-samples"
         )
     if arguments.checkpoint.save_interval and not arguments.checkpoint.save:
         raise ValueError("--save-interval needs --save")

@@ -34,7 +34,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags(
         "implied", "", "use-mcore-models", "disable-bias-linear", "swiglu", "untie-embeddings-and-output-weights",
         "group-query-attention", "no-position-embedding", "no-masked-softmax-fusion", "moe-grouped-gemm",
-        "accumulate-allreduce-grads-in-fp32", "override-opt-param-scheduler", "no-bias-swiglu-fusion",
+        "accumulate-allreduce-grads-in-fp32", "no-bias-swiglu-fusion",
         "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
     ),
     **_flags(
@@ -61,8 +61,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "log-world-size-to-tensorboard", "log-learning-rate-to-tensorboard", "distribute-saved-activations",
     ),
     **_flags(
-        "no effect", "one", "initial-loss-scale", "loss-scale", "min-loss-scale", "loss-scale-window", "hysteresis",
-        "wandb-entity", "empty-unused-memory-level", "dist-ckpt-format",
+        "no effect", "one", "wandb-entity", "empty-unused-memory-level", "dist-ckpt-format",
     ),
     "moe-layer-freq": CompatibilityFlag("only", "one", ("1",), "Every layer has experts."),
     "normalization": CompatibilityFlag("only", "one", ("RMSNorm",), "Mixtral has no other."),
@@ -78,19 +77,10 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "dataloader-type": CompatibilityFlag("only", "one", ("single",)),
     "moe-expert-capacity-factor": CompatibilityFlag("refused", "one", (), "Routing drops no token."),
     "moe-input-jitter-eps": CompatibilityFlag("refused", "one"),
-    "rampup-batch-size": CompatibilityFlag("refused", "many"),
-    "start-weight-decay": CompatibilityFlag("refused", "one"),
-    "end-weight-decay": CompatibilityFlag("refused", "one"),
-    "decoupled-lr": CompatibilityFlag("refused", "one"),
-    "decoupled-min-lr": CompatibilityFlag("refused", "one"),
     "window-size": CompatibilityFlag("refused", "many"),
     "train-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
     "valid-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
     "test-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
-    "fp16": CompatibilityFlag("refused", "", (), "Use --bf16."),
-    "use-checkpoint-opt-param-scheduler": CompatibilityFlag(
-        "refused", "", (), "The schedule is always that of the command line."
-    ),
 }  # fmt: skip
 
 

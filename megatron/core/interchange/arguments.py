@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.layout import Layout
 
-_DTYPES = ("float32", "bfloat16", "float64")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What every Mixtral model is, in Megatron's words; a checkpoint that says otherwise is of another architecture.
 _ARCHITECTURE: dict[str, Any] = {
     "position_embedding_type": "rope",
@@ -48,7 +48,7 @@ def model_args_namespace(
         kv_channels=model.head_dim,
         padded_vocab_size=model.padded_vocab_size(layout.tensor),
         bf16=model.params_dtype == "bfloat16",
-        fp16=False,
+        fp16=model.params_dtype == "float16",
         seq_length=seq_length,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,

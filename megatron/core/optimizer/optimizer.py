@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from megatron.core.config import OptimizerConfig
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
+from megatron.core.optimizer.loss_scaler import new_loss_scaler
+from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
@@ -24,7 +26,11 @@ class StepResult(NamedTuple):
     updated: bool
     """False if the gradients were not finite; then no parameter changed."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping, without the loss scale."""
+    loss_scale: float = 1.0
+    """The scale that the loss of this step had."""
+    blames_scale: bool = False
+    """If not updated: whether a lower loss scale may help."""
 
 
 class StatePiece(NamedTuple):
@@ -45,6 +51,7 @@ class _ParameterKind(NamedTuple):
     """What decides about a parameter's hyperparameters."""
 
     decayed: bool
+    vocabulary: bool
 
 
 @dataclass(eq=False)
@@ -75,6 +82,7 @@ class MixedPrecisionAdamW:
     def __init__(self, buffers: GradientBuffers, config: OptimizerConfig, groups: ProcessGroups) -> None:
         self.config, self.buffers, self.groups = config, buffers, groups
         self.steps_taken = 0
+        self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
         self._states = [self._new_state(bucket) for bucket in buffers.buckets]
         self._counted = counted_gradients(buffers, groups)
         kinds = sorted({kind for state in self._states for kind, _, _ in state.segments})
@@ -82,7 +90,6 @@ class MixedPrecisionAdamW:
             [
                 {
                     "params": [view for state in self._states for k, _, view in state.segments if k == kind],
-                    "weight_decay": config.weight_decay if kind.decayed else 0.0,
                     "kind": kind,
                 }
                 for kind in kinds
@@ -95,7 +102,8 @@ class MixedPrecisionAdamW:
         self._attach_moments()
 
     def _kind(self, parameter: nn.Parameter) -> _ParameterKind:
-        return _ParameterKind(spec_of(parameter).weight_decay)
+        spec = spec_of(parameter)
+        return _ParameterKind(spec.weight_decay or self.config.apply_wd_to_norms, spec.is_vocabulary)
 
     def _new_state(self, bucket: Bucket) -> _BucketState:
         part = self.buffers.owned(bucket)
@@ -126,20 +134,26 @@ class MixedPrecisionAdamW:
                 }
 
     @torch.no_grad()
-    def step(self, learning_rate: float, losses: Tensor | None = None) -> StepResult:
+    def step(self, rates: StepRates, losses: Tensor | None = None) -> StepResult:
         """Clips the finalised gradients and updates, or leaves everything alone if they or `losses` are not finite.
 
-        Collective over the whole job; all ranks return the same.
+        `losses` is any scalar that is finite if this rank's losses are. The gradients are those of the loss times
+        `scaler.scale`. Collective over the whole job; all ranks return the same.
         """
         if losses is None:
             losses = self.buffers.buckets[0].grads.new_zeros(())
-        norm = gradient_norm(self._counted, losses, self.groups.world)
-        if not math.isfinite(norm):
-            return StepResult(False, norm)
+        scale = self.scaler.scale
+        norm = gradient_norm(self._counted, losses, self.groups.world) / scale
+        overflow = not math.isfinite(norm)
+        result = StepResult(not overflow, norm, scale, self.scaler.can_lower)
+        self.scaler.update(overflow)
+        if overflow:
+            return result
         clip = self.config.clip_grad
-        factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
+        factor = (clip / (norm + 1e-6) if clip and norm > clip else 1.0) / scale
         for group in self._adam.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = rates.vocabulary_learning_rate if group["kind"].vocabulary else rates.learning_rate
+            group["weight_decay"] = rates.weight_decay if group["kind"].decayed else 0.0
         for state in self._states:
             grads = state.bucket.grads[state.part].to(state.master.dtype)
             if factor != 1.0:
@@ -152,7 +166,7 @@ class MixedPrecisionAdamW:
             for _, _, view in state.segments:
                 view.grad = None
         self._copy_masters_to_weights()
-        return StepResult(True, norm)
+        return result
 
     def _copy_masters_to_weights(self) -> None:
         for state in self._states:
@@ -181,12 +195,13 @@ class MixedPrecisionAdamW:
 
     def scalars(self) -> dict[str, float]:
         """The part of the state that is no tensor, the same on all ranks; plain numbers by name."""
-        return {"steps_taken": self.steps_taken}
+        return {"steps_taken": self.steps_taken, **self.scaler.state()}
 
     @torch.no_grad()
     def finish_loading(self, scalars: dict[str, float]) -> None:
         """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
         self.steps_taken = int(scalars["steps_taken"])
+        self.scaler.load(scalars)
         self._attach_moments()
         self._copy_masters_to_weights()
         self.buffers.wait_for_parameters()

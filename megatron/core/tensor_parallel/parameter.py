@@ -37,6 +37,11 @@ class ParameterSpec:
     sequence_partial_grad: bool = False
     """Whether each tensor-parallel rank sees only its slice of the sequence, so that gradients must be summed."""
 
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether its rows are entries of the vocabulary: the embedding and the output layer."""
+        return self.init_rows is not None
+
 
 def new_parameter(
     spec: ParameterSpec, dtype: torch.dtype, device: torch.device, stack: int | None = None
