@@ -362,7 +362,7 @@ class OptimizerConfig:
                 raise ValueError(
                     "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine"
                 )
-        elif self.start_weight_decay is None or self.end_weight_decay is None or not 0 <= min(ends) <= max(ends):
+        elif any(value is None or value < 0 for value in ends):
             raise ValueError(
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
                 f"--end-weight-decay of at least 0, got {ends[0]} and {ends[1]}"

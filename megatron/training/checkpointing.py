@@ -1,7 +1,7 @@
 """Saving and resuming a run: one file for each rank of a model replica, at the same layout."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Progress:
     """Samples that updates were made from, which is the position in the learning-rate schedule."""
     skipped_iterations: int = 0
     """Steps without an update, because gradients were not finite."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Settings of learning rate and weight decay over the run, which a resumed run must share."""
 
 
 def checkpoint_model(load: str) -> ModelConfig:
@@ -288,13 +290,13 @@ def _check_model(path: Path, content: dict[str, Any], arguments: Arguments, tp_s
         )
     saved = interchange.model_config_from_args(content["args"])
     differences = []
-    for field in SHAPE_FIELDS:
-        if field == "max_position_embeddings":  # nothing in the weights depends on it
+    for setting in SHAPE_FIELDS:
+        if setting == "max_position_embeddings":  # nothing in the weights depends on it
             continue
-        name = _DERIVED.get(field, field)
+        name = _DERIVED.get(setting, setting)
         theirs, ours = getattr(saved, name), getattr(arguments.model, name)
         if theirs is not None and theirs != ours:
-            differences.append(f"--{field.replace('_', '-')} {theirs} there, {ours} here")
+            differences.append(f"--{setting.replace('_', '-')} {theirs} there, {ours} here")
     theirs, ours = getattr(content["args"], "padded_vocab_size", None), arguments.model.padded_vocab_size(tp_size)
     if theirs not in (None, ours):
         differences.append(f"vocabulary padded to {theirs} there, {ours} here (--make-vocab-size-divisible-by)")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.training.batch_schedule import BatchSchedule, build_batch_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,9 @@ class TrainingConfig:
     """Samples in one forward pass of one model replica."""
     global_batch_size: int | None = None
     """Samples in one step over all replicas; micro batch x data-parallel size if not given."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """START INCREMENT SAMPLES: begin with START samples in a step and add INCREMENT at a time, so that the batch is
+    --global-batch-size after SAMPLES samples."""
     train_iters: int | None = None
     """Steps to train."""
     train_samples: int | None = None
@@ -29,7 +33,9 @@ class TrainingConfig:
     exit_signal_handler: bool = False
     """Save and exit on SIGTERM or Ctrl-C; ranks end with status 0, torchrun itself reports the signal."""
     max_skipped_iterations: int = 10
-    """End with an error after this many iterations in a row whose gradients were not finite."""
+    """End with an error after this many iterations in a row whose loss or gradients were not finite."""
+    check_for_nan_in_loss_and_grad: bool = False
+    """End with an error at the first loss or gradient that is not finite, instead of skipping the iteration."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -57,27 +63,22 @@ class TrainingConfig:
         if self.max_skipped_iterations <= 0 or self.distributed_timeout_minutes <= 0:
             raise ValueError("--max-skipped-iterations and --distributed-timeout-minutes must be positive")
 
-    def batch_size(self, data_parallel_size: int) -> int:
-        """Samples in one step. Raises ValueError if the micro-batches cannot be shared out evenly."""
-        step = self.micro_batch_size * data_parallel_size
-        size = step if self.global_batch_size is None else self.global_batch_size
-        if size % step:
-            raise ValueError(
-                f"--global-batch-size ({size}) is not a multiple of --micro-batch-size ({self.micro_batch_size}) x "
-                f"data-parallel size ({data_parallel_size}) = {step}"
-            )
-        return size
+    def batches(self, data_parallel_size: int) -> BatchSchedule:
+        """Samples in each step. Raises ValueError if the micro-batches cannot be shared out evenly."""
+        return build_batch_schedule(
+            self.global_batch_size, self.rampup_batch_size, self.micro_batch_size, data_parallel_size
+        )
 
-    def last_iteration(self, batch_size: int, iteration: int, consumed_samples: int) -> int:
+    def last_iteration(self, batches: BatchSchedule, iteration: int, consumed_samples: int) -> int:
         """Number of the run's last step, seen from a step already taken (with other batch sizes, perhaps)."""
         if self.train_iters is not None:
             return self.train_iters
         assert self.train_samples is not None
-        return iteration + max(0, self.train_samples - consumed_samples) // batch_size
+        return iteration + batches.iterations_within(self.train_samples, consumed_samples)
 
-    def total_samples(self, batch_size: int) -> int:
-        """Samples of the whole run at this batch size."""
-        return self.train_samples if self.train_samples is not None else (self.train_iters or 0) * batch_size
+    def total_samples(self, batches: BatchSchedule) -> int:
+        """Samples of the whole run."""
+        return self.train_samples if self.train_samples is not None else batches.samples_after(self.train_iters or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

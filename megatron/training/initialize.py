@@ -55,7 +55,7 @@ def choose_device(setting: str, environment: Environment) -> torch.device:
 
 def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
     """Joins the job and builds this process's groups. Raises ValueError if the layout does not fit the world size."""
-    arguments.training.batch_size(arguments.parallel.data_parallel_size(environment.world_size))
+    arguments.training.batches(arguments.parallel.data_parallel_size(environment.world_size))
     if arguments.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

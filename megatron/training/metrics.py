@@ -68,10 +68,13 @@ class StepRecord:
     load_balancing_loss: float
     z_loss: float
     grad_norm: float
+    loss_scale: float
     learning_rate: float
     global_batch_size: int
     tokens_per_second: float
     skipped: bool
+    blames_scale: bool
+    """Whether a lower loss scale may be the remedy, if skipped."""
     seconds: float
 
 
@@ -79,10 +82,10 @@ class MetricsLog:
     """Console, JSON lines and TensorBoard; only the first rank makes one."""
 
     def __init__(
-        self, config: LoggingConfig, *, total_iterations: int, flops_per_iteration_and_rank: float, resumed_at: int
+        self, config: LoggingConfig, *, total_iterations: int, flops_per_sample_and_rank: float, resumed_at: int
     ) -> None:
         self.config, self.total_iterations = config, total_iterations
-        self.flops = flops_per_iteration_and_rank
+        self.flops = flops_per_sample_and_rank
         self.interval: list[StepRecord] = []
         self.json_file = _open_json_lines(Path(config.metrics_path), resumed_at) if config.metrics_path else None
         self.tensorboard = _tensorboard_writer(config.tensorboard_dir, resumed_at) if config.tensorboard_dir else None
@@ -98,6 +101,8 @@ class MetricsLog:
                 "z_loss": record.z_loss,
                 "grad_norm": record.grad_norm,
                 "learning_rate": record.learning_rate,
+                "loss_scale": record.loss_scale,
+                "global_batch_size": record.global_batch_size,
                 "tokens_per_second": record.tokens_per_second,
                 "skipped": record.skipped,
             }
@@ -112,6 +117,8 @@ class MetricsLog:
                     "load_balancing_loss": record.load_balancing_loss,
                     "grad-norm": record.grad_norm,
                     "learning-rate": record.learning_rate,
+                    "loss-scale": record.loss_scale,
+                    "batch-size": record.global_batch_size,
                     "tokens-per-second": record.tokens_per_second,
                 },
             )
@@ -143,7 +150,8 @@ class MetricsLog:
             return sum(getattr(record, name) for record in finite) / len(finite) if finite else math.nan
 
         seconds = sum(record.seconds for record in records) / len(records)
-        throughput = f" throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.1f} |"
+        samples = sum(record.global_batch_size for record in records) / len(records)
+        throughput = f" throughput per GPU (TFLOP/s/GPU): {self.flops * samples / seconds / 1e12:.1f} |"
         return (
             f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {last.iteration:8d}/{self.total_iterations:8d} |"
             f" consumed samples: {last.consumed_samples:12d} |"
@@ -151,7 +159,7 @@ class MetricsLog:
             f"{throughput if self.config.log_throughput else ''}"
             f" learning rate: {last.learning_rate:.6E} | global batch size: {last.global_batch_size:5d} |"
             f" lm loss: {mean('lm_loss'):.6E} | load_balancing_loss: {mean('load_balancing_loss'):.6E} |"
-            f" loss scale: 1.0 | grad norm: {last.grad_norm:.3f} |"
+            f" loss scale: {last.loss_scale:.1f} | grad norm: {last.grad_norm:.3f} |"
             f" number of skipped iterations: {sum(record.skipped for record in records):3d} |"
             f" number of nan iterations: {len(records) - len(finite):3d} |"
         )

@@ -1,7 +1,7 @@
 """Building what a run needs on this rank: data sets, model, optimizer, and the stream of microbatches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,11 +12,12 @@ from megatron.core.datasets import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
-from megatron.core.optimizer.param_scheduler import LearningRateSchedule
+from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
+from megatron.training.batch_schedule import BatchSchedule
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
@@ -61,8 +62,17 @@ class Trainer:
     schedule: LearningRateSchedule
     forward_step: ForwardStep
     link: StageLink
-    batch_size: int
-    num_microbatches: int
+    batches: BatchSchedule
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a step of an evaluation, and of training when the batch does not grow any more."""
+        return self.batches.last
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of such a step on each replica."""
+        return self.batches.last // self.batches.unit
 
 
 def build_datasets(
@@ -70,10 +80,10 @@ def build_datasets(
 ) -> tuple[Any, Any, Any]:
     """The three data sets, indexed by the first rank before the others look."""
     training, groups = trainer.arguments.training, trainer.groups
-    last = training.last_iteration(trainer.batch_size, progress.iteration, progress.consumed_samples)
+    last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
     evaluated = training.eval_iters * trainer.batch_size if training.eval_interval else 0
-    steps_left = max(0, last - progress.iteration)
-    num_samples = (progress.consumed_samples + steps_left * trainer.batch_size, evaluated, evaluated)
+    needed = trainer.batches.samples_after(last - progress.iteration, progress.consumed_samples)
+    num_samples = (needed, evaluated, evaluated)
 
     def build(mine: bool) -> tuple[Any, Any, Any] | None:
         return provider(trainer.arguments, num_samples, tokenizer) if mine else None
@@ -85,15 +95,26 @@ def build_datasets(
     return datasets
 
 
-def build_schedule(arguments: Arguments, batch_size: int) -> LearningRateSchedule:
-    """The learning rate by samples. Raises ValueError if warm-up and decay do not fit together."""
+def build_schedule(arguments: Arguments, batches: BatchSchedule) -> LearningRateSchedule:
+    """Learning rate and weight decay by samples. Raises ValueError if warm-up and decay do not fit together."""
     config = arguments.optimizer
-    total = arguments.training.total_samples(batch_size)
-    decay = config.lr_decay_samples or (config.lr_decay_iters or 0) * batch_size or total
-    warmup = config.lr_warmup_samples or config.lr_warmup_iters * batch_size
+    total = arguments.training.total_samples(batches)
+    decay = config.lr_decay_samples or batches.samples_after(config.lr_decay_iters or 0) or total
+    warmup = config.lr_warmup_samples or batches.samples_after(config.lr_warmup_iters)
     if config.lr_warmup_fraction is not None:
         warmup = int(config.lr_warmup_fraction * decay)
-    return LearningRateSchedule(config, warmup_samples=warmup, decay_samples=decay)
+    last_phase = config.lr_wsd_decay_samples or 0
+    if config.lr_wsd_decay_iters:
+        # the last so many of the iterations up to the end of the decay
+        iterations = config.lr_decay_iters or arguments.training.train_iters or 0
+        last_phase = decay - batches.samples_after(max(0, iterations - config.lr_wsd_decay_iters))
+    return LearningRateSchedule.from_config(
+        config,
+        warmup_samples=warmup,
+        decay_samples=decay,
+        wsd_decay_samples=last_phase,
+        weight_decay_samples=total,
+    )
 
 
 def build_trainer(
@@ -109,7 +130,7 @@ def build_trainer(
     Without `initialize` the weights are left as they come, for a checkpoint to be loaded into.
     """
     training = arguments.training
-    batch_size = training.batch_size(groups.dp.size)
+    batches = training.batches(groups.dp.size)
     stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
     if len(stages) > 1:
         raise ValueError("several virtual pipeline stages on a rank are not supported yet: leave them out")
@@ -134,12 +155,24 @@ def build_trainer(
         model=model,
         buffers=buffers,
         optimizer=MixedPrecisionAdamW(buffers, arguments.optimizer, groups),
-        schedule=build_schedule(arguments, batch_size),
+        schedule=build_schedule(arguments, batches),
         forward_step=forward_step,
         link=link,
-        batch_size=batch_size,
-        num_microbatches=batch_size // (training.micro_batch_size * groups.dp.size),
+        batches=batches,
     )
+
+
+def settle_resumed_schedule(trainer: Trainer, progress: Progress) -> Trainer:
+    """The trainer with the schedule to go on with, which `progress` remembers; raises SharedError if it has changed."""
+    schedule, config = trainer.schedule, trainer.arguments.optimizer
+    if progress.schedule:
+        override, saved = config.override_opt_param_scheduler, config.use_checkpoint_opt_param_scheduler
+        schedule = together(
+            lambda: settle_schedule(trainer.schedule, progress.schedule, override=override, use_checkpoint=saved),
+            trainer.groups,
+        )
+    progress.schedule = schedule.settings()
+    return replace(trainer, schedule=schedule)
 
 
 def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:

@@ -24,7 +24,7 @@ from megatron.training.checkpointing import (
     locate_checkpoint,
     save_checkpoint,
 )
-from megatron.training.config import Arguments, LoggingConfig
+from megatron.training.config import Arguments, LoggingConfig, TrainingConfig
 from megatron.training.initialize import (
     Environment,
     SharedError,
@@ -46,6 +46,7 @@ from megatron.training.setup import (
     build_datasets,
     build_schedule,
     build_trainer,
+    settle_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
 
@@ -74,12 +75,13 @@ def _pretrain(
 
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
     model = together(lambda: _with_vocabulary(arguments.model, tokenizer.vocab_size), groups)
-    together(lambda: build_schedule(arguments, arguments.training.batch_size(groups.dp.size)), groups)
+    together(lambda: build_schedule(arguments, arguments.training.batches(groups.dp.size)), groups)
     arguments = replace(arguments, model=model)
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
+    trainer = settle_resumed_schedule(trainer, progress)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_table(datasets[0])}{loaded}")
     train(trainer, datasets, progress, stop_signal)
@@ -152,15 +154,20 @@ def _data_table(dataset: Any) -> str:
     )
 
 
-def _run_microbatches(trainer: Trainer, source: Iterator[Batch | None], forward_only: bool) -> list[MicrobatchResult]:
-    scale = 1.0 / trainer.num_microbatches
+def _run_microbatches(
+    trainer: Trainer,
+    source: Iterator[Batch | None],
+    num_microbatches: int,
+    loss_scale: float = 1.0,
+    forward_only: bool = False,
+) -> list[MicrobatchResult]:
     (stage,) = trainer.model
-    return forward_backward(
-        lambda hidden: trainer.forward_step(stage, next(source), hidden, scale),
-        num_microbatches=trainer.num_microbatches,
-        link=trainer.link,
-        forward_only=forward_only,
-    )
+
+    def forward(hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
+        output, result = trainer.forward_step(stage, next(source), hidden, loss_scale / num_microbatches)
+        return output * loss_scale if result.loss is not None and loss_scale != 1 else output, result
+
+    return forward_backward(forward, num_microbatches=num_microbatches, link=trainer.link, forward_only=forward_only)
 
 
 def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
@@ -177,17 +184,19 @@ def train_step(
 ) -> tuple[StepRecord, bool]:
     """One iteration: all microbatches, reduction, update. Returns its record and whether any rank wants to stop."""
     start = time.perf_counter()
-    trainer.buffers.start_step(trainer.num_microbatches)
-    results = _run_microbatches(trainer, source, forward_only=False)
+    batch_size = trainer.batches.batch_size(progress.consumed_samples)
+    num_microbatches = trainer.batches.num_microbatches(progress.consumed_samples)
+    trainer.buffers.start_step(num_microbatches)
+    results = _run_microbatches(trainer, source, num_microbatches, trainer.optimizer.scaler.scale)
     trainer.buffers.finalize()
-    learning_rate = trainer.schedule.learning_rate(progress.scheduled_samples)
-    update = trainer.optimizer.step(learning_rate, _losses(results))
+    rates = trainer.schedule.rates(progress.scheduled_samples)
+    update = trainer.optimizer.step(rates, _losses(results))
     layers = trainer.arguments.model.num_layers
     averages = average_over_ranks(results, trainer.groups, layers, trainer.device, wants_stop())
     progress.iteration += 1
-    progress.consumed_samples += trainer.batch_size
+    progress.consumed_samples += batch_size
     if update.updated:
-        progress.scheduled_samples += trainer.batch_size
+        progress.scheduled_samples += batch_size
     else:
         progress.skipped_iterations += 1
     seconds = time.perf_counter() - start
@@ -198,10 +207,12 @@ def train_step(
         load_balancing_loss=averages.load_balancing_loss,
         z_loss=averages.z_loss,
         grad_norm=update.grad_norm,
-        learning_rate=learning_rate,
-        global_batch_size=trainer.batch_size,
-        tokens_per_second=trainer.batch_size * trainer.arguments.data.seq_length / seconds,
+        loss_scale=update.loss_scale,
+        learning_rate=rates.learning_rate,
+        global_batch_size=batch_size,
+        tokens_per_second=batch_size * trainer.arguments.data.seq_length / seconds,
         skipped=not update.updated,
+        blames_scale=update.blames_scale,
         seconds=seconds,
     )
     return record, averages.stop
@@ -213,7 +224,7 @@ def evaluate(trainer: Trainer, dataset: Any) -> float:
     source = batches(trainer, dataset, 0)
     total = 0.0
     for _ in range(trainer.arguments.training.eval_iters):
-        results = _run_microbatches(trainer, source, forward_only=True)
+        results = _run_microbatches(trainer, source, trainer.num_microbatches, forward_only=True)
         averages = average_over_ranks(results, trainer.groups, trainer.arguments.model.num_layers, trainer.device)
         total += averages.lm_loss
     trainer.model.train()
@@ -224,7 +235,7 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
     """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end."""
     arguments, training = trainer.arguments, trainer.arguments.training
     train_set, validation_set, test_set = datasets
-    last = training.last_iteration(trainer.batch_size, progress.iteration, progress.consumed_samples)
+    last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
     log = _open_log(trainer, last, progress.iteration)
     deadline = math.inf
     if training.exit_duration_in_mins is not None:
@@ -243,12 +254,9 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         )
         if log is not None:
             log.step(record)
-        skipped_in_a_row = skipped_in_a_row + 1 if record.skipped else 0
-        if skipped_in_a_row >= training.max_skipped_iterations:
-            raise SharedError(
-                f"the gradients of {skipped_in_a_row} iterations in a row were not finite (loss {record.lm_loss}): "
-                "lower --lr or look at the data; nothing was saved after the last checkpoint"
-            )
+        # steps that look for the right loss scale are no sign of trouble
+        skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.blames_scale else 0
+        _check_skipped(training, record, skipped_in_a_row)
         iteration = progress.iteration
         if arguments.checkpoint.save_interval and iteration % arguments.checkpoint.save_interval == 0:
             _save(trainer, progress)
@@ -273,10 +281,19 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         log.close()
 
 
+def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int) -> None:
+    """Raises SharedError if too many iterations in a row were skipped because they were not finite."""
+    if in_a_row >= (1 if training.check_for_nan_in_loss_and_grad else training.max_skipped_iterations):
+        raise SharedError(
+            f"the loss or the gradients of {in_a_row} iteration(s) in a row, up to {record.iteration}, were not finite "
+            f"(loss {record.lm_loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
+        )
+
+
 def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None:
     """The log on the first rank, None on the others."""
-    tokens = trainer.batch_size * trainer.arguments.data.seq_length
-    flops = tokens * training_flops_per_token(trainer.arguments.model, trainer.arguments.data.seq_length)
+    length = trainer.arguments.data.seq_length
+    flops = length * training_flops_per_token(trainer.arguments.model, length)
 
     def make() -> MetricsLog | None:
         if not trainer.groups.world.is_first:
@@ -284,7 +301,7 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None
         return MetricsLog(
             trainer.arguments.logging,
             total_iterations=last,
-            flops_per_iteration_and_rank=flops / trainer.groups.world.size,
+            flops_per_sample_and_rank=flops / trainer.groups.world.size,
             resumed_at=resumed_at,
         )
 

@@ -78,7 +78,14 @@ def test_the_checkpoint_decides_about_the_shape() -> None:
         ("--train-iters many", "invalid int value"),
         ("--attention-dropout 0.1", "Dropout is not part of Mixtral"),
         ("--normalization LayerNorm", "only RMSNorm"),
-        ("--fp16", "Use --bf16"),
+        ("--fp16 --bf16", "contradicts"),
+        ("--overlap-param-gather", "needs --use-distributed-optimizer"),
+        ("--decoupled-min-lr 1e-5", "needs --decoupled-lr"),
+        ("--decoupled-lr 1e-5 --min-lr 1e-4", "--decoupled-min-lr"),
+        ("--end-weight-decay 0.1", "need --weight-decay-incr-style"),
+        ("--weight-decay-incr-style linear --end-weight-decay 0.1", "needs --start-weight-decay"),
+        ("--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler", "not both"),
+        ("--min-loss-scale 8 --initial-loss-scale 4", "exceeds --initial-loss-scale"),
         ("--bf16 --params-dtype float32", "contradicts"),
         ("--hidden-size 30 --num-attention-heads 4", r"--hidden-size \(30\) is not divisible by --num-attention-heads"),
         ("--num-attention-heads 32 --num-query-groups 5", "--num-query-groups"),
@@ -110,6 +117,6 @@ def test_nothing_to_train_on_is_refused() -> None:
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     config = TrainingConfig(train_iters=1, micro_batch_size=2, global_batch_size=10)
-    assert config.batch_size(5) == 10
+    assert config.batches(5).last == 10
     with pytest.raises(ValueError, match=r"not a multiple of --micro-batch-size \(2\) x data-parallel size \(3\) = 6"):
-        config.batch_size(3)
+        config.batches(3)

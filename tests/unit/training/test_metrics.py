@@ -30,17 +30,19 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False) -> StepRec
         load_balancing_loss=1.0625,
         z_loss=3.0,
         grad_norm=0.5,
+        loss_scale=1.0,
         learning_rate=1e-3,
         global_batch_size=8,
         tokens_per_second=100.0,
         skipped=skipped,
+        blames_scale=False,
         seconds=0.5,
     )
 
 
 def _log(resumed_at: int = 0, **settings: object) -> MetricsLog:
     config = LoggingConfig(**settings)  # type: ignore[arg-type]
-    return MetricsLog(config, total_iterations=100, flops_per_iteration_and_rank=2e12, resumed_at=resumed_at)
+    return MetricsLog(config, total_iterations=100, flops_per_sample_and_rank=2.5e11, resumed_at=resumed_at)
 
 
 def test_the_console_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> None:

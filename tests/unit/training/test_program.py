@@ -66,7 +66,10 @@ def test_another_batch_size_after_a_restart(monkeypatch: pytest.MonkeyPatch, tmp
     pretrain(monkeypatch, *flags, "--train-samples", "40", "--global-batch-size", "2", "--exit-interval", "10")
     pretrain(monkeypatch, *flags, "--train-samples", "40", "--global-batch-size", "4")
     assert metrics(log)[-1] | {"iteration": 15, "consumed_samples": 40} == metrics(log)[-1]
-    pretrain(monkeypatch, *flags, "--train-iters", "17", "--global-batch-size", "8")
+    longer = [*flags, "--train-iters", "17", "--global-batch-size", "8"]
+    with pytest.raises(ValueError, match=r"decay_samples was 40, is 136\. Add --override-opt_param-scheduler"):
+        pretrain(monkeypatch, *longer)
+    pretrain(monkeypatch, *longer, "--override-opt_param-scheduler")
     assert metrics(log)[-1] | {"iteration": 17, "consumed_samples": 56} == metrics(log)[-1]
 
 
