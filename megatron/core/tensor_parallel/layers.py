@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel.column_parallel import column_parallel_linear
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 
 
@@ -37,11 +38,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns this rank's output columns."""
-        if self.sequence_parallel:
-            x = mappings.gather_from_sequence_parallel(x, self.group)
-        else:
-            x = mappings.copy_to_tensor_parallel(x, self.group)
-        return F.linear(x, self.weight)
+        return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel)
 
 
 class RowParallelLinear(nn.Module):

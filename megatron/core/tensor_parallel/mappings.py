@@ -37,6 +37,12 @@ def all_gather_first(x: Tensor, group: Group) -> Tensor:
     return out
 
 
+def start_all_gather_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """`all_gather_first` in a group of several, without waiting: the result is there when the request is done."""
+    out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    return out, _all_gather(out, x.contiguous(), group=group.handle, async_op=True)
+
+
 def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
     """This rank's slice of the sum over ranks: [n * size, ...] -> [n, ...]; not differentiable."""
     if group.size == 1:
@@ -45,6 +51,12 @@ def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
     _reduce_scatter(out, x.contiguous(), group=group.handle)
     return out
+
+
+def start_reduce_scatter_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
+    """`reduce_scatter_first` in a group of several, without waiting: the result is there when the request is done."""
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    return out, _reduce_scatter(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 def split_first(x: Tensor, group: Group) -> Tensor:
