@@ -68,6 +68,9 @@ class ModelConfig:
     """How experts are kept evenly loaded."""
     moe_aux_loss_coeff: float = 0.0
     """Weight of the load-balancing loss (times Megatron's E/(K*T^2) formula; a good start is 1e-2)."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach experts on other ranks: each is sent to its experts, or all are sent to all ranks; the result
+    is the same."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router z-loss, the mean of logsumexp(logits)^2."""
     params_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -160,10 +163,15 @@ class ParallelConfig:
         if self.overlap_param_gather and not self.use_distributed_optimizer:
             raise ValueError("--overlap-param-gather needs --use-distributed-optimizer: add it, or leave this away")
         self._check_virtual_stages()
-        if self.expert_model_parallel_size > 1:
-            raise ValueError("--expert-model-parallel-size above 1 is not supported yet: leave it at 1")
-        if self.expert_tensor_parallel != self.tensor_model_parallel_size:
-            raise ValueError("--expert-tensor-parallel-size must equal --tensor-model-parallel-size for now")
+        experts_differ = (
+            self.expert_model_parallel_size > 1 or self.expert_tensor_parallel != self.tensor_model_parallel_size
+        )
+        if experts_differ and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            raise ValueError(
+                f"--expert-model-parallel-size {self.expert_model_parallel_size} with --expert-tensor-parallel-size "
+                f"{self.expert_tensor_parallel} and --tensor-model-parallel-size {self.tensor_model_parallel_size} "
+                "needs --sequence-parallel, so that tensor-parallel ranks hold different tokens: add it"
+            )
 
     def _check_virtual_stages(self) -> None:
         by_layers, by_number = self.num_layers_per_virtual_pipeline_stage, self.num_virtual_stages_per_pipeline_rank
@@ -226,7 +234,9 @@ class ParallelConfig:
         tp = ("--tensor-model-parallel-size", self.tensor_model_parallel_size)
         _require_divisible("--num-attention-heads", model.num_attention_heads, *tp)
         _require_divisible("--num-query-groups", model.query_groups, *tp)
-        _require_divisible("--ffn-hidden-size", model.ffn_hidden_size, *tp)
+        _require_divisible(
+            "--ffn-hidden-size", model.ffn_hidden_size, "--expert-tensor-parallel-size", self.expert_tensor_parallel
+        )
         self.stages(model.num_layers)
         _require_divisible(
             "--num-experts", model.num_experts, "--expert-model-parallel-size", self.expert_model_parallel_size

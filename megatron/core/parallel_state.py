@@ -68,6 +68,8 @@ class ProcessGroups:
     """Expert parallel: ranks that share out the experts of a layer."""
     etp: Group = Group()
     """Expert tensor parallel: ranks that split each expert's matrices."""
+    ep_etp: Group = Group()
+    """Ranks that between them hold all experts of a layer, once."""
     edp: Group = Group()
     """Ranks that hold the same expert parameters, whose gradients are averaged."""
     expert_model: Group = Group()
@@ -89,6 +91,7 @@ _GROUP_AXES = {
     "model": (DENSE_AXES, ("pp", "tp")),
     "ep": (EXPERT_AXES, ("ep",)),
     "etp": (EXPERT_AXES, ("etp",)),
+    "ep_etp": (EXPERT_AXES, ("ep", "etp")),
     "edp": (EXPERT_AXES, ("edp",)),
     "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
 }

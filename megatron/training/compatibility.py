@@ -46,7 +46,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "no-async-tensor-model-parallel-allreduce", "no-save-rng", "moe-per-layer-logging", "no-mmap-bin-files",
     ),
     **_flags(
-        "no effect", "one", "moe-token-dispatcher-type", "transformer-impl", "recompute-granularity",
+        "no effect", "one", "transformer-impl", "recompute-granularity",
         "recompute-method", "recompute-num-layers", "wandb-project", "wandb-exp-name", "wandb-save-dir",
         "attention-backend", "manual-gc-interval", "timing-log-level", "tensorboard-log-interval",
         "tensorboard-queue-size", "local-rank",

@@ -40,6 +40,11 @@ ZERO = {"use_distributed_optimizer": True}
 # buckets so small that most tensors have their own, and some neighbours share one
 OVERLAP_GRADS = {"overlap_grad_reduce": True, "ddp_bucket_size": 2000}
 ZERO_OVERLAP = ZERO | OVERLAP_GRADS | {"overlap_param_gather": True}
+EP2 = {"expert_model_parallel_size": 2}
+EP4 = {"expert_model_parallel_size": 4}
+ETP1 = {"expert_tensor_parallel_size": 1}
+ETP2 = {"expert_tensor_parallel_size": 2}
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 
 LAYOUTS = {
     "tp2": Layout(2, TP2, quick=True, float32=True),
@@ -53,6 +58,21 @@ LAYOUTS = {
     "pp2_dp2": Layout(4, PP2, quick=True),
     "pp2_uneven": Layout(2, PP2 | {"decoder_first_pipeline_num_layers": 1}, quick=True),
     "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
+    "ep2": Layout(2, EP2, quick=True, float32=True),
+    "ep2_allgather": Layout(2, EP2 | ALLGATHER, quick=True),
+    "ep4": Layout(4, EP4),
+    "ep2_dp2": Layout(4, EP2 | ALLGATHER),
+    "tp2_sp_etp1": Layout(2, TP2 | SP | ETP1),
+    "tp2_sp_ep2_etp1": Layout(2, TP2 | SP | EP2 | ETP1, quick=True, float32=True),
+    "tp2_sp_ep2_etp1_allgather": Layout(2, TP2 | SP | EP2 | ETP1 | ALLGATHER),
+    "tp2_sp_ep2": Layout(4, TP2 | SP | EP2, quick=True),
+    "tp2_sp_ep2_allgather": Layout(4, TP2 | SP | EP2 | ALLGATHER),
+    "etp2": Layout(2, ETP2),
+    "ep2_etp2": Layout(4, EP2 | ETP2),
+    "tp4_sp_ep4_etp1": Layout(4, TP4 | SP | EP4 | ETP1, shared_settings={"num_query_groups": 4}),
+    "pp2_ep2": Layout(4, PP2 | EP2, quick=True),
+    "tp2_sp_pp2_ep4_etp1": Layout(8, TP2 | SP | PP2 | EP4 | ETP1),
+    "tp2_sp_ep2_dp4": Layout(8, TP2 | SP | EP2),
     "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
     "cp2": Layout(2, CP2, quick=True, float32=True),

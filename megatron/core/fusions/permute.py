@@ -1,7 +1,7 @@
 """Bringing the tokens of each expert together, and back.
 
-T tokens, K experts a token, R = T*K rows sorted by expert. `gather_rows` and `combine_rows` are each other's backward,
-so that neither needs a scatter with atomics and both are repeatable.
+T tokens, K experts a token, R rows sorted by expert; R = T*K unless some pairs have no row here. `gather_rows` and
+`combine_rows` are each other's backward, so that neither needs a scatter with atomics and both are repeatable.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,16 @@ from megatron.core.fusions import backend
 
 @dataclass(frozen=True)
 class PermutationMap:
-    """The bijection between (token, choice) pairs and rows sorted by expert."""
+    """Which (token, choice) pair is in which row; rows are sorted by expert."""
 
     row_to_pair_R: Tensor
-    """int64: which pair, token * K + choice, each row holds."""
+    """int64: which pair, token * K + choice, each row holds; -1 for an empty row."""
     pair_to_row_TK: Tensor
-    """int64: the row of each pair."""
+    """int64: the row of each pair; -1 for a pair without one."""
     offsets_E: Tensor
     """int32: end of each expert's rows."""
+    bijective: bool
+    """Whether every pair has a row and every row a pair."""
 
     @property
     def top_k(self) -> int:
@@ -31,19 +33,25 @@ class PermutationMap:
         return self.pair_to_row_TK.shape[1]
 
 
-def permutation_map(experts_TK: Tensor, num_experts: int) -> PermutationMap:
-    """Stable sort of the pairs by expert: int64 `experts_TK` with values in [0, num_experts)."""
+def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None = None) -> PermutationMap:
+    """Stable sort of the pairs by expert: int64 `experts_TK`.
+
+    Pairs with an expert outside [0, num_experts) get no row; `num_rows` counts the others, if they are not all.
+    """
+    bijective = num_rows is None or num_rows == experts_TK.numel()
     if backend.runs_triton_on(experts_TK):
         from megatron.core.fusions.kernels import permute as kernels
 
-        return PermutationMap(*kernels.permutation_map(experts_TK, num_experts))
+        return PermutationMap(*kernels.permutation_map(experts_TK, num_experts, num_rows), bijective)
     flat = experts_TK.reshape(-1)
-    row_to_pair = torch.argsort(flat, stable=True)
-    pair_to_row = torch.empty_like(row_to_pair)
+    if num_rows is not None:
+        flat = flat.where((flat >= 0) & (flat < num_experts), num_experts)  # sorted behind all others
+    row_to_pair = torch.argsort(flat, stable=True)[:num_rows]
+    pair_to_row = torch.full_like(flat, -1)
     pair_to_row[row_to_pair] = torch.arange(row_to_pair.numel(), device=flat.device)
     numbers = torch.arange(num_experts, device=flat.device)
     offsets = torch.searchsorted(flat[row_to_pair], numbers, right=True).to(torch.int32)
-    return PermutationMap(row_to_pair, pair_to_row.view_as(experts_TK), offsets)
+    return PermutationMap(row_to_pair, pair_to_row.view_as(experts_TK), offsets, bijective)
 
 
 def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
@@ -51,7 +59,11 @@ def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
         from megatron.core.fusions.kernels import permute as kernels
 
         return kernels.gather(x_TH.contiguous(), index.row_to_pair_R, index.top_k)
-    return x_TH[index.row_to_pair_R // index.top_k]
+    pairs = index.row_to_pair_R
+    if x_TH.shape[0] == 0:
+        return x_TH.new_zeros(pairs.shape[0], *x_TH.shape[1:])
+    rows = x_TH[pairs if index.top_k == 1 else pairs // index.top_k]
+    return rows if index.bijective else rows.masked_fill_((pairs < 0).unsqueeze(-1), 0)
 
 
 def _combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
@@ -59,8 +71,15 @@ def _combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
         from megatron.core.fusions.kernels import permute as kernels
 
         return kernels.combine(y_RH.contiguous(), index.pair_to_row_TK)
-    wide = torch.promote_types(y_RH.dtype, torch.float32)
-    return y_RH[index.pair_to_row_TK].sum(dim=1, dtype=wide).to(y_RH.dtype)
+    rows = index.pair_to_row_TK
+    if y_RH.shape[0] == 0:
+        return y_RH.new_zeros(rows.shape[0], *y_RH.shape[1:])
+    parts = y_RH[rows]
+    if not index.bijective:
+        parts.masked_fill_((rows < 0).unsqueeze(-1), 0)
+    if index.top_k == 1:
+        return parts.squeeze(1)
+    return parts.sum(dim=1, dtype=torch.promote_types(y_RH.dtype, torch.float32)).to(y_RH.dtype)
 
 
 class _GatherRows(Function):
@@ -86,15 +105,34 @@ class _CombineRows(Function):
 
 
 def gather_rows(x_TH: Tensor, index: PermutationMap) -> Tensor:
-    """Copies each token to the rows of its K experts: [T, H] -> [R, H]."""
+    """Copies each token to the rows of its K experts: [T, H] -> [R, H]; empty rows are zero."""
     return _GatherRows.apply(x_TH, index)
 
 
 def combine_rows(y_RH: Tensor, index: PermutationMap) -> Tensor:
-    """Sums the K rows of each token, in float32 or wider: [R, H] -> [T, H]."""
+    """Sums the rows of each token, in float32 or wider: [R, H] -> [T, H]."""
     return _CombineRows.apply(y_RH, index)
 
 
+class _GatherProbs(Function):
+    @staticmethod
+    def forward(ctx: Any, probs_TK: Tensor, index: PermutationMap) -> Tensor:
+        ctx.index = index
+        pairs = index.row_to_pair_R
+        if probs_TK.shape[0] == 0:
+            return probs_TK.new_zeros(pairs.shape)
+        probs_R = probs_TK.reshape(-1)[pairs]
+        return probs_R if index.bijective else probs_R.masked_fill_(pairs < 0, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows = ctx.index.pair_to_row_TK
+        if grads[0].shape[0] == 0:
+            return grads[0].new_zeros(rows.shape), None
+        grad_TK = grads[0][rows]
+        return grad_TK if ctx.index.bijective else grad_TK.masked_fill_(rows < 0, 0), None
+
+
 def gather_probs(probs_TK: Tensor, index: PermutationMap) -> Tensor:
-    """The probability of each row: [T, K] -> [R]."""
-    return probs_TK.reshape(-1)[index.row_to_pair_R]
+    """The probability of each row: [T, K] -> [R]; zero for empty rows."""
+    return _GatherProbs.apply(probs_TK, index)

@@ -29,3 +29,30 @@ def test_groups_along_an_axis_partition_the_world() -> None:
 def test_a_world_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"world size 6 is not divisible by tensor \(2\) x pipeline \(2\)"):
         grid_sizes(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6)
+
+
+def test_the_expert_grid_is_independent_of_the_dense_one() -> None:
+    config = ParallelConfig(
+        tensor_model_parallel_size=4,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=True,
+    )
+    dense, expert = grid_sizes(config, 16)
+    assert dense == {"pp": 2, "dp": 2, "cp": 1, "tp": 4}
+    assert expert == {"pp": 2, "edp": 2, "ep": 4, "etp": 1}
+    assert rank_lists(expert, ("ep",)) == rank_lists(dense, ("tp",))
+    wider = grid_sizes(ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=8), 16)[1]
+    assert rank_lists(wider, ("ep",)) == [list(range(8)), list(range(8, 16))]
+
+
+@pytest.mark.parametrize("settings", [{"expert_model_parallel_size": 2}, {"expert_tensor_parallel_size": 1}])
+def test_experts_apart_from_tensor_parallelism_need_different_tokens(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="--sequence-parallel"):
+        ParallelConfig(tensor_model_parallel_size=2, **settings)
+
+
+def test_a_world_that_does_not_fit_the_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="expert x expert-tensor parallel size = 4"):
+        grid_sizes(ParallelConfig(expert_model_parallel_size=4), 6)

@@ -7,7 +7,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
-from megatron.core.transformer.moe.token_dispatcher import LocalTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
 
 
 class MoELayer(nn.Module):
@@ -30,8 +30,8 @@ class MoELayer(nn.Module):
             device=device,
         )
         self.experts = Experts(config, output_std=output_std, ep_group=groups.ep, group=groups.etp, device=device)
-        self.dispatcher = LocalTokenDispatcher(
-            config.num_experts, group=groups.etp, sequence_parallel=sequence_parallel
+        self.dispatcher = build_token_dispatcher(
+            config, groups, tokens_are_replicated=groups.tp.size > 1 and not sequence_parallel
         )
 
     def forward(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
@@ -39,5 +39,5 @@ class MoELayer(nn.Module):
         x_TH = x.reshape(-1, x.shape[-1])
         routing, statistics = self.router(x_TH, auxiliary_loss_scale)
         dispatched = self.dispatcher.dispatch(x_TH, routing)
-        rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.index.offsets_E)
+        rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.offsets_E)
         return self.dispatcher.combine(rows, dispatched).view_as(x), statistics

@@ -1,54 +1,182 @@
 """Moving tokens to the ranks and rows of their experts, and back.
 
 `dispatch` returns a frozen record that `combine` takes, so that nothing is hidden on the module between the two.
+T tokens of this rank, K experts a token, R rows that this rank's experts work on. Ranks may hold any number of tokens,
+and an expert or a rank may get none.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from megatron.core.config import ModelConfig
 from megatron.core.fusions.permute import PermutationMap, combine_rows, gather_probs, gather_rows, permutation_map
 from megatron.core.fusions.router import Routing
-from megatron.core.parallel_state import Group
+from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import exchange
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dispatched:
     """Rows sorted by local expert: the input of the experts, and the way back."""
 
     rows_RH: Tensor
     probs_R: Tensor
+    offsets_E: Tensor
+    """int32: end of each local expert's rows."""
     index: PermutationMap
+    """Between (token, choice) pairs and the rows that leave this rank, or stay on it."""
+    arrivals: PermutationMap | None = None
+    """Between the rows that arrived, in the order of their senders, and those sorted by expert."""
+    sent: tuple[int, ...] = ()
+    """Rows sent to each expert-parallel rank."""
+    received: tuple[int, ...] = ()
+    """Rows received from each expert-parallel rank."""
+    lengths: tuple[int, ...] = ()
+    """Tokens, or rows received, of each rank whose tokens were gathered."""
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to their experts; the same result under every implementation."""
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
+        """Copies of this rank's and other ranks' tokens for the experts here, sorted by expert."""
+        ...
+
+    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
+        """The sum of the experts' (already weighted) outputs for each of this rank's tokens: [R, H] -> [T, H]."""
+        ...
 
 
 class LocalTokenDispatcher:
-    """Every rank holds (a slice of) every expert: tokens only have to be gathered and sorted, none is dropped.
+    """Every rank of `group` holds the same tokens and a slice of every expert: tokens are only sorted.
 
-    With the experts' matrices split over `group`, its ranks all work on the same tokens and each adds its part of
-    the sum; with sequence parallelism they first gather the tokens and in the end each keep their own.
+    Each rank adds its part of the sum. In a group of one this is the single-device dispatcher.
     """
 
-    def __init__(self, num_experts: int, *, group: Group, sequence_parallel: bool) -> None:
-        self.num_experts, self.group, self.sequence_parallel = num_experts, group, sequence_parallel
+    def __init__(self, num_experts: int, group: Group) -> None:
+        self.num_experts, self.group = num_experts, group
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
-        """Sorts copies of the tokens by expert: x [T, H] -> rows [T*tp*K, H] with SP, [T*K, H] without."""
-        probs, experts = routing.probs_TK, routing.experts_TK
-        if self.sequence_parallel:
-            x_TH = mappings.gather_from_sequence_parallel(x_TH, self.group)
-            probs = mappings.gather_from_sequence_parallel(probs, self.group)
-            experts = mappings.all_gather_first(experts, self.group)
-        else:
-            # each rank's gradient of the tokens and of the probabilities is a part of a sum
-            x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
-            probs = mappings.copy_to_tensor_parallel(probs, self.group)
-        index = permutation_map(experts, self.num_experts)
-        return Dispatched(gather_rows(x_TH, index), gather_probs(probs, index), index)
+        """Sorts copies of the tokens by expert: x [T, H] -> rows [T*K, H]."""
+        # each rank's gradient of the tokens and of the probabilities is a part of a sum
+        x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
+        probs_TK = mappings.copy_to_tensor_parallel(routing.probs_TK, self.group)
+        index = permutation_map(routing.experts_TK, self.num_experts)
+        return Dispatched(
+            rows_RH=gather_rows(x_TH, index),
+            probs_R=gather_probs(probs_TK, index),
+            offsets_E=index.offsets_E,
+            index=index,
+        )
 
     def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sums the experts' outputs of each token, over its K rows and over the group: rows [R, H] -> [T, H]."""
+        """Sums over each token's K rows, then over the group."""
+        return mappings.reduce_from_tensor_parallel(combine_rows(y_RH, dispatched.index), self.group)
+
+
+class AllGatherTokenDispatcher:
+    """All ranks of ep x etp get all tokens, and each takes those of its experts.
+
+    A rank receives every other rank's T tokens, once for all K experts: the fewest bytes where there are at most K
+    expert-parallel ranks. Waits for the device once (the counts), and not at all where every rank has all experts:
+    there all must hold the same number of tokens.
+    """
+
+    def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group) -> None:
+        self.ep, self.ep_etp = ep, ep_etp
+        self.local_experts = num_experts // ep.size
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
+        """x [T, H] -> rows [R, H], where R counts the pairs of all ranks whose expert is here."""
+        first = self.ep.rank * self.local_experts
+        lengths, num_rows = [x_TH.shape[0]] * self.ep_etp.size, None
+        if self.ep.size > 1:
+            tokens = routing.experts_TK.new_full((1,), x_TH.shape[0])
+            counts = torch.cat((tokens, routing.tokens_per_expert_E.to(torch.int64)))
+            counts = exchange.gather_counts(counts, self.ep_etp)
+            lengths = counts[:, 0].tolist()
+            num_rows = int(counts[:, 1 + first : 1 + first + self.local_experts].sum())
+        x_TH = exchange.gather_rows_of_ranks(x_TH, lengths, self.ep_etp)
+        probs_TK = exchange.gather_rows_of_ranks(routing.probs_TK, lengths, self.ep_etp)
+        experts_TK = exchange.gather_rows(routing.experts_TK, lengths, self.ep_etp)
+        index = permutation_map(experts_TK - first, self.local_experts, num_rows)
+        return Dispatched(
+            rows_RH=gather_rows(x_TH, index),
+            probs_R=gather_probs(probs_TK, index),
+            offsets_E=index.offsets_E,
+            index=index,
+            lengths=tuple(lengths),
+        )
+
+    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums the rows of every rank's tokens here, then over ranks; each keeps its own tokens."""
         y_TH = combine_rows(y_RH, dispatched.index)
-        if self.sequence_parallel:
-            return mappings.reduce_scatter_to_sequence_parallel(y_TH, self.group)
-        return mappings.reduce_from_tensor_parallel(y_TH, self.group)
+        return exchange.sum_rows_to_ranks(y_TH, dispatched.lengths, self.ep_etp)
+
+
+class AllToAllTokenDispatcher:
+    """Each token is sent to the ranks of its K experts only.
+
+    With experts split over `etp`, a row goes to the rank of the expert that has the sender's place in etp, and is
+    gathered there by the others: the wider exchange (ep) carries every row once, the narrower one copies it. A rank
+    waits for the device once (the counts).
+    """
+
+    def __init__(self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group) -> None:
+        self.num_experts, self.ep, self.etp, self.ep_etp = num_experts, ep, etp, ep_etp
+        self.local_experts = num_experts // ep.size
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
+        """x [T, H] -> rows [R, H], where R counts the pairs of all ranks whose expert is here."""
+        counts = exchange.gather_counts(routing.tokens_per_expert_E.to(torch.int64), self.ep_etp)
+        # sender's ep and etp rank, receiver's ep rank, expert there
+        counts = counts.view(self.ep.size, self.etp.size, self.ep.size, self.local_experts)
+        sent = counts[self.ep.rank, self.etp.rank].sum(dim=-1).tolist()
+        received = counts[:, self.etp.rank, self.ep.rank].sum(dim=-1).tolist()
+        arriving = counts[:, :, self.ep.rank].transpose(0, 1)  # [etp, ep, local expert], the order of arrival
+        lengths = arriving.sum(dim=(1, 2)).tolist()
+
+        index = permutation_map(routing.experts_TK, self.num_experts, sum(sent))
+        rows = exchange.all_to_all(gather_rows(x_TH, index), sent, received, self.ep)
+        rows = exchange.gather_rows_of_ranks(rows, lengths, self.etp)
+        probs = exchange.all_to_all(gather_probs(routing.probs_TK, index), sent, received, self.ep)
+        probs = exchange.gather_rows_of_ranks(probs, lengths, self.etp)
+        arrivals = permutation_map(self._experts_of(arriving, rows.device).unsqueeze(1), self.local_experts)
+        return Dispatched(
+            rows_RH=gather_rows(rows, arrivals),
+            probs_R=gather_probs(probs.unsqueeze(1), arrivals),
+            offsets_E=arrivals.offsets_E,
+            index=index,
+            arrivals=arrivals,
+            sent=tuple(sent),
+            received=tuple(received),
+            lengths=tuple(lengths),
+        )
+
+    def _experts_of(self, arriving: Tensor, device: torch.device) -> Tensor:
+        """The local expert of every row, in the order of arrival."""
+        experts = torch.arange(self.local_experts).expand(arriving.shape)
+        return experts.reshape(-1).repeat_interleave(arriving.reshape(-1)).to(device, non_blocking=True)
+
+    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sends every row back to its token's rank and sums there."""
+        assert dispatched.arrivals is not None
+        rows = combine_rows(y_RH, dispatched.arrivals)
+        rows = exchange.sum_rows_to_ranks(rows, dispatched.lengths, self.etp)
+        rows = exchange.all_to_all(rows, dispatched.received, dispatched.sent, self.ep)
+        return combine_rows(rows, dispatched.index)
+
+
+def build_token_dispatcher(config: ModelConfig, groups: ProcessGroups, tokens_are_replicated: bool) -> TokenDispatcher:
+    """The dispatcher for a layout; `tokens_are_replicated` says that tensor-parallel ranks hold the same tokens."""
+    if groups.ep_etp.size == 1 or tokens_are_replicated:
+        assert groups.ep.size == 1, "without sequence parallelism experts are not shared out over tensor-parallel ranks"
+        return LocalTokenDispatcher(config.num_experts, groups.etp)
+    if groups.ep.size == 1 or config.moe_token_dispatcher_type == "allgather":
+        # with all experts everywhere, gathering tokens moves 1/K of what gathering their rows would
+        return AllGatherTokenDispatcher(config.num_experts, ep=groups.ep, ep_etp=groups.ep_etp)
+    return AllToAllTokenDispatcher(config.num_experts, ep=groups.ep, etp=groups.etp, ep_etp=groups.ep_etp)
