@@ -19,7 +19,7 @@ from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mixtral import MegatronSource, step
 from tools.checkpoint.saver_mixtral_hf import save_huggingface
 from tools.checkpoint.stream import byte_size
-from tools.checkpoint.util import add_params_dtype, convert, run_tool
+from tools.checkpoint.util import add_common_arguments, convert, run_tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,9 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pipeline-parallel-size", type=int, help="pipeline stages of the checkpoint (default: as found)"
     )
+    parser.add_argument(
+        "--expert-parallel-size", type=int, help="expert-parallel size of the checkpoint (default: as found)"
+    )
     parser.add_argument("--iteration", type=step, help="step to convert instead of the newest: a number, or release")
     parser.add_argument("--max-shard-size", type=byte_size, default="5GB", help="largest weight file (default: 5GB)")
-    add_params_dtype(parser)
+    add_common_arguments(parser)
     return parser
 
 
@@ -52,10 +55,10 @@ def _convert(args: argparse.Namespace) -> None:
         iteration=args.iteration,
         fallback_vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         params_dtype=args.params_dtype,
-        layout=(args.tensor_parallel_size, args.pipeline_parallel_size),
+        layout=(args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size),
     )
     target = Path(args.huggingface_checkpoint_path)
-    convert(source, lambda checked: save_huggingface(checked, config_folder, target, args.max_shard_size))
+    convert(source, lambda checked: save_huggingface(checked, config_folder, target, args.max_shard_size), args.dry_run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

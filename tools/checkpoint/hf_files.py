@@ -1,14 +1,13 @@
 """The files of a Hugging Face model folder: which weights are where, read slice by slice."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron.core.interchange import load_torch
+from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor, open_torch, stored_tensor
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -16,15 +15,6 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msg
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor is and what it is."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -95,16 +85,16 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 class HuggingFaceFolder:
-    """The tensors of a model folder, found by name; nothing is read but headers until `read` is called."""
+    """The tensors of a model folder, found by name; nothing is read but headers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = read_config(folder)
-        self.tensors: dict[str, StoredTensor] = {}
-        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, StoredTensor | LoadedTensor] = {}
         files, index = weight_files(folder)
         for file in files:
-            for name, stored in self._headers(file).items():
+            found = _safetensors_header(file) if file.suffix == ".safetensors" else _torch_header(file)
+            for name, stored in found.items():
                 if name in self.tensors:
                     raise ValueError(f"{name} is both in {self.tensors[name].file.name} and in {file.name}")
                 if index is not None and (name not in index or folder / index[name] != file):
@@ -114,36 +104,29 @@ class HuggingFaceFolder:
         if missing:
             raise ValueError(f"{folder}: the index lists {missing[0]}, which is not in {(index or {})[missing[0]]}")
 
-    def _headers(self, file: Path) -> dict[str, StoredTensor]:
-        handle = self._handle(file)
-        if isinstance(handle, dict):
-            tensors = {name: value for name, value in handle.items() if isinstance(value, torch.Tensor)}
-            if len(tensors) != len(handle):
-                raise ValueError(f"{file}: {min(set(handle) - set(tensors))} is not a tensor")
-            return {name: StoredTensor(file, tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        found = {}
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            header = handle.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
-            if dtype is None:
-                raise ValueError(f"{name} in {file} is of type {header.get_dtype()}: only floating types are supported")
-            found[name] = StoredTensor(file, tuple(header.get_shape()), dtype)
-        return found
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            if file.suffix == ".safetensors":
-                try:
-                    self._open[file] = safe_open(str(file), framework="pt", device="cpu")
-                except SafetensorError as error:
-                    raise ValueError(f"cannot read {file}: {error}; download it again") from error
-            else:
-                self._open[file] = load_torch(file, mmap=True)
-        return self._open[file]
+def _torch_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
+    content, records = open_torch(file)
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{file}: {name} is not a tensor")
+    return {name: stored_tensor(file, records, value) for name, value in content.items()}
 
-    def read(self, name: str, index: tuple[slice | int, ...]) -> torch.Tensor:
-        """The part `index` of a tensor, in memory of its own size."""
-        stored = self.tensors[name]
-        handle = self._handle(stored.file)
-        part = handle[name][index] if isinstance(handle, dict) else handle.get_slice(name)[index]
-        return part.contiguous() if part.untyped_storage().nbytes() == part.nbytes else part.clone().contiguous()
+
+def _safetensors_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as handle:  # checks the header and the file's size
+            names = set(handle.keys())
+    except SafetensorError as error:
+        raise ValueError(f"cannot read {file}: {error}; download it again") from error
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    found: dict[str, StoredTensor | LoadedTensor] = {}
+    for name in names:
+        entry = header[name]
+        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name} in {file} is of type {entry['dtype']}: only floating types are supported")
+        found[name] = StoredTensor(file, tuple(entry["shape"]), dtype, 8 + length + entry["data_offsets"][0])
+    return found

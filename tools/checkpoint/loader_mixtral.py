@@ -1,24 +1,27 @@
-"""Loader: a Mixtral checkpoint in Megatron's format, converted or trained, of any tensor and pipeline layout."""
+"""Loader: a Mixtral checkpoint in Megatron's format, converted or trained, of any parallel layout."""
 
 import argparse
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
+from megatron.core.config import ModelConfig
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
     Step,
     available_layout,
     find_checkpoint,
-    load_torch,
     model_config_from_args,
-    rank_dir_name,
 )
-from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
-from megatron.core.tensor_parallel.partition import join_from_tp
+from megatron.core.interchange.stored_tensor import open_torch, stored_tensor
+from megatron.core.models.mixtral.hf_weights import WeightRule, pad_rows, stage_weights
+from megatron.core.stages import Stage
+from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
 from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some
 
 
@@ -51,10 +54,27 @@ def open_source(args: argparse.Namespace) -> Source:
     )
 
 
+class _Held(NamedTuple):
+    """A part of a weight in a rank's file."""
+
+    file: Path
+    name: str
+    """Its name there."""
+    tensor: Stored
+
+
+class _RankFile(NamedTuple):
+    """What one rank's file holds."""
+
+    path: Path
+    chunks: list[dict[str, Stored]]
+    """The weights of each virtual stage, as they are named in the file."""
+
+
 class MegatronSource:
     """A step's folder whose files hold the parts of every weight, and nothing else.
 
-    `layout` is the (tensor, pipeline) size the caller believes it has; `fallback_vocab_size` counts only if the
+    `layout` is the (tensor, pipeline, expert) size the caller believes it has; `fallback_vocab_size` counts only if the
     checkpoint does not store its true vocabulary size and `true_vocab_size` is not given. Raises ValueError
     naming the file and the tensor for any that is unknown, missing or of another shape.
     """
@@ -67,44 +87,38 @@ class MegatronSource:
         true_vocab_size: int | None = None,
         fallback_vocab_size: int | None = None,
         params_dtype: str | None = None,
-        layout: tuple[int | None, int | None] = (None, None),
+        layout: tuple[int | None, int | None, int | None] = (None, None, None),
     ) -> None:
         self.folder, self.iteration = find_checkpoint(path, iteration)
-        stored = available_layout(self.folder)
-        self._tp, self._pp = stored.tensor, stored.pipeline
-        if stored.expert > 1:
-            raise ValueError(f"{self.folder} was saved with expert parallelism, which is not supported yet")
-        wanted = tuple(there if given is None else given for given, there in zip(layout, (self._tp, self._pp)))
-        if wanted != (self._tp, self._pp):
+        self.layout = available_layout(self.folder)
+        sizes = (self.layout.tensor, self.layout.pipeline, self.layout.expert)
+        wanted = tuple(there if given is None else given for given, there in zip(layout, sizes, strict=True))
+        if wanted != sizes:
             raise ValueError(
-                f"{self.folder} was saved with tensor-parallel size {self._tp} and pipeline-parallel size {self._pp}, "
-                f"not {wanted[0]} and {wanted[1]}"
+                f"{self.folder} was saved at {self.layout}, not at tensor x pipeline x expert parallel sizes "
+                f"{wanted[0]} x {wanted[1]} x {wanted[2]}"
             )
-        self._weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        files = {}
         args = argparse.Namespace()
-        for stage in range(self._pp):
-            for rank in range(self._tp):
-                content = self._load(rank, stage)
-                self._weights[rank, stage] = content["model"]
-                if (rank, stage) == (0, 0):
-                    args = content["args"]
-        self._check_layout(args)
-        self._padded = self._weights[0, 0].get("embedding.word_embeddings.weight", torch.empty(0)).shape[0] * self._tp
+        for ranks in self.layout.ranks():
+            stored_args, files[ranks] = self._load(self.folder / self.layout.folder(*ranks) / CHECKPOINT_FILE)
+            args = stored_args if ranks == (0, 0, 0) else args
         model = model_config_from_args(args, true_vocab_size)
-        if model.vocab_size is None and fallback_vocab_size is not None:
-            model = replace(model, vocab_size=fallback_vocab_size)
-        if model.vocab_size is None:
-            print(
-                f"warning: the checkpoint only knows its padded vocabulary size: all {self._padded} entries are taken "
-                "as real; give the true size with --true-vocab-size",
-                file=sys.stderr,
-            )
-            model = replace(model, vocab_size=self._padded)
-        assert model.vocab_size is not None
-        if model.vocab_size > self._padded > 0:
-            raise ValueError(f"the vocabulary has {model.vocab_size} entries but the embedding {self._padded} rows")
-        self._layers_per_stage = model.num_layers // self._pp
-        dtype = common_dtype(self._check_weights(model), params_dtype)
+        self._experts = model.num_experts // self.layout.expert
+        weights = {
+            (ranks, chunk): plain_names(file.path, found, self._experts)
+            for ranks, file in files.items()
+            for chunk, found in enumerate(file.chunks)
+        }
+        embedding = weights[(0, 0, 0), 0].get("embedding.word_embeddings.weight")
+        self._padded = (embedding[1].shape[0] if embedding else 0) * self.layout.tensor
+        model = self._with_vocabulary(model, fallback_vocab_size)
+        self._parts: dict[str, dict[int, list[_Held]]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        stages = self._stages(model, weights)
+        for (ranks, chunk), found in weights.items():
+            dtypes |= self._check_weights(model, stages[ranks[1], chunk], ranks, files[ranks].path, found)
+        dtype = common_dtype(dtypes, params_dtype)
         self._description = Description(
             model=replace(model, params_dtype=config_dtype(dtype)),
             dtype=dtype,
@@ -120,70 +134,147 @@ class MegatronSource:
         """What the checkpoint holds."""
         return self._description
 
-    def _file(self, rank: int, stage: int) -> Path:
-        return self.folder / rank_dir_name(rank, stage, self._pp) / CHECKPOINT_FILE
-
-    def _load(self, rank: int, stage: int) -> dict[str, Any]:
-        path = self._file(rank, stage)
-        content = load_torch(path, mmap=True)
-        if not isinstance(content.get("args"), argparse.Namespace) or not isinstance(content.get("model"), dict):
-            raise ValueError(f"{path} has no 'args' and 'model': it is not a checkpoint of one model part")
-        return content
-
-    def _check_layout(self, args: argparse.Namespace) -> None:
-        stored = (
-            getattr(args, "tensor_model_parallel_size", self._tp),
-            getattr(args, "pipeline_model_parallel_size", self._pp),
+    @staticmethod
+    def _load(path: Path) -> tuple[argparse.Namespace, _RankFile]:
+        content, records = open_torch(path)
+        keys = sorted(
+            (key for key in content if re.fullmatch("model[0-9]*", str(key))), key=lambda key: (len(key), key)
         )
-        if stored != (self._tp, self._pp) or getattr(args, "expert_model_parallel_size", 1) != 1:
-            raise ValueError(
-                f"{self.folder} has folders for tensor x pipeline = {self._tp} x {self._pp}, but was saved with "
-                f"{stored[0]} x {stored[1]} and expert-parallel size {getattr(args, 'expert_model_parallel_size', 1)}"
-            )
-
-    def _check_weights(self, model: Any) -> dict[str, torch.dtype]:
-        """Types of all tensors, after every name and shape of every file has been accounted for."""
-        dtypes: dict[str, torch.dtype] = {}
-        for (rank, stage), weights in self._weights.items():
-            path = self._file(rank, stage)
-            rules = dict(stage_weights(model, stage, self._pp, self._padded))
+        args, models = content.get("args"), [content[key] for key in keys]
+        if not isinstance(args, argparse.Namespace) or not models or not all(isinstance(m, dict) for m in models):
+            raise ValueError(f"{path} has no 'args' and 'model': it is not a checkpoint of one model part")
+        chunks: list[dict[str, Stored]] = []
+        for weights in models:
             if not all(isinstance(name, str) for name in weights):
                 raise ValueError(f"{path}: the names of its tensors are not text")
-            stored = {name for name in weights if not name.endswith("_extra_state")}
-            missing, unknown = sorted(set(rules) - stored), sorted(stored - set(rules))
-            if missing:
-                raise ValueError(f"{path} lacks {list_some(missing)}")
-            if unknown:
-                raise ValueError(f"{path} has tensors that a Mixtral model does not: {list_some(unknown)}")
-            for name, rule in rules.items():
-                shape = list(rule.shape)
-                if rule.partition_dim is not None:
-                    shape[rule.partition_dim] //= self._tp
-                if not isinstance(weights[name], torch.Tensor):
+            tensors = {name: value for name, value in weights.items() if not name.endswith("_extra_state")}
+            for name, value in tensors.items():
+                if not isinstance(value, torch.Tensor):
                     raise ValueError(f"{path}: {name} is not a tensor")
-                if list(weights[name].shape) != shape:
-                    raise ValueError(f"{path}: {name} is of shape {list(weights[name].shape)}, expected {shape}")
-                dtypes[f"{name} in {path}"] = weights[name].dtype
+            chunks.append({name: stored_tensor(path, records, value) for name, value in tensors.items()})
+        return args, _RankFile(path, chunks)
+
+    def _with_vocabulary(self, model: ModelConfig, fallback: int | None) -> ModelConfig:
+        if model.vocab_size is None and fallback is not None:
+            model = replace(model, vocab_size=fallback)
+        if model.vocab_size is None:
+            print(
+                f"warning: the checkpoint only knows its padded vocabulary size: all {self._padded} entries are taken "
+                "as real; give the true size with --true-vocab-size",
+                file=sys.stderr,
+            )
+            model = replace(model, vocab_size=self._padded)
+        assert model.vocab_size is not None
+        if model.vocab_size > self._padded > 0:
+            raise ValueError(f"the vocabulary has {model.vocab_size} entries but the embedding {self._padded} rows")
+        return model
+
+    def _stages(
+        self, model: ModelConfig, weights: dict[tuple[tuple[int, int, int], int], dict[str, tuple[str, Stored]]]
+    ) -> dict[tuple[int, int], Stage]:
+        """Which layers each (pipeline rank, chunk) has, from what its files hold: chunk 0 of all ranks comes first."""
+        counts: dict[tuple[int, int], int] = {}
+        for (ranks, chunk), found in weights.items():
+            key = (chunk, ranks[1])
+            counts[key] = max(counts.get(key, 0), count_layers(list(found)))
+        stages, start = {}, 0
+        for chunk, rank in sorted(counts):
+            layers = range(start, start + counts[chunk, rank])
+            start = layers.stop
+            stages[rank, chunk] = Stage(
+                layers, has_embedding=(chunk, rank) == (0, 0), has_output=(chunk, rank) == max(counts)
+            )
+        if start != model.num_layers:
+            found_counts = ", ".join(str(counts[key]) for key in sorted(counts))
+            raise ValueError(
+                f"{self.folder}: its stages hold {found_counts} layers, but the checkpoint says num_layers is "
+                f"{model.num_layers}"
+            )
+        return stages
+
+    def _check_weights(
+        self,
+        model: ModelConfig,
+        stage: Stage,
+        ranks: tuple[int, int, int],
+        path: Path,
+        found: dict[str, tuple[str, Stored]],
+    ) -> dict[str, torch.dtype]:
+        """Types of a file's tensors, after every name and shape has been accounted for."""
+        experts = range(ranks[2] * self._experts, (ranks[2] + 1) * self._experts)
+        rules = dict(stage_weights(model, stage, experts, self._padded))
+        missing, unknown = sorted(set(rules) - set(found)), sorted(set(found) - set(rules))
+        if missing:
+            raise ValueError(f"{path} lacks {list_some(missing)}")
+        if unknown:
+            raise ValueError(f"{path} has tensors that a Mixtral model does not: {list_some(unknown)}")
+        dtypes = {}
+        for name, rule in rules.items():
+            size = self.layout.tensor if rule.expert is None else self.layout.etp
+            spelling, stored = found[name]
+            if stored.shape != rule.part_shape(size):
+                raise ValueError(
+                    f"{path}: {spelling} is of shape {list(stored.shape)}, expected {list(rule.part_shape(size))}"
+                )
+            part = ranks[0] % size if rule.partition_dim is not None else 0
+            held = self._parts.setdefault(rule.name, {}).setdefault(part, [])
+            held.append(_Held(path, spelling, stored))
+            dtypes[f"{spelling} in {path}"] = stored.dtype
         return dtypes
 
-    def read(self, rule: WeightRule, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """Part `rank` of `size` of one Megatron weight, in the description's type."""
-        stage, name = self._place(rule)
-        parts = [self._weights[part, stage][name] for part in range(self._tp)]
-        if size == self._tp and rule.partition_dim is not None and rule.padded_rows in (None, self._padded):
-            tensor = parts[rank]
-        else:
-            try:
-                whole = join_from_tp(parts, rule.partition_dim, rule.partition_stride)
-            except ValueError as error:
-                raise ValueError(f"{self.folder}: {rule.name}: {error}") from error
-            tensor = rule.slice_padded(whole, rank, size)
-        tensor = tensor.to(self._description.dtype)
-        return tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    def origin(self, rule: WeightRule) -> list[str]:
+        """Where a weight comes from."""
+        parts = self._parts[rule.name]
+        return [
+            f"{held.file.parent.name}/{held.file.name}: {held.name}"
+            for held in (parts[rank][0] for rank in sorted(parts))
+        ]
 
-    def _place(self, rule: WeightRule) -> tuple[int, str]:
-        """The stage that holds a weight, and its name there."""
-        if rule.layer is None:
-            return (0 if rule.name.startswith("embedding.") else self._pp - 1), rule.name
-        stage, layer = divmod(rule.layer, self._layers_per_stage)
-        return stage, rule.name.replace(f"decoder.layers.{rule.layer}.", f"decoder.layers.{layer}.", 1)
+    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        """Some rows of one Megatron weight, in the description's type."""
+        if rule.padded_rows is None:
+            return self._read(rule, rows).to(self._description.dtype)
+        length = rule.sources[0].shape[0]  # rows after it are padding, here and there of different length
+        real = range(min(rows.start, length), min(rows.stop, length))
+        if not real:
+            return torch.zeros(len(rows), *rule.shape[1:], dtype=self._description.dtype)
+        tensor = self._read(replace(rule, padded_rows=self._padded), real).to(self._description.dtype)
+        return pad_rows(tensor, len(rows))
+
+    def _read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        if rule.partition_dim != 0:
+            pieces = [self._read_part(rule, rank, rows) for rank in sorted(self._parts[rule.name])]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        pieces = [self._read_part(rule, rank, local) for rank, local in self._overlaps(rule, rows)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _overlaps(self, rule: WeightRule, rows: range) -> Iterator[tuple[int, range]]:
+        """The parts of a weight cut by rows that hold `rows`, and where in them, in order."""
+        found = []
+        size = len(self._parts[rule.name])
+        for rank in range(size):
+            before = 0
+            for held in rule.part_rows(rank, size):
+                low, high = max(rows.start, held.start), min(rows.stop, held.stop)
+                if low < high:
+                    found.append((low, rank, range(before + low - held.start, before + high - held.start)))
+                before += len(held)
+        yield from ((rank, local) for _, rank, local in sorted(found, key=lambda entry: entry[0]))
+
+    def _read_part(self, rule: WeightRule, rank: int, rows: range) -> torch.Tensor:
+        """Rows of one part; every other file that has the same part must have the same bits."""
+        first, *copies = self._parts[rule.name][rank]
+        tensor = first.tensor.read(rows)
+        for copy in copies:
+            sums = first.tensor.checksum, copy.tensor.checksum
+            same = sums[0] == sums[1] if None not in sums else _same_bits(tensor, copy.tensor.read(rows))
+            if not same:
+                raise ValueError(
+                    f"{self.folder}: {rule.name} differs between ranks: {first.file.parent.name} and "
+                    f"{copy.file.parent.name}"
+                )
+        return tensor
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf, sliding_window_from_hf
 from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import HuggingFaceFolder
@@ -76,19 +77,43 @@ class HuggingFaceSource:
             raise ValueError(f"{where} has tensors that a Mixtral model does not: {list_some(unknown)}")
         return used
 
-    def read(self, rule: WeightRule, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """Part `rank` of `size` of one Megatron weight, in the description's type."""
-        pairs = zip(rule.sources, rule.source_ranges(rank, size), strict=True)
-        parts = [self._read_source(source, index) for source, index in pairs]
-        return rule.from_huggingface(parts, rank, size).to(self._description.dtype)
+    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        """Some rows of one Megatron weight, in the description's type."""
+        parts = [self._read_source(source, part) for source, part in rule.source_rows(rows)]
+        return rule.from_huggingface(parts, rows).to(self._description.dtype)
 
-    def _read_source(self, source: HuggingFaceTensor, index: tuple[slice, ...]) -> torch.Tensor:
-        shape = [part.stop - part.start for part in index]
-        if 0 in shape:  # a rank that holds only padding of the vocabulary
-            return torch.empty(shape, dtype=self._folder.tensors[source.name].dtype)
+    def _read_source(self, source: HuggingFaceTensor, rows: range) -> torch.Tensor:
         if source.name in self._folder.tensors:
-            return self._folder.read(source.name, index)
+            return self._folder.tensors[source.name].read(rows)
+        return self._fused(source).read(rows)
+
+    def _fused(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
+        """A tensor that transformers 5 keeps under another name, and an expert's as a part of a stack."""
+        stored = self._folder.tensors[source.fused_name]
         if source.expert is None:
-            return self._folder.read(source.fused_name, index)
-        rows = slice(index[0].start + source.first_row, index[0].stop + source.first_row)
-        return self._folder.read(source.fused_name, (source.expert, rows, *index[1:]))
+            return stored
+        if isinstance(stored, LoadedTensor):
+            part = stored.tensor[source.expert, source.first_row : source.first_row + source.shape[0]]
+            return LoadedTensor(stored.file, part)
+        strides = torch.empty(stored.shape, device="meta").stride() if stored.stride is None else stored.stride
+        skip = source.expert * strides[0] + source.first_row * strides[1]
+        return replace(
+            stored,
+            shape=source.shape,
+            offset=stored.offset + skip * stored.dtype.itemsize,
+            stride=None if stored.stride is None else stored.stride[1:],
+        )
+
+    def origin(self, rule: WeightRule) -> list[str]:
+        """Where a weight comes from."""
+        found = []
+        for source in rule.sources:
+            fused = source.name not in self._folder.tensors
+            name, part = source.name, ""
+            if fused:
+                name = source.fused_name
+                if source.expert is not None:
+                    end = source.first_row + source.shape[0]
+                    part = f"[{source.expert}, {source.first_row}:{end}]"
+            found.append(f"{self._folder.tensors[name].file.name}: {name}{part}")
+        return found

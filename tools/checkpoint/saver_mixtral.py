@@ -1,16 +1,17 @@
-"""Saver: a Mixtral checkpoint in Megatron's format, one file a rank, written one file at a time."""
+"""Saver: a Mixtral checkpoint in Megatron's format, one file a rank, at any parallel layout."""
 
 import argparse
 import contextlib
 import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron.core.atomic_files import exclusive_folder
-from megatron.core.config import ParallelConfig
+from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
     CHECKPOINT_VERSION,
@@ -18,20 +19,64 @@ from megatron.core.interchange import (
     begin_step,
     commit_step,
     model_args_namespace,
-    rank_dir_name,
-    save_torch,
 )
 from megatron.core.interchange.layout import abandon_step
-from megatron.core.models.mixtral.hf_weights import stage_weights
-from tools.checkpoint.stream import CheckedSource, Description, Source
+from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
+from megatron.core.stages import Stage
+from tools.checkpoint.stream import (
+    CheckedSource,
+    Description,
+    Destination,
+    check_disk,
+    planned_bytes,
+    print_plan,
+    rows_at_a_time,
+    transfer,
+)
+from tools.checkpoint.writers import TensorPlan, TorchFile
 
 TOKENIZER_TYPES = ("PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
+
+
+def layer_counts(text: str) -> list[int]:
+    """Numbers of layers, separated by commas (an argparse type)."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers of layers such as 9,8,8,7")
+    return counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The layout to write, and the tokenizer to name in the checkpoint."""
     parser.add_argument("--target-tensor-parallel-size", type=int, default=1, help="tensor-parallel ranks to write for")
-    parser.add_argument("--target-pipeline-parallel-size", type=int, default=1, help="pipeline stages to write for")
+    parser.add_argument(
+        "--target-pipeline-parallel-size",
+        type=int,
+        help="pipeline stages to write for (default: as --target-pipeline-layers says, or 1)",
+    )
+    parser.add_argument(
+        "--target-pipeline-layers",
+        type=layer_counts,
+        metavar="N,N,...",
+        help="layers of each pipeline rank, such as 9,8,8,7, if not equal; between the first and the last they must be",
+    )
+    parser.add_argument(
+        "--target-decoder-first-pipeline-num-layers", type=int, help="layers of the first pipeline rank, if not equal"
+    )
+    parser.add_argument(
+        "--target-decoder-last-pipeline-num-layers", type=int, help="layers of the last pipeline rank, if not equal"
+    )
+    parser.add_argument(
+        "--target-num-virtual-stages-per-pipeline-rank",
+        type=int,
+        help="virtual stages of each pipeline rank, for the interleaved schedule",
+    )
+    parser.add_argument("--target-expert-parallel-size", type=int, default=1, help="expert-parallel ranks to write for")
+    parser.add_argument(
+        "--target-expert-tensor-parallel-size",
+        type=int,
+        help="ranks that split each expert's matrices (default: the tensor-parallel size)",
+    )
     parser.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
@@ -68,21 +113,65 @@ def find_tokenizer(model: str | None, kind: str | None) -> tuple[str | None, str
     return ("Llama2Tokenizer" if path.suffix == ".model" else "PretrainedTokenizerFromHF"), str(path)
 
 
+def target_layout(args: argparse.Namespace, model: ModelConfig) -> tuple[Layout, ParallelConfig]:
+    """The layout that the command line asks for, and how it divides the layers.
+
+    Raises ValueError if the model cannot be divided so.
+    """
+    counts, stages = args.target_pipeline_layers, args.target_pipeline_parallel_size
+    first, last = args.target_decoder_first_pipeline_num_layers, args.target_decoder_last_pipeline_num_layers
+    if counts is not None:
+        if stages not in (None, len(counts)):
+            raise ValueError(
+                f"--target-pipeline-layers lists {len(counts)} ranks, --target-pipeline-parallel-size {stages}"
+            )
+        if first is not None or last is not None:
+            raise ValueError("give --target-pipeline-layers, or the first and the last rank's layers, not both")
+        if sum(counts) != model.num_layers:
+            raise ValueError(
+                f"--target-pipeline-layers: {sum(counts)} layers in all, but the model has {model.num_layers}"
+            )
+        if len(set(counts[1:-1])) > 1:
+            raise ValueError(
+                f"--target-pipeline-layers {','.join(map(str, counts))}: training divides the layers between the first "
+                "and the last rank equally: make those in between equal"
+            )
+        stages = len(counts)
+        if len(set(counts)) > 1:
+            first, last = counts[0], counts[-1] if stages > 2 else None
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.target_tensor_parallel_size,
+        pipeline_model_parallel_size=1 if stages is None else stages,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+        num_virtual_stages_per_pipeline_rank=args.target_num_virtual_stages_per_pipeline_rank,
+    )
+    parallel.check_model(model, 1)
+    expert, expert_tensor = args.target_expert_parallel_size, args.target_expert_tensor_parallel_size
+    if expert < 1 or (expert_tensor is not None and expert_tensor < 1):
+        raise ValueError("--target-expert-parallel-size and --target-expert-tensor-parallel-size must be positive")
+    if model.num_experts % expert:
+        raise ValueError(
+            f"--num-experts ({model.num_experts}) is not divisible by --target-expert-parallel-size ({expert})"
+        )
+    layout = Layout(args.target_tensor_parallel_size, parallel.pipeline_model_parallel_size, expert, expert_tensor)
+    return layout, parallel
+
+
 def save(source: CheckedSource, args: argparse.Namespace) -> None:
     """Writes the source's weights to `args.save_dir`/release; nothing is left of a failed attempt.
 
-    Raises ValueError if the model does not divide over the layout or the folder is not empty.
+    Raises ValueError if the model does not divide over the layout, the folder is not empty or the disk too small.
     """
     description, root = source.description, Path(args.save_dir)
-    tp, pp = args.target_tensor_parallel_size, args.target_pipeline_parallel_size
     model = description.model
     if args.make_vocab_size_divisible_by is not None:
         model = replace(model, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
-    layout = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
     try:
-        layout.check_model(model, description.seq_length)
+        layout, parallel = target_layout(args, model)
     except ValueError as error:
-        raise ValueError(re.sub("--(tensor|pipeline)-model", r"--target-\1", str(error))) from None
+        message = re.sub("--(tensor|pipeline)-model|--(decoder|num-virtual)", r"--target-\1\2", str(error))
+        raise ValueError(message) from None
     if args.tokenizer_model is not None or args.tokenizer_type is not None or description.tokenizer_type is None:
         model_path = args.tokenizer_model or description.tokenizer_model
         tokenizer = find_tokenizer(model_path, args.tokenizer_type)
@@ -97,12 +186,31 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     existed = root.exists()
     if existed and (not root.is_dir() or any(entry.name != ".release.saving" for entry in root.iterdir())):
         raise ValueError(f"{root} is not an empty folder: choose another --save-dir or remove what is in it")
-    namespace = model_args_namespace(model, Layout(tp, pp), description.seq_length, _extra_args(description, tokenizer))
+    extra = _extra_args(description, tokenizer, parallel)
+    content = {
+        "args": model_args_namespace(model, layout, description.seq_length, extra),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+    }
+    ranks = [
+        PipelineRankWriter(model, layout, rank, stages, description.dtype)
+        for rank, stages in enumerate(parallel.stages(model.num_layers))
+    ]
+    if source.dry_run:
+        for rank in ranks:
+            print_plan(source, rank, rank.rules)
+    sizes = {file: size for rank in ranks for file, size in planned_bytes(rank, rank.rules).items()}
+    check_disk(root, sizes, report=source.dry_run)
+    if source.dry_run:
+        return
     with exclusive_folder(begin_step(root, "release")):
         try:
-            _write_ranks(source, root, namespace, model.padded_vocab_size(tp))
+            for rank in ranks:
+                rank.open(begin_step(root, "release"), content)
+                transfer(source, rank, rank.rules)
+                rank.check_complete()
             source.check_complete()
-            commit_step(root, "release", Layout(tp, pp))
+            commit_step(root, "release", layout)
         except BaseException:
             abandon_step(root, "release")
             if not existed:
@@ -110,29 +218,123 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
                     root.rmdir()
             raise
     dtype = str(description.dtype).removeprefix("torch.")
-    print(f"wrote {root / 'release'}: tensor x pipeline = {tp} x {pp}, {dtype}, weights only")
+    print(f"wrote {root / 'release'}: {layout}, {dtype}, weights only")
 
 
-def _extra_args(description: Description, tokenizer: tuple[str | None, str | None]) -> dict[str, object]:
+def _extra_args(
+    description: Description, tokenizer: tuple[str | None, str | None], parallel: ParallelConfig
+) -> dict[str, object]:
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
     return {
         "tokenizer_type": tokenizer[0],
         "tokenizer_model": tokenizer[1],
         "sliding_window": description.sliding_window,
         "params_dtype": str(description.dtype).removeprefix("torch."),
         "fp16": description.dtype == torch.float16,
+        "virtual_pipeline_model_parallel_size": chunks if chunks != 1 else None,
+        "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers,
+        "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers,
     }
 
 
-def _write_ranks(source: Source, root: Path, args: argparse.Namespace, padded_vocab_size: int) -> None:
-    folder = begin_step(root, "release")
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    for stage in range(pp):
-        rules = list(stage_weights(source.description.model, stage, pp, padded_vocab_size))
-        for rank in range(tp):
-            path = folder / rank_dir_name(rank, stage, pp) / CHECKPOINT_FILE
+@dataclass(frozen=True)
+class _Place:
+    """A weight's place in the files of a pipeline rank."""
+
+    key: str
+    """`model`, or `model0` ... for virtual stages."""
+    name: str
+    size: int
+    """Parts it is cut into."""
+    files: dict[int, list[tuple[int, int]]]
+    """The (tensor, expert) ranks that hold each part."""
+
+
+class PipelineRankWriter:
+    """The files of one pipeline rank, all of them open at once so that every weight is read only once."""
+
+    def __init__(
+        self, model: ModelConfig, layout: Layout, rank: int, stages: tuple[Stage, ...], dtype: torch.dtype
+    ) -> None:
+        self._layout, self._rank, self._dtype = layout, rank, dtype
+        self._ranks = [(tp, ep) for tp, stage, ep in layout.ranks() if stage == rank]
+        self._keys = ["model"] if len(stages) == 1 else [f"model{chunk}" for chunk in range(len(stages))]
+        self._places: dict[str, _Place] = {}
+        self._files: dict[tuple[int, int], TorchFile] = {}
+        self.rules: list[WeightRule] = []
+        per_rank = model.num_experts // layout.expert
+        for key, stage in zip(self._keys, stages, strict=True):
+            for expert_rank in range(layout.expert):
+                experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
+                for name, rule in stage_weights(model, stage, experts, model.padded_vocab_size(layout.tensor)):
+                    if rule.expert is not None or expert_rank == 0:
+                        self.rules.append(rule)
+                        self._places[rule.name] = self._place(key, name, rule, expert_rank)
+
+    def _place(self, key: str, name: str, rule: WeightRule, expert_rank: int) -> _Place:
+        size = self._layout.tensor if rule.expert is None else self._layout.etp
+        rule.part_shape(size)
+        if rule.partition_dim is None:
+            size = 1
+        files: dict[int, list[tuple[int, int]]] = {part: [] for part in range(size)}
+        for tp, ep in self._ranks:
+            if rule.expert is None or ep == expert_rank:
+                files[tp % size].append((tp, ep))
+        return _Place(key, name, size, files)
+
+    def open(self, folder: Path, content: dict[str, object]) -> None:
+        """Makes the files, full of holes."""
+        plans: dict[tuple[int, int], dict[str, list[TensorPlan]]] = {
+            ranks: {key: [] for key in self._keys} for ranks in self._ranks
+        }
+        for rule in self.rules:
+            place = self._places[rule.name]
+            plan = TensorPlan(place.name, rule.part_shape(place.size), self._dtype)
+            for holders in place.files.values():
+                for ranks in holders:
+                    plans[ranks][place.key].append(plan)
+        for (tp, ep), keys in plans.items():
+            path = folder / self._layout.folder(tp, self._rank, ep) / CHECKPOINT_FILE
             path.parent.mkdir(exist_ok=True)
-            weights = {name: source.read(rule, rank, tp) for name, rule in rules}
-            save_torch(
-                path,
-                {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0, "model": weights},
-            )
+            self._files[tp, ep] = TorchFile(path, content, keys)
+
+    def check_complete(self) -> None:
+        """Raises ValueError naming a tensor of which not every row was written."""
+        for file in self._files.values():
+            file.check_complete()
+
+    def chunks(self, rule: WeightRule) -> Iterator[range]:
+        """The rows of a weight, cut as they are to be read."""
+        return rule.chunks(self._places[rule.name].size, rows_at_a_time(rule, self._dtype))
+
+    def destinations(self, rule: WeightRule) -> list[Destination]:
+        """All tensors that hold some of a weight."""
+        place = self._places[rule.name]
+        nbytes = torch.Size(rule.part_shape(place.size)).numel() * self._dtype.itemsize
+        found = []
+        for part, holders in place.files.items():
+            words = ""
+            if place.size > 1 and rule.partition_dim == 0:
+                ranges = (f"{rows.start}:{rows.stop}" for rows in rule.part_rows(part, place.size))
+                words = f"rows {' and '.join(ranges)}"
+            elif place.size > 1:
+                width = rule.shape[1] // place.size
+                words = f"columns {part * width}:{(part + 1) * width}"
+            for tp, ep in holders:
+                file = f"release/{self._layout.folder(tp, self._rank, ep)}/{CHECKPOINT_FILE}"
+                found.append(Destination(file, place.name, nbytes, words))
+        return found
+
+    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+        """Puts rows of a weight into the files of the ranks that hold them."""
+        place = self._places[rule.name]
+        if place.size == 1:
+            parts = {0: tensor}
+        elif rule.partition_dim == 0:
+            parts = {rule.owner(rows, place.size): tensor}
+        else:
+            parts = dict(enumerate(tensor.chunk(place.size, dim=1)))
+        for part, piece in parts.items():
+            contiguous = piece.contiguous()
+            for ranks in place.files[part]:
+                self._files[ranks].append(f"{place.key}/{place.name}", contiguous)

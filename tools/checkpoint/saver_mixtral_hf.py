@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from megatron.core.atomic_files import atomic_writer, exclusive_folder, sync_folder
+from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import (
     INDEX_FILE,
     OLD_INDEX_FILE,
@@ -29,8 +30,17 @@ from tools.checkpoint.hf_files import (
     read_config,
     weight_files,
 )
-from tools.checkpoint.safetensors_writer import TensorPlan, plan_shards, write_shard
-from tools.checkpoint.stream import CheckedSource, Source, byte_size
+from tools.checkpoint.stream import (
+    CheckedSource,
+    Destination,
+    byte_size,
+    check_disk,
+    planned_bytes,
+    print_plan,
+    rows_at_a_time,
+    transfer,
+)
+from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,19 +64,29 @@ def save_huggingface(source: CheckedSource, config_folder: Path, target: Path, m
     Raises ValueError if the config is of another model or the folder holds something else.
     """
     description = source.description
-    config = read_config(config_folder)
+    config = {**read_config(config_folder), **description.config_changes}
     check_config_matches(description.model, config)
     in_place = target.exists() and target.samefile(config_folder)
     if not in_place and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not an empty folder: choose another one or remove what is in it")
     target = target.absolute()
     staging = target / ".saving" if in_place else target.with_name(f".{target.name}.saving")
+    writer = ShardsWriter(description.model, description.dtype, max_shard_size, target if in_place else None)
+    if source.dry_run:
+        print_plan(source, writer, writer.rules)
+    check_disk(target, planned_bytes(writer, writer.rules), report=source.dry_run)
+    if source.dry_run:
+        return
     with exclusive_folder(staging):
         for left_over in staging.iterdir():  # of an attempt that was killed
             left_over.unlink()
         try:
-            names = _write_weights(source, staging, max_shard_size, target if in_place else None)
+            writer.open(staging)
+            transfer(source, writer, writer.rules)
+            writer.check_complete()
             source.check_complete()
+            writer.write_index(staging)
+            names = writer.names
             if not in_place:
                 for file in companion_files(config_folder):
                     _copy(file, staging / file.name)
@@ -90,7 +110,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write_config(config: dict[str, object], config_folder: Path, folder: Path, dtype: torch.dtype) -> None:
     updated = hf_config_with_dtype(config, dtype)
-    if updated == config:
+    if updated == read_config(config_folder):
         return _copy(config_folder / "config.json", folder / "config.json")
     with atomic_writer(folder / "config.json") as file:
         file.write((json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -108,30 +128,62 @@ def _shard_names(count: int, avoid: Path | None) -> list[str]:
     raise AssertionError
 
 
-def _write_weights(source: Source, folder: Path, max_shard_size: int, avoid: Path | None) -> list[str]:
-    """Writes the weight files and, if there are several, their index; returns the files' names."""
-    model, dtype = source.description.model, source.description.dtype
-    tensors = (
-        TensorPlan(tensor.name, tensor.shape, dtype) for rule in mixtral_weights(model) for tensor in rule.sources
-    )
-    shards = plan_shards(tensors, max_shard_size)
-    names = _shard_names(len(shards), avoid)
-    stream = _huggingface_tensors(source)
-    for name, plan in zip(names, shards, strict=True):
-        write_shard(folder / name, plan, stream)
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, plan in zip(names, shards, strict=True) for tensor in plan}
-        total = sum(tensor.nbytes for plan in shards for tensor in plan)
-        with atomic_writer(folder / INDEX_FILE) as file:
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            file.write((json.dumps(index, indent=2) + "\n").encode("utf-8"))
-    return names
+class ShardsWriter:
+    """The weight files of a model folder; new ones have names that no file in the folder `avoid` has."""
 
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, max_shard_size: int, avoid: Path | None) -> None:
+        self._dtype = dtype
+        self.rules = list(mixtral_weights(model))
+        self._plans = plan_shards(
+            (TensorPlan(tensor.name, tensor.shape, dtype) for rule in self.rules for tensor in rule.sources),
+            max_shard_size,
+        )
+        self.names = _shard_names(len(self._plans), avoid)
+        self._shard_of = {
+            tensor.name: name for name, plan in zip(self.names, self._plans, strict=True) for tensor in plan
+        }
+        self._files: dict[str, SafetensorsFile] = {}
 
-def _huggingface_tensors(source: Source) -> Iterator[tuple[str, torch.Tensor]]:
-    for rule in mixtral_weights(source.description.model):
-        tensors = rule.to_huggingface(source.read(rule))
-        yield from ((source_tensor.name, tensor) for source_tensor, tensor in zip(rule.sources, tensors, strict=True))
+    def open(self, folder: Path) -> None:
+        """Makes the files, full of holes."""
+        for name, plan in zip(self.names, self._plans, strict=True):
+            self._files[name] = SafetensorsFile(folder / name, plan)
+
+    def check_complete(self) -> None:
+        """Raises ValueError naming a tensor of which not every row was written."""
+        for file in self._files.values():
+            file.check_complete()
+
+    def write_index(self, folder: Path) -> None:
+        """Writes the index of several files."""
+        if len(self.names) > 1:
+            total = sum(tensor.nbytes for plan in self._plans for tensor in plan)
+            with atomic_writer(folder / INDEX_FILE) as file:
+                index = {"metadata": {"total_size": total}, "weight_map": self._shard_of}
+                file.write((json.dumps(index, indent=2) + "\n").encode("utf-8"))
+
+    def chunks(self, rule: WeightRule) -> Iterator[range]:
+        """The rows of a weight, cut as they are to be read."""
+        return rule.chunks(1, rows_at_a_time(rule, self._dtype))
+
+    def destinations(self, rule: WeightRule) -> list[Destination]:
+        """All tensors that hold some of a weight."""
+        found, start = [], 0
+        for source in rule.sources:
+            plan = TensorPlan(source.name, source.shape, self._dtype)
+            part = ""
+            if rule.groups > 1:
+                part = f"its rows of each of {rule.groups} groups"
+            elif len(rule.sources) > 1 or rule.padded_rows is not None:
+                part = f"rows {start}:{start + source.shape[0]}"
+            found.append(Destination(self._shard_of[source.name], source.name, plan.nbytes, part))
+            start += source.shape[0]
+        return found
+
+    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+        """Puts rows of a weight into the tensors it is made of."""
+        for (source, _), piece in zip(rule.source_rows(rows), rule.to_huggingface(tensor, rows), strict=True):
+            self._files[self._shard_of[source.name]].append(source.name, piece)
 
 
 def _replace_weights(staging: Path, target: Path, names: list[str]) -> None:

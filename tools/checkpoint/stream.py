@@ -1,26 +1,34 @@
-"""What loaders give and savers take: a description of a checkpoint, and its weights one at a time.
+"""What loaders give and savers take: a description of a checkpoint, and its weights some rows at a time.
 
-A plugin is a file `loader_NAME.py` or `saver_NAME.py` with `add_arguments(parser)` and
+A plugin is a file `loader_NAME.py` or `saver_NAME.py`, ours or anywhere on the Python path, with
+`add_arguments(parser)` and
 
     open_source(args) -> Source       (loader)
     save(source, args) -> None        (saver; the source is a CheckedSource)
 
-The saver decides the order and the cut: it asks for each part of each weight once, in the order it writes them, and
-calls `check_complete` before it puts its output in place.
+The saver asks for the rows of each weight once, in their order; several weights at once. `transfer` does that for a
+`Writer`, on all cores, and prints the plan instead with --dry-run.
 """
 
+import os
+import shutil
 import sys
+import threading
 import time
 from argparse import ArgumentTypeError
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 
+CHUNK_BYTES = 8 << 20
+"""Size of the rows that a thread holds at a time, about."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -42,6 +50,8 @@ class Description:
     """Kind of tokenizer, if the checkpoint names one."""
     tokenizer_model: str | None = None
     """Where the tokenizer's files are, if the checkpoint names it."""
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Hugging Face config that are no longer those of the model it was read from."""
 
 
 class Source(Protocol):
@@ -51,41 +61,134 @@ class Source(Protocol):
     def description(self) -> Description:
         """What the checkpoint holds."""
 
-    def read(self, rule: WeightRule, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """Part `rank` of `size` of one Megatron weight, in the description's type."""
+    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        """Some rows of one Megatron weight, in the description's type, as `WeightRule.chunks` gives them."""
+
+    def origin(self, rule: WeightRule) -> list[str]:
+        """Where a weight comes from: a file and a tensor in it, for each tensor it is made of."""
 
 
 class CheckedSource:
-    """A source that is told which parts make a weight whole, and knows whether each was read exactly once."""
+    """A source of which every row of every weight has to be read exactly once."""
 
-    def __init__(self, source: Source, progress: "Progress") -> None:
+    def __init__(self, source: Source, progress: "Progress", dry_run: bool = False) -> None:
         self._source = source
         self._progress = progress
-        self._read: dict[str, list[tuple[int, int]]] = {}
+        self.dry_run = dry_run
+        self._done: dict[str, tuple[int, int]] = {}
 
     @property
     def description(self) -> Description:
         """What the checkpoint holds."""
         return self._source.description
 
-    def read(self, rule: WeightRule, rank: int = 0, size: int = 1) -> torch.Tensor:
-        """Part `rank` of `size` of one weight; raises ValueError if it was read before."""
-        parts = self._read.setdefault(rule.name, [])
-        if (rank, size) in parts:
-            raise ValueError(f"{rule.name}: part {rank} of {size} is written twice")
-        tensor = self._source.read(rule, rank, size)
-        parts.append((rank, size))
+    def origin(self, rule: WeightRule) -> list[str]:
+        """Where a weight comes from."""
+        return self._source.origin(rule)
+
+    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        """Some rows of one weight; raises ValueError if they are not those after the last ones read."""
+        done, total = self._done.get(rule.name, (0, rule.shape[0]))
+        if rows.start != done or total != rule.shape[0]:
+            raise ValueError(f"{rule.name}: rows {rows.start} to {rows.stop} are asked for after row {done}")
+        tensor = self._source.read(rule, rows)
+        self._done[rule.name] = (rows.stop, total)
         self._progress.advance(tensor.numel() * tensor.element_size())
         return tensor
 
     def check_complete(self) -> None:
-        """Raises ValueError naming the first weight of which not every part was read."""
-        expected = {rule.name for rule in mixtral_weights(self.description.model)}
-        for name in sorted(expected | set(self._read)):
-            parts = self._read.get(name, [])
-            sizes = {size for _, size in parts}
-            if name not in expected or len(sizes) != 1 or {rank for rank, _ in parts} != set(range(sizes.pop())):
-                raise ValueError(f"{name} was not written completely: parts (rank, of) {parts}")
+        """Raises ValueError naming the first weight of which not every row was read."""
+        for name in sorted({rule.name for rule in mixtral_weights(self.description.model)} | set(self._done)):
+            done, total = self._done.get(name, (0, 1))
+            if done != total:
+                raise ValueError(f"{name} was not read completely: {done} rows")
+
+
+class Destination(NamedTuple):
+    """A tensor that a weight, or a part of it, is written to."""
+
+    file: str
+    """Path in the folder that is written."""
+    name: str
+    nbytes: int
+    part: str = ""
+    """Which part of the weight it is, in words; empty for all of it."""
+
+
+class Writer(Protocol):
+    """Where weights go."""
+
+    def chunks(self, rule: WeightRule) -> Iterator[range]:
+        """The rows of a weight, cut as they are to be read."""
+
+    def destinations(self, rule: WeightRule) -> list[Destination]:
+        """All tensors that hold some of a weight."""
+
+    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+        """Puts rows of a weight where they belong; called in their order for each weight."""
+
+
+def transfer(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
+    """Moves weights, each by one thread; the first error stops all."""
+
+    def move(rule: WeightRule) -> None:
+        for rows in writer.chunks(rule):
+            writer.write(rule, rows, source.read(rule, rows))
+
+    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(move, rule) for rule in rules]
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def rows_at_a_time(rule: WeightRule, dtype: torch.dtype) -> int:
+    """Rows of a weight that make up `CHUNK_BYTES`."""
+    row_bytes = torch.Size(rule.shape[1:]).numel() * dtype.itemsize
+    return max(CHUNK_BYTES // row_bytes, 1)
+
+
+def print_plan(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
+    """Every weight with where it comes from and goes to."""
+    dtype = str(source.description.dtype).removeprefix("torch.")
+    for rule in rules:
+        size = torch.Size(rule.shape).numel() * source.description.dtype.itemsize
+        print(f"{rule.name} {list(rule.shape)} {dtype}, {size:,} bytes")
+        for origin in source.origin(rule):
+            print(f"    from {origin}")
+        for to in writer.destinations(rule):
+            print(f"    to   {to.file}: {to.name}{f', {to.part}' if to.part else ''}, {to.nbytes:,} bytes")
+
+
+def planned_bytes(writer: Writer, rules: Iterable[WeightRule]) -> dict[str, int]:
+    """Size of every file that `rules` are written to, a little more than it will be."""
+    sizes: dict[str, int] = {}
+    for rule in rules:
+        for to in writer.destinations(rule):
+            sizes[to.file] = sizes.get(to.file, 1 << 16) + to.nbytes + 512
+    return sizes
+
+
+def check_disk(folder: Path, sizes: dict[str, int], *, report: bool) -> None:
+    """Raises ValueError if the disk of `folder` has no room for files of these sizes; with `report`, prints both."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    needed, free = sum(sizes.values()), shutil.disk_usage(existing).free
+    if report:
+        largest = max(sizes.values())
+        print(
+            f"to write: {len(sizes)} file(s), {needed / 1e9:,.3f} GB, the largest {largest / 1e9:,.3f} GB; "
+            f"free on the disk of {folder}: {free / 1e9:,.3f} GB"
+        )
+    if needed > free:
+        raise ValueError(
+            f"the disk of {folder} has {free / 1e9:,.2f} GB free, but {needed / 1e9:,.2f} GB are needed: make room or "
+            "choose another disk"
+        )
 
 
 class Progress:
@@ -95,9 +198,14 @@ class Progress:
         self._what, self._total, self._done = what, max(total, 1), 0
         self._start = self._last = time.monotonic()
         self._live = sys.stderr.isatty()
+        self._lock = threading.Lock()
 
     def advance(self, count: int) -> None:
-        """Counts `count` more bytes."""
+        """Counts `count` more bytes; for any thread."""
+        with self._lock:
+            self._advance(count)
+
+    def _advance(self, count: int) -> None:
         if self._done >= self._total:
             return
         self._done += count

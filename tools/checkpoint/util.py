@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.atomic_files import error_sentence
@@ -39,12 +41,15 @@ def find_plugin(kind: str, name: str) -> ModuleType:
     raise ValueError(f"no {kind} {name!r}: it would be a file {kind}_{name}.py; ours are mixtral and mixtral_hf")
 
 
-def convert(source: Source, write: Callable[[CheckedSource], None]) -> None:
-    """Gives `source` to the function that writes, with a progress line, and checks that all of it was written."""
+def convert(source: Source, write: Callable[[CheckedSource], None], dry_run: bool = False) -> None:
+    """Gives `source` to the function that writes, with a progress line, and checks that all of it was read."""
     description = source.description
-    checked = CheckedSource(source, Progress("converting", model_bytes(description.model, description.dtype)))
+    total = model_bytes(description.model, description.dtype)
+    checked = CheckedSource(source, Progress("converting", total), dry_run)
+    torch.set_num_threads(1)  # each thread moves weights of its own
     write(checked)
-    checked.check_complete()
+    if not dry_run:
+        checked.check_complete()
 
 
 def run_tool(action: Callable[[], None]) -> int:
@@ -60,9 +65,14 @@ def run_tool(action: Callable[[], None]) -> int:
     return 0
 
 
-def add_params_dtype(parser: argparse.ArgumentParser) -> None:
-    """Adds --params-dtype."""
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --params-dtype and --dry-run."""
     parser.add_argument("--params-dtype", choices=tuple(DTYPES), help="type to write (default: the source's)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: print every weight with where it comes from and goes to, and the disk that is needed",
+    )
 
 
 def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentParser:
@@ -73,7 +83,7 @@ def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentPars
     parser.add_argument("--saver", required=True, help="format to write: mixtral or mixtral_hf")
     parser.add_argument("--load-dir", required=True, help="folder to read")
     parser.add_argument("--save-dir", required=True, help="folder to write, new or empty")
-    add_params_dtype(parser)
+    add_common_arguments(parser)
     for kind, plugin in (("loader", loader), ("saver", saver)):
         plugin.add_arguments(parser.add_argument_group(f"of the {kind} {plugin.__name__.rpartition('.')[2]}"))
     return parser
@@ -95,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     args = build_parser(*plugins).parse_args(argv)
     loader, saver = plugins
-    return run_tool(lambda: convert(loader.open_source(args), lambda source: saver.save(source, args)))
+    return run_tool(lambda: convert(loader.open_source(args), lambda source: saver.save(source, args), args.dry_run))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,19 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
     (one pass over it). Raises FileNotFoundError, or ValueError naming the file if it is damaged, cut short or holds
     anything that would run code.
     """
-    path = Path(path)
+    return _load(Path(path), "cpu", mmap, verify)
+
+
+def index_torch(path: Path) -> dict[str, Any]:
+    """The same without the tensors' bytes: tensors are on the device "meta".
+
+    Their storages know the offset of their bytes in the file (`_checkpoint_offset`). A file of before torch 1.6 has no
+    such offsets and is read whole.
+    """
+    return _load(Path(path), "meta" if zipfile.is_zipfile(path) else "cpu", False, False)
+
+
+def _load(path: Path, device: str, mmap: bool, verify: bool) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:
@@ -67,7 +79,7 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
         if zipped and verify:
             _check_sums(path)
         with torch.serialization.safe_globals([Namespace, *_inert_globals(path, zipped)]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipped)
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # whatever torch, pickle or zip make of a damaged file

@@ -2,8 +2,8 @@
 
 Every weight of the Megatron model is one `WeightRule`: where it comes from in the Hugging Face checkpoint, how its
 sources are put together, and how it is cut over tensor-parallel ranks. Names are global: layers are numbered through
-the whole model and experts have one name each. Cutting commutes with combining: a rank's part is made of the same
-part of every source, so no tool ever needs a whole model.
+the whole model and experts have one name each. Any rows of a weight are made of some rows of its sources, and belong
+to one rank's part or to the same rows of every part, so that tools can move a model a few rows at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.tensor_parallel.partition import slice_for_rank
+from megatron.core.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class WeightRule:
     """Hugging Face tensors it is made of, in order."""
     layer: int | None = None
     """Transformer layer it belongs to, counted through the whole model."""
+    expert: int | None = None
+    """Expert it belongs to, counted through the layer."""
     partition_dim: int | None = None
     """Dimension that is cut over tensor-parallel ranks; None if every rank holds it whole."""
     partition_stride: int = 1
@@ -58,52 +60,81 @@ class WeightRule:
         rows = self.padded_rows or sum(source.shape[0] for source in self.sources)
         return (rows, *self.sources[0].shape[1:])
 
-    def source_ranges(self, rank: int = 0, size: int = 1) -> list[tuple[slice, ...]]:
-        """What to read of each source for the part of tensor-parallel rank `rank` of `size`, one slice a dimension."""
-        if len(self.sources) > 1 and self.partition_stride == 1 and self.groups % size:
-            raise ValueError(f"{self.name}: {self.groups} groups are not divisible by the tensor-parallel size {size}")
-        ranges = []
-        for source in self.sources:
-            index = [slice(0, length) for length in source.shape]
-            if self.partition_dim is not None:
-                rows = self.padded_rows if self.padded_rows is not None else source.shape[self.partition_dim]
-                if rows % size:
-                    raise ValueError(f"{self.name}: {rows} is not divisible by the tensor-parallel size {size}")
-                part, length = rows // size, source.shape[self.partition_dim]
-                index[self.partition_dim] = slice(min(rank * part, length), min((rank + 1) * part, length))
-            ranges.append(tuple(index))
-        return ranges
+    def part_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of a part of `size`. Raises ValueError if the tensor cannot be cut into so many."""
+        shape = list(self.shape)
+        if self.partition_dim is not None:
+            interleaved = len(self.sources) > 1 and self.partition_stride == 1
+            units = self.groups if interleaved else shape[self.partition_dim] // self.partition_stride
+            if units % size:
+                raise ValueError(f"{self.name}: {units} rows, columns or groups are not divisible by {size} ranks")
+            shape[self.partition_dim] //= size
+        return tuple(shape)
 
-    def from_huggingface(self, parts: Sequence[torch.Tensor], rank: int = 0, size: int = 1) -> torch.Tensor:
-        """The part of rank `rank` of `size`, from the parts of the sources that `source_ranges` names.
+    def chunks(self, parts: int, at_most: int) -> Iterator[range]:
+        """Row ranges of the whole tensor, in order, of about `at_most` rows: what is moved at a time.
 
-        Vocabulary rows that the sources do not have are zero.
+        None crosses the border between two parts of `parts`, or between two blocks, or divides a group.
         """
-        assert len(parts) == len(self.sources), self.name
+        rows, unit = self.shape[0], self.shape[0] // self.groups
+        cells = parts * self.partition_stride if self.partition_dim == 0 else 1
+        step = max(at_most // unit, 1) * unit
+        for start in range(0, rows, rows // cells):
+            for first in range(start, start + rows // cells, step):
+                yield range(first, min(first + step, start + rows // cells))
+
+    def owner(self, rows: range, size: int) -> int:
+        """Which part of `size` holds `rows` of a tensor that is cut by rows; the rows are as `chunks` gives them."""
+        block = self.shape[0] // self.partition_stride
+        return rows.start % block // (block // size)
+
+    def part_rows(self, rank: int, size: int) -> list[range]:
+        """The rows of the whole tensor that part `rank` of `size` of a tensor cut by rows has, in its order."""
+        block = self.shape[0] // self.partition_stride
+        length = block // size
+        starts = (start + rank * length for start in range(0, self.shape[0], block))
+        return [range(start, start + length) for start in starts]
+
+    def source_rows(self, rows: range) -> list[tuple[HuggingFaceTensor, range]]:
+        """The rows of the sources that `rows` of the whole tensor are made of; none of vocabulary padding."""
         if self.padded_rows is not None:
-            return pad_rows(parts[0], self.padded_rows // size)
+            length = self.sources[0].shape[0]
+            return [(self.sources[0], range(min(rows.start, length), min(rows.stop, length)))]
+        if self.groups > 1:
+            unit = self.shape[0] // self.groups
+            assert rows.start % unit == rows.stop % unit == 0, (self.name, rows)
+            first, last = rows.start // unit, rows.stop // unit
+            per_group = [(source, source.shape[0] // self.groups) for source in self.sources]
+            return [(source, range(first * height, last * height)) for source, height in per_group]
+        found, start = [], 0
+        for source in self.sources:
+            low, high = max(rows.start - start, 0), min(rows.stop - start, source.shape[0])
+            if low < high:
+                found.append((source, range(low, high)))
+            start += source.shape[0]
+        return found
+
+    def from_huggingface(self, parts: Sequence[torch.Tensor], rows: range | None = None) -> torch.Tensor:
+        """`rows` of the tensor (all, if not given) from what `source_rows` names. Vocabulary padding is zero."""
+        rows = range(self.shape[0]) if rows is None else rows
+        if self.padded_rows is not None:
+            return pad_rows(parts[0], len(rows))
         if len(parts) == 1:
             return parts[0]
-        groups = self.groups // size if self.partition_stride == 1 else self.groups
+        groups = len(rows) * self.groups // self.shape[0]
         tail = parts[0].shape[1:]
         return torch.cat([part.reshape(groups, -1, *tail) for part in parts], dim=1).reshape(-1, *tail)
 
-    def to_huggingface(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The sources, from the whole tensor with or without vocabulary padding: the inverse of `from_huggingface`."""
+    def to_huggingface(self, tensor: torch.Tensor, rows: range | None = None) -> list[torch.Tensor]:
+        """What `source_rows` names, from `rows` of the tensor (all, if not given): inverts `from_huggingface`."""
+        pieces = self.source_rows(range(self.shape[0]) if rows is None else rows)
         if self.padded_rows is not None:
-            return [tensor[: self.sources[0].shape[0]]]
-        if len(self.sources) == 1:
+            return [tensor[: len(pieces[0][1])]]
+        if len(pieces) == 1:
             return [tensor]
-        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
-        rows = [source.shape[0] // self.groups for source in self.sources]
-        parts = grouped.split(rows, dim=1)
-        return [part.reshape(source.shape) for part, source in zip(parts, self.sources, strict=True)]
-
-    def slice_padded(self, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-        """Part of rank `rank` of `size` of a whole tensor, its vocabulary rows first made `padded_rows`."""
-        if self.padded_rows is not None:
-            tensor = pad_rows(tensor[: self.sources[0].shape[0]], self.padded_rows)
-        return slice_for_rank(tensor, self.partition_dim, self.partition_stride, rank, size)
+        groups = tensor.shape[0] * self.groups // self.shape[0]
+        split = tensor.reshape(groups, -1, *tensor.shape[1:]).split([len(part) // groups for _, part in pieces], dim=1)
+        return [part.reshape(-1, *tensor.shape[1:]) for part in split]
 
 
 def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
@@ -169,11 +200,12 @@ def _expert_rules(model: ModelConfig, layer: int) -> Iterator[WeightRule]:
                 HuggingFaceTensor(f"{on_disk}.w3.weight", (ffn, hidden), gate_up, gate_up_shape, expert, ffn),
             ),
             layer,
+            expert,
             partition_dim=0,
             partition_stride=2,
         )
         w2 = HuggingFaceTensor(f"{on_disk}.w2.weight", (hidden, ffn), down, down_shape, expert)
-        yield WeightRule(f"{local}.linear_fc2.weight", (w2,), layer, partition_dim=1)
+        yield WeightRule(f"{local}.linear_fc2.weight", (w2,), layer, expert, partition_dim=1)
 
 
 def mixtral_weights(model: ModelConfig, padded_vocab_size: int | None = None) -> Iterator[WeightRule]:
@@ -189,21 +221,16 @@ def mixtral_weights(model: ModelConfig, padded_vocab_size: int | None = None) ->
 
 
 def stage_weights(
-    model: ModelConfig, stage: int, stages: int, padded_vocab_size: int | None = None
+    model: ModelConfig, stage: Stage, experts: range | None = None, padded_vocab_size: int | None = None
 ) -> Iterator[tuple[str, WeightRule]]:
-    """The weights of pipeline stage `stage` of `stages` with their names there, where layers count from 0.
-
-    The first stage holds the embedding, the last the final norm and the output layer. Raises ValueError if the
-    layers do not divide.
-    """
-    if model.num_layers % stages:
-        raise ValueError(f"{model.num_layers} layers are not divisible by the pipeline-parallel size {stages}")
-    per_stage = model.num_layers // stages
-    first = stage * per_stage
+    """The weights of one stage with their names there, where layers count from 0, as do the `experts` of a rank."""
+    experts = experts or range(model.num_experts)
     for rule in mixtral_weights(model, padded_vocab_size):
         if rule.layer is None:
-            if stage == (0 if rule.name.startswith("embedding.") else stages - 1):
+            if stage.has_embedding if rule.name.startswith("embedding.") else stage.has_output:
                 yield rule.name, rule
-        elif first <= rule.layer < first + per_stage:
-            prefix = f"decoder.layers.{rule.layer}."
-            yield f"decoder.layers.{rule.layer - first}.{rule.name.removeprefix(prefix)}", rule
+        elif rule.layer in stage.layers and (rule.expert is None or rule.expert in experts):
+            name = rule.name.replace(f".layers.{rule.layer}.", f".layers.{rule.layer - stage.layers.start}.")
+            if rule.expert is not None:
+                name = name.replace(f".{rule.expert}.linear", f".{rule.expert - experts.start}.linear")
+            yield name, rule

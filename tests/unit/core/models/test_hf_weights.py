@@ -13,6 +13,7 @@ from megatron.core.models.mixtral.hf_config import (
     sliding_window_from_hf,
 )
 from megatron.core.models.mixtral.hf_weights import mixtral_weights, stage_weights
+from megatron.core.stages import divide_layers
 from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
 
 MODEL = ModelConfig(
@@ -59,7 +60,7 @@ def test_table_is_the_documented_one() -> None:
 
 
 def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
-    first, last = (dict(stage_weights(MODEL, stage, 2)) for stage in range(2))
+    first, last = (dict(stage_weights(MODEL, stage)) for (stage,) in divide_layers(4, 2))
     assert sorted(rule.name for rule in [*first.values(), *last.values()]) == sorted(
         rule.name for rule in mixtral_weights(MODEL)
     )
@@ -67,8 +68,10 @@ def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
     assert "decoder.final_layernorm.weight" in last and "decoder.final_layernorm.weight" not in first
     assert last["decoder.layers.1.mlp.router.weight"].name == "decoder.layers.3.mlp.router.weight"
     assert not any(name.startswith("decoder.layers.2.") for name in [*first, *last])
-    with pytest.raises(ValueError, match="4 layers are not divisible"):
-        list(stage_weights(MODEL, 0, 3))
+    one = dict(stage_weights(MODEL, divide_layers(4, 2)[1][0], range(1, 3)))
+    name = "decoder.layers.0.mlp.experts.local_experts.{}.linear_fc1.weight"
+    assert one[name.format(0)].name == "decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert name.format(1) in one and name.format(2) not in one
 
 
 def test_qkv_interleaves_by_group() -> None:
@@ -90,8 +93,8 @@ def test_qkv_interleaves_by_group() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_rank_from_parts_of_sources_is_the_rank_of_the_whole(size: int) -> None:
-    """Cutting commutes with combining, which is what lets the tools read only slices."""
+def test_rows_of_a_rank_are_those_of_its_slice(size: int) -> None:
+    """Cutting as the tools do, by rows of the whole, and as the parallel layers do."""
     generator = torch.Generator().manual_seed(1)
     for rule in mixtral_weights(MODEL, padded_vocab_size=16):
         sources = [torch.randn(source.shape, generator=generator) for source in rule.sources]
@@ -99,20 +102,49 @@ def test_a_rank_from_parts_of_sources_is_the_rank_of_the_whole(size: int) -> Non
         assert whole.shape == rule.shape
         ranks = []
         for rank in range(size):
-            parts = [source[index] for source, index in zip(sources, rule.source_ranges(rank, size), strict=True)]
-            ranks.append(rule.from_huggingface(parts, rank, size))
-            assert torch.equal(ranks[-1], slice_for_rank(whole, rule.partition_dim, rule.partition_stride, rank, size))
-            assert torch.equal(ranks[-1], rule.slice_padded(whole, rank, size))
+            ranks.append(slice_for_rank(whole, rule.partition_dim, rule.partition_stride, rank, size))
+            assert tuple(ranks[-1].shape) == rule.part_shape(size)
+            if rule.partition_dim == 0:
+                rows = torch.cat([whole[part.start : part.stop] for part in rule.part_rows(rank, size)])
+                assert torch.equal(ranks[-1], rows)
         joined = join_from_tp(ranks, rule.partition_dim, rule.partition_stride)
         for tensor, original in zip(rule.to_huggingface(joined), sources, strict=True):
             assert torch.equal(tensor, original), rule.name
 
 
+@pytest.mark.parametrize("at_most", [1, 3, 5, 1000])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_any_rows_are_made_of_rows_of_the_sources(size: int, at_most: int) -> None:
+    """A few rows at a time, both ways; none of them belongs to two ranks."""
+    generator = torch.Generator().manual_seed(1)
+    for rule in mixtral_weights(MODEL, padded_vocab_size=16):
+        sources = [torch.randn(source.shape, generator=generator) for source in rule.sources]
+        whole = rule.from_huggingface(sources)
+        back: dict[str, list[torch.Tensor]] = {source.name: [] for source in rule.sources}
+        done = 0
+        for rows in rule.chunks(size, at_most):
+            assert rows.start == done
+            done = rows.stop
+            pieces = [
+                sources[rule.sources.index(source)][part.start : part.stop] for source, part in rule.source_rows(rows)
+            ]
+            assert torch.equal(rule.from_huggingface(pieces, rows), whole[rows.start : rows.stop]), rule.name
+            if rule.partition_dim == 0:
+                held = rule.part_rows(rule.owner(rows, size), size)
+                assert any(part.start <= rows.start and rows.stop <= part.stop for part in held)
+            parts = rule.to_huggingface(whole[rows.start : rows.stop], rows)
+            for (source, _), part in zip(rule.source_rows(rows), parts, strict=True):
+                back[source.name].append(part)
+        assert done == rule.shape[0]
+        for tensor, parts in zip(sources, back.values(), strict=True):
+            assert torch.equal(torch.cat(parts), tensor), rule.name
+
+
 def test_groups_that_do_not_divide_are_refused() -> None:
     single = replace(MODEL, num_query_groups=1)
     rule = next(rule for rule in mixtral_weights(single) if "qkv" in rule.name)
-    with pytest.raises(ValueError, match="1 groups are not divisible"):
-        rule.source_ranges(0, 2)
+    with pytest.raises(ValueError, match="are not divisible by 2"):
+        rule.part_shape(2)
 
 
 def test_stride_keeps_gate_and_up_apart() -> None:

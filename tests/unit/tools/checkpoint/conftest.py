@@ -16,15 +16,17 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
     """A function that gives a folder with a random model; every weight is random, norms included."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    made: dict[tuple[int, torch.dtype, int, str], Path] = {}
+    made: dict[tuple[int, torch.dtype, int, str, int], Path] = {}
 
-    def make(experts: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 0, form: str = "single") -> Path:
-        key = (experts, dtype, seed, form)
+    def make(
+        experts: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 0, form: str = "single", vocab: int = 150
+    ) -> Path:
+        key = (experts, dtype, seed, form, vocab)
         if key in made:
             return made[key]
         torch.manual_seed(seed)
         config = MixtralConfig(
-            vocab_size=150, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=8,
+            vocab_size=vocab, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=8,
             num_key_value_heads=4, num_local_experts=experts, max_position_embeddings=64,
         )  # fmt: skip
         model: Any = MixtralForCausalLM(config)

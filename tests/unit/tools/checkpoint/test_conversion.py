@@ -1,6 +1,8 @@
 """Hugging Face -> Megatron -> Hugging Face through the two command lines, and the files in between."""
 
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from megatron.core.interchange import load_torch, save_torch
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 
 LAYOUTS = [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)]
+MATRIX = list(itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4)))
+SOME_OF_MATRIX = [(1, 2, 4), (2, 2, 2)]
 
 
 def to_megatron(source: Path, target: Path, tp: int, pp: int, *more: str, loader: str = "mixtral_hf") -> int:
@@ -73,23 +77,135 @@ def test_transformers_loads_the_output(make_model: MakeModel, tmp_path: Path, sh
         assert torch.equal(model(tokens).logits, original(tokens).logits)
 
 
-def test_rank_files_are_the_documented_ones(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout", [*[pytest.param(layout, marks=pytest.mark.slow) for layout in MATRIX], *SOME_OF_MATRIX], ids=str
+)
+@pytest.mark.parametrize("vocab", [150, 512], ids=["padded", "divides"])
+def test_round_trip_is_exact_at_every_layout(
+    make_model: MakeModel, tmp_path: Path, layout: tuple[int, int, int], vocab: int, request: pytest.FixtureRequest
+) -> None:
+    """TP x PP x EP, with 4 and 8 experts, in three types; on the way the checkpoint is resharded once."""
+    thorough = any(mark.name == "slow" for mark in request.node.iter_markers())
+    for experts, dtype in itertools.product((4, 8), (torch.bfloat16, torch.float32, torch.float16)):
+        if not thorough and (experts, dtype) != ((4, torch.bfloat16) if vocab == 150 else (8, torch.float32)):
+            continue
+        source = make_model(experts=experts, dtype=dtype, vocab=vocab)
+        name = f"{experts}-{dtype}"
+        tp, pp, ep = layout
+        assert to_megatron(source, tmp_path / f"m-{name}", tp, pp, "--target-expert-parallel-size", str(ep)) == 0
+        other = ("--target-expert-parallel-size", str(4 // ep))
+        assert (
+            to_megatron(tmp_path / f"m-{name}", tmp_path / f"o-{name}", 4 // tp, 4 // pp, *other, loader="mixtral") == 0
+        )
+        for there, sizes, expert in (("m", (tp, pp), ep), ("o", (4 // tp, 4 // pp), 4 // ep)):
+            flags = (*sizes, "--expert-parallel-size", str(expert), "--max-shard-size", "50KB")
+            assert to_huggingface(tmp_path / f"{there}-{name}", source, tmp_path / f"hf-{there}-{name}", *flags) == 0
+            assert_same_tensors(tmp_path / f"hf-{there}-{name}", disk_tensors(source))
+
+
+@pytest.mark.parametrize("etp", [1, 2])
+def test_experts_cut_into_other_parts_than_the_rest(make_model: MakeModel, tmp_path: Path, etp: int) -> None:
+    source = make_model()
+    sizes = ("--target-expert-parallel-size", "2", "--target-expert-tensor-parallel-size", str(etp))
+    assert to_megatron(source, tmp_path / "m", 4, 2, *sizes) == 0
+    names = {path.name for path in (tmp_path / "m" / "release").iterdir()}
+    pairs = {(0, 0), (1, 1), (2, 0), (3, 1)} if etp == 1 else {(0, 0), (1, 0), (2, 1), (3, 1)}
+    assert names == {f"mp_rank_{tp:02d}_{pp:03d}_{ep:03d}" for tp, ep in pairs for pp in (0, 1)}
+    assert to_megatron(tmp_path / "m", tmp_path / "n", 1, 1, loader="mixtral") == 0
+    assert to_huggingface(tmp_path / "m", source, tmp_path / "hf", 4, 2) == 0
+    assert to_huggingface(tmp_path / "n", source, tmp_path / "hf2", 1, 1) == 0
+    for folder in ("hf", "hf2"):
+        assert_same_tensors(tmp_path / folder, disk_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ("--target-pipeline-layers 1,3", [[1], [3]]),
+        ("--target-pipeline-layers 1,1,2", [[1], [1], [2]]),
+        ("--target-pipeline-parallel-size 2 --target-decoder-last-pipeline-num-layers 1", [[3], [1]]),
+        ("--target-pipeline-parallel-size 2 --target-num-virtual-stages-per-pipeline-rank 2", [[1, 1], [1, 1]]),
+    ],
+)
+def test_uneven_and_virtual_stages(make_model: MakeModel, tmp_path: Path, flags: str, counts: list[list[int]]) -> None:
+    source, target = make_model(), tmp_path / "m"
+    assert (
+        util.main(f"--loader mixtral_hf --saver mixtral --load-dir {source} --save-dir {target} {flags}".split()) == 0
+    )
+    for rank, chunks in enumerate(counts):
+        content = load_torch(target / "release" / f"mp_rank_00_{rank:03d}" / "model_optim_rng.pt")
+        keys = ["model"] if len(chunks) == 1 else ["model0", "model1"]
+        assert [key for key in content if key.startswith("model")] == keys
+        for key, layers in zip(keys, chunks, strict=True):
+            assert len([name for name in content[key] if name.endswith("input_layernorm.weight")]) == layers
+    assert to_huggingface(target, source, tmp_path / "hf", 1, len(counts)) == 0
+    assert_same_tensors(tmp_path / "hf", disk_tensors(source))
+
+
+def _transformer_engine(weights: dict[str, Any]) -> dict[str, Any]:
+    """NVIDIA's spelling with fused norms and grouped experts, and its extra keys."""
+    spelled = {"decoder.layers.0.mlp.experts.linear_fc1._extra_state": None}
+    for name, tensor in weights.items():
+        name = re.sub(r"local_experts\.(\d+)\.(linear_fc[12])\.weight", r"\2.weight\1", name)
+        spelled[name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")] = tensor
+    return spelled
+
+
+def _stacked(weights: dict[str, Any]) -> dict[str, Any]:
+    """NVIDIA's older grouped experts: all of a rank in two tensors, each matrix transposed."""
+    stacked: dict[str, Any] = {name: tensor for name, tensor in weights.items() if "local_experts" not in name}
+    for layer in {name.split(".experts.")[0] for name in weights if "local_experts" in name}:
+        for number in (1, 2):
+            matrices = [
+                weights[name].T.contiguous()
+                for name in sorted(weights, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+                if name.startswith(f"{layer}.experts") and name.endswith(f"linear_fc{number}.weight")
+            ]
+            hidden = matrices[0].shape[0 if number == 1 else 1]
+            shape = (hidden, -1) if number == 1 else (-1, hidden)
+            stacked[f"{layer}.experts.weight{number}"] = torch.stack(matrices).view(shape)
+    return stacked
+
+
+@pytest.mark.parametrize("spelling", [_transformer_engine, _stacked], ids=["grouped", "stacked"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_nvidias_other_spellings(make_model: MakeModel, tmp_path: Path, spelling: Any, layout: tuple[int, ...]) -> None:
+    source = make_model()
+    assert to_megatron(source, tmp_path / "m", *layout[:2], "--target-expert-parallel-size", str(layout[2])) == 0
+    for path in (tmp_path / "m").rglob("*.pt"):
+        content = load_torch(path)
+        content["model"] = spelling(content["model"])
+        torch.save(content, path)
+    assert to_huggingface(tmp_path / "m", source, tmp_path / "hf", *layout[:2]) == 0
+    assert_same_tensors(tmp_path / "hf", disk_tensors(source))
+
+
+@pytest.mark.parametrize(
+    ("ep", "etp"), [(1, 2), (2, 2), (2, 1)], ids=["experts on every rank", "EP=2", "EP=2 and whole experts"]
+)
+def test_rank_files_are_the_documented_ones(make_model: MakeModel, tmp_path: Path, ep: int, etp: int) -> None:
     """TP=2, PP=2, cut by hand from the Hugging Face tensors following reference documents, not our table."""
     source = make_model(dtype=torch.float32)
-    assert to_megatron(source, tmp_path / "m", 2, 2, "--tokenizer-model", str(source / "tokenizer.model")) == 0
+    flags = ["--target-expert-parallel-size", str(ep), "--target-expert-tensor-parallel-size", str(etp)]
+    flags += ["--tokenizer-model", str(source / "tokenizer.model")]
+    assert to_megatron(source, tmp_path / "m", 2, 2, *flags) == 0
     assert (tmp_path / "m" / "latest_checkpointed_iteration.txt").read_text() == "release"
-    files = {str(path.relative_to(tmp_path / "m")) for path in (tmp_path / "m").rglob("*.pt")}
-    assert files == {f"release/mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt" for t in (0, 1) for p in (0, 1)}
+    files = {path.parent.name for path in (tmp_path / "m").rglob("*.pt")}
+    pairs = [(t, e) for t in (0, 1) for e in range(ep) if etp == 2 or t == e]
+    folder = "mp_rank_{:02d}_{:03d}_{:03d}" if ep > 1 else "mp_rank_{:02d}_{:03d}"
+    assert files == {folder.format(t, p, e) for t, e in pairs for p in (0, 1)}
     hf = disk_tensors(source)
     head, heads_per_group = 4, 2
-    for tp in (0, 1):
+    for tp, expert_rank in pairs:
         for pp in (0, 1):
-            content = load_torch(tmp_path / "m" / "release" / f"mp_rank_{tp:02d}_{pp:03d}" / "model_optim_rng.pt")
+            name = folder.format(tp, pp, expert_rank)
+            content = load_torch(tmp_path / "m" / "release" / name / "model_optim_rng.pt")
             assert (content["checkpoint_version"], content["iteration"]) == (3.0, 0)
             args = content["args"]
             assert (args.num_layers, args.num_experts, args.ffn_hidden_size) == (4, 4, 24)
             assert (args.vocab_size, args.padded_vocab_size, args.rotary_base) == (150, 256, 1e6)
             assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+            assert (args.expert_model_parallel_size, args.expert_tensor_parallel_size) == (ep, etp)
             assert args.tokenizer_type == "PretrainedTokenizerFromHF" and args.tokenizer_model == str(source)
             expected = {}
             vocabulary = {"embedding.word_embeddings": "model.embed_tokens"} if pp == 0 else {"output_layer": "lm_head"}
@@ -114,9 +230,11 @@ def test_rank_files_are_the_documented_ones(make_model: MakeModel, tmp_path: Pat
                 expected[f"{new}.input_layernorm.weight"] = hf[f"{old}.input_layernorm.weight"]
                 expected[f"{new}.pre_mlp_layernorm.weight"] = hf[f"{old}.post_attention_layernorm.weight"]
                 expected[f"{new}.mlp.router.weight"] = hf[f"{old}.block_sparse_moe.gate.weight"]
-                for e in range(4):
-                    w1, w2, w3 = (hf[f"{old}.block_sparse_moe.experts.{e}.w{n}.weight"] for n in (1, 2, 3))
-                    name, part = f"{new}.mlp.experts.local_experts.{e}", slice(12 * tp, 12 * (tp + 1))
+                for e in range(4 // ep):
+                    expert = e + expert_rank * (4 // ep)
+                    w1, w2, w3 = (hf[f"{old}.block_sparse_moe.experts.{expert}.w{n}.weight"] for n in (1, 2, 3))
+                    name = f"{new}.mlp.experts.local_experts.{e}"
+                    part = slice(12 * tp, 12 * (tp + 1)) if etp == 2 else slice(None)
                     expected[f"{name}.linear_fc1.weight"] = torch.cat([w1[part], w3[part]])
                     expected[f"{name}.linear_fc2.weight"] = w2[:, part]
             assert set(content["model"]) == set(expected)

@@ -15,9 +15,9 @@ from megatron.core.interchange import load_torch, save_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
-from tools.checkpoint.safetensors_writer import TensorPlan, plan_shards, write_shard
 from tools.checkpoint.saver_mixtral import find_tokenizer
 from tools.checkpoint.stream import CheckedSource, Progress, byte_size
+from tools.checkpoint.writers import SafetensorsFile, TensorPlan, TorchFile, plan_shards
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 Capture = pytest.CaptureFixture[str]
@@ -187,8 +187,11 @@ def test_planted_code_never_runs(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tensor-parallel-size", "4", "--pipeline-parallel-size", "2"], "tensor-parallel size 2 and pipeline"),
-        (["--tensor-parallel-size", "2", "--pipeline-parallel-size", "1"], "not 2 and 1"),
+        (["--tensor-parallel-size", "4", "--pipeline-parallel-size", "2"], "was saved at tensor-parallel size 2"),
+        (
+            ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "1"],
+            "not at tensor x pipeline x expert parallel sizes 2 x 1 x 1",
+        ),
         (["--iteration", "7"], "has no step 7; it has: release"),
     ],
 )
@@ -272,15 +275,16 @@ def test_parts_read_twice_or_never_are_noticed(make_model: MakeModel) -> None:
     source = CheckedSource(HuggingFaceSource(make_model()), Progress("", 1))
     rules = list(mixtral_weights(source.description.model))
     for rule in rules[:-1]:
-        source.read(rule)
-    with pytest.raises(ValueError, match=r"output_layer\.weight was not written completely"):
+        source.read(rule, range(rule.shape[0]))
+    with pytest.raises(ValueError, match=r"output_layer\.weight was not read completely"):
         source.check_complete()
-    source.read(rules[-1], 0, 2)
-    with pytest.raises(ValueError, match=r"output_layer\.weight was not written completely"):
+    source.read(rules[-1], range(75))
+    with pytest.raises(ValueError, match=r"output_layer\.weight was not read completely: 75 rows"):
         source.check_complete()
-    with pytest.raises(ValueError, match="part 0 of 2 is written twice"):
-        source.read(rules[-1], 0, 2)
-    source.read(rules[-1], 1, 2)
+    for rows in (range(75), range(80, 150)):
+        with pytest.raises(ValueError, match=f"rows {rows.start} to {rows.stop} are asked for after row 75"):
+            source.read(rules[-1], rows)
+    source.read(rules[-1], range(75, 150))
     source.check_complete()
 
 
@@ -288,13 +292,28 @@ def test_shards(tmp_path: Path) -> None:
     plans = [TensorPlan(name, (rows, 2), torch.float32) for name, rows in (("a", 3), ("b", 3), ("c", 9), ("d", 1))]
     assert [[plan.name for plan in shard] for shard in plan_shards(plans, 50)] == [["a", "b"], ["c"], ["d"]]
     tensors = {plan.name: torch.randn(plan.shape) for plan in plans}
-    write_shard(tmp_path / "s.safetensors", plans, tensors.items())
-    loaded = load_file(tmp_path / "s.safetensors")
-    assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    for wrong in (list(tensors.items())[:3], list(tensors.items())[::-1]):
-        with pytest.raises(ValueError, match="expected TensorPlan"):
-            write_shard(tmp_path / "t.safetensors", plans, wrong)
-    assert os.listdir(tmp_path) == ["s.safetensors"]
+    for file, prefix in (
+        (SafetensorsFile(tmp_path / "s.safetensors", plans), ""),
+        (TorchFile(tmp_path / "s.pt", {"n": 3}, {"model": plans}), "model/"),
+    ):
+        file.append(prefix + "c", tensors["c"][:4])
+        for name in ("d", "a", "b"):
+            file.append(prefix + name, tensors[name])
+        with pytest.raises(ValueError, match=r"c in .* was not written completely: 32 of 72 bytes"):
+            file.check_complete()
+        with pytest.raises(ValueError, match=r"d in .* is written twice"):
+            file.append(prefix + "d", tensors["d"])
+        with pytest.raises(ValueError, match="no place for e"):
+            file.append("e", tensors["a"])
+        for wrong in (tensors["a"].double(), torch.ones(1, 3)):
+            with pytest.raises(ValueError, match="expected rows of"):
+                file.append(prefix + "c", wrong)
+        file.append(prefix + "c", tensors["c"][4:])
+        file.check_complete()
+    for loaded in (load_file(tmp_path / "s.safetensors"), load_torch(tmp_path / "s.pt")["model"]):
+        assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    theirs = torch.load(tmp_path / "s.pt", weights_only=True, mmap=True)
+    assert theirs["n"] == 3 and torch.equal(theirs["model"]["c"], tensors["c"])
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2GiB", 2 * 2**30), ("7", 7)])
