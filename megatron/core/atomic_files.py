@@ -28,10 +28,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` only when all of it is on disk; on an error nothing is left.
 
-    Processes that write the same path at once do not disturb each other: the last one to finish wins.
+    Processes that write the same path at once do not disturb each other: the last one to finish wins, or with
+    `keep_first` the first, and a file that is there is left alone.
     """
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
@@ -41,13 +42,29 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(PermissionError):
                 os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # temporary files are made for their owner alone
             os.fsync(file.fileno())
-        os.replace(file.name, path)
+        if keep_first:
+            _rename_if_absent(file.name, path)
+        else:
+            os.replace(file.name, path)
     except BaseException as error:
         Path(file.name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None and error.strerror:
             error.filename = str(path)  # a full disk does not say which file it was
         raise
     sync_folder(path.parent)
+
+
+def _rename_if_absent(temporary: str, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):  # file systems without hard links
+            raise
+        if not path.exists():
+            os.replace(temporary, path)
+    Path(temporary).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -405,8 +405,18 @@ class DataConfig:
     """Tokens in one training sample."""
     data_path: tuple[str, ...] = ()
     """Data set prefixes, each optionally preceded by its weight: 0.6 a_text_document 0.4 b_text_document."""
-    split: str = "969,30,1"
-    """Shares of documents for training, validation and test."""
+    data_args_path: str | None = None
+    """File that holds the values of --data-path, for long lists."""
+    split: str | None = None
+    """Shares of documents for training, validation and test; 969,30,1 if not given."""
+    train_data_path: tuple[str, ...] = ()
+    """Data sets for training alone, written like --data-path; instead of --data-path and --split."""
+    valid_data_path: tuple[str, ...] = ()
+    """Data sets for validation alone."""
+    test_data_path: tuple[str, ...] = ()
+    """Data sets for the test at the end alone."""
+    per_split_data_args_path: str | None = None
+    """JSON file with the values of these three flags under the keys train, valid and test."""
     data_cache_path: str | None = None
     """Folder for index files; a folder 'cache' beside the first data set if not given."""
     eod_mask_loss: bool = False
@@ -424,3 +434,32 @@ class DataConfig:
         _require_positive(self, "seq_length")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers must not be negative, got {self.num_workers}")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        """Raises ValueError for flags that say different things of where the data are."""
+        given = {
+            flag
+            for flag in ("data_path", "data_args_path", "per_split_data_args_path", "mock_data")
+            if getattr(self, flag)
+        }
+        if self.train_data_path or self.valid_data_path or self.test_data_path:
+            given.add("train_data_path, valid_data_path and test_data_path")
+        if len(given) > 1:
+            names = " and ".join("--" + name.replace("_", "-").replace(", ", ", --") for name in sorted(given))
+            raise ValueError(f"{names} exclude each other: say in one way where the data are")
+        if (self.valid_data_path or self.test_data_path) and not self.train_data_path:
+            raise ValueError("--valid-data-path and --test-data-path need --train-data-path beside them")
+        if self.split is not None and (self.train_data_path or self.per_split_data_args_path):
+            raise ValueError(f"--split {self.split} divides --data-path, not data that are given by split: remove it")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to train on."""
+        return bool(
+            self.data_path
+            or self.data_args_path
+            or self.train_data_path
+            or self.per_split_data_args_path
+            or self.mock_data
+        )

@@ -180,8 +180,11 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError(
             f"--seq-length ({data.seq_length}) exceeds --max-position-embeddings ({model.max_position_embeddings})"
         )
-    if not data.data_path and not data.mock_data:
-        raise ValueError("nothing to train on: give --data-path (or --mock-data for generated tokens)")
+    if not data.is_given:
+        raise ValueError(
+            "nothing to train on: give --data-path, --train-data-path or --data-args-path (or --mock-data for "
+            "generated tokens)"
+        )
     if arguments.parallel.context_parallel_size > 1 and (data.reset_attention_mask or data.reset_position_ids):
         raise ValueError(
             "--reset-attention-mask and --reset-position-ids are not supported with --context-parallel-size above 1: "

@@ -35,6 +35,8 @@ class Progress:
     """Steps without an update, because gradients were not finite."""
     schedule: dict[str, Any] = field(default_factory=dict)
     """Settings of learning rate and weight decay over the run, which a resumed run must share."""
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
+    """What is in the files that are trained on, so that a resumed run notices if they were replaced."""
 
 
 def checkpoint_model(load: str) -> ModelConfig:
@@ -223,7 +225,10 @@ def load_checkpoint(
 def _changed_settings(saved: Any, arguments: Arguments) -> str:
     """A remark if the resumed run reads other data, or reads them in another order, than before."""
     now = vars(checkpoint_namespace(arguments, Progress(), interchange.Layout()))
-    names = ("params_dtype", "seed", "data_path", "split", "mock_data", "seq_length")
+    names = (
+        "params_dtype", "seed", "data_path", "data_args_path", "per_split_data_args_path", "train_data_path", "split",
+        "mock_data", "seq_length",
+    )  # fmt: skip
     changed = [
         f"--{name.replace('_', '-')} was {getattr(saved, name)}, is {now[name]}"
         for name in names

@@ -78,9 +78,6 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "moe-expert-capacity-factor": CompatibilityFlag("refused", "one", (), "Routing drops no token."),
     "moe-input-jitter-eps": CompatibilityFlag("refused", "one"),
     "window-size": CompatibilityFlag("refused", "many"),
-    "train-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
-    "valid-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
-    "test-data-path": CompatibilityFlag("refused", "many", (), "Use --data-path and --split."),
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.datasets import PretrainingSampler
+from megatron.core.datasets import PretrainingSampler, fingerprints
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
@@ -78,7 +78,10 @@ class Trainer:
 def build_datasets(
     trainer: Trainer, progress: Progress, tokenizer: Any, provider: DatasetsProvider
 ) -> tuple[Any, Any, Any]:
-    """The three data sets, indexed by the first rank before the others look."""
+    """The three data sets, indexed by the first rank before the others look; their fingerprints go into `progress`.
+
+    Raises ValueError on every rank if a resumed run would train on other data under the same name.
+    """
     training, groups = trainer.arguments.training, trainer.groups
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
     evaluated = training.eval_iters * trainer.batch_size if training.eval_interval else 0
@@ -92,7 +95,22 @@ def build_datasets(
     others = together(lambda: build(not groups.world.is_first), groups)
     datasets = first or others
     assert datasets is not None
+    progress.data_fingerprints = together(
+        lambda: _same_data(progress.data_fingerprints, fingerprints(datasets[0])), groups
+    )
     return datasets
+
+
+def _same_data(saved: dict[str, str], found: dict[str, str]) -> dict[str, str]:
+    """`found`. Raises ValueError if a file is in both with another fingerprint."""
+    changed = [path for path in saved.keys() & found.keys() if saved[path] != found[path]]
+    if changed:
+        raise ValueError(
+            f"{min(changed)} holds other data than when the checkpoint was saved: bring back the data set that the "
+            "run began with, give the new one another name, or start a new run from the weights with --finetune and "
+            "another --save folder"
+        )
+    return found
 
 
 def build_schedule(arguments: Arguments, batches: BatchSchedule) -> LearningRateSchedule:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron.core.config import ModelConfig
-from megatron.core.datasets import blend_summary
+from megatron.core.config import DataConfig, ModelConfig
+from megatron.core.datasets import blend_summary, source_table
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.schedules import forward_backward
@@ -83,7 +83,7 @@ def _pretrain(
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
     trainer = settle_resumed_schedule(trainer, progress)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
-    print_once(groups, f"{_summary(trainer)}\n{_data_table(datasets[0])}{loaded}")
+    print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
     train(trainer, datasets, progress, stop_signal)
 
 
@@ -145,13 +145,16 @@ def _summary(trainer: Trainer) -> str:
     )
 
 
-def _data_table(dataset: Any) -> str:
-    """A line for every source of the blend: its share, its tokens, and how often the run reads them."""
-    rows = blend_summary(dataset)
-    return "".join(
-        f"data: {row.weight:7.2%} of samples from {row.prefix}, {row.tokens:,} tokens, {row.epochs:.2f} epochs\n"
-        for row in rows
-    )
+def _data_tables(config: DataConfig, datasets: tuple[Any, Any, Any]) -> str:
+    """What the run reads of every source: for training, and for evaluations where they have data of their own."""
+    own = bool(config.train_data_path or config.per_split_data_args_path)
+    purposes = ("training", "a validation", "the test at the end")
+    tables = [
+        f"data for {purpose}: {len(dataset):,} samples of {config.seq_length:,} tokens\n{source_table(rows)}\n"
+        for purpose, dataset in zip(purposes if own else purposes[:1], datasets, strict=False)
+        if (rows := blend_summary(dataset))
+    ]
+    return "".join(tables)
 
 
 def _run_microbatches(

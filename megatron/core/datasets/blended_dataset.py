@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, SampleFormat, count_tokens
-from megatron.core.datasets.helpers import build_blending_indices
-from megatron.core.datasets.index_cache import cached_arrays
+from megatron.core.datasets.blend import SPLITS, BlendOrder, SplitBlend, split_blends
+from megatron.core.datasets.description import description_path, read_description
+from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, SampleFormat
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 if TYPE_CHECKING:
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid", "test")
 _CHECKED_TOKENS = 1 << 16
 
 
@@ -34,6 +30,8 @@ class Vocabulary(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def eod(self) -> int: ...
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
 
 
 class BlendRow(NamedTuple):
@@ -49,148 +47,108 @@ class BlendRow(NamedTuple):
 
 
 class BlendedDataset:
-    """Samples of several data sets in fixed shares, mixed evenly: any stretch of n samples has weight * n of each.
+    """`num_samples` samples of several data sets in fixed shares, evenly mixed (see `BlendOrder`)."""
 
-    `source` (int16) and `within` (int64), both [samples], name each sample's data set and number in it.
-    """
-
-    def __init__(self, datasets: Sequence[Dataset], source: NDArray[np.int16], within: NDArray[np.int64]) -> None:
-        assert len(source) == len(within), (len(source), len(within))
-        self.datasets, self.source, self.within = list(datasets), source, within
+    def __init__(self, datasets: Sequence[Dataset], order: BlendOrder, num_samples: int) -> None:
+        self.datasets, self.order, self._num_samples = list(datasets), order, num_samples
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self._num_samples
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.source):
-            raise IndexError(f"sample {index} of {len(self.source)}")
-        return self.datasets[int(self.source[index])][int(self.within[index])]
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"sample {index} of {self._num_samples}")
+        source, within = self.order.locate(index)
+        return self.datasets[source][within]
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _check_shares(flag: str, shares: Sequence[float], text: str) -> None:
-    for share in shares:
-        if not math.isfinite(share) or share < 0:
-            raise ValueError(f"{flag} {text}: {share} is no weight; weights are finite numbers that are not negative")
-    if not sum(shares) > 0:
-        raise ValueError(f"{flag} {text}: at least one weight must be above 0")
-
-
-def parse_split(split: str) -> tuple[float, float, float]:
-    """Shares of train, validation and test that sum to 1, from "969,30,1"; missing ones are 0."""
-    shares = [_number(part) for part in split.split(",")]
-    numbers = [share for share in shares if share is not None]
-    if len(numbers) < len(shares) or len(shares) > len(SPLITS):
-        raise ValueError(f"--split {split!r} must be up to three numbers separated by commas, for example 969,30,1")
-    _check_shares("--split", numbers, split)
-    train, valid, test = [*(share / sum(numbers) for share in numbers), 0.0, 0.0][:3]
-    return train, valid, test
-
-
-def split_documents(document_count: int, split: tuple[float, float, float]) -> list[tuple[int, int]]:
-    """Document ranges `[start, stop)` of train, validation and test; small shares of few documents may be empty."""
-    train, valid, _ = split
-    bounds = [0, round(train * document_count), round((train + valid) * document_count), document_count]
-    return list(pairwise(bounds))
-
-
-def parse_blend(data_path: Sequence[str]) -> list[tuple[float | None, str]]:
-    """(weight, prefix) pairs from `--data-path`, weights summing to 1; None throughout if it has only prefixes.
-
-    Without weights every data set is taken in proportion to its tokens in the split, so that all of them are read
-    equally often. Raises ValueError for a list that mixes the two forms, and for weights that are negative, not
-    finite or all zero.
-    """
-    text = " ".join(data_path)
-    if not any(_number(part) is not None for part in data_path):
-        return [(None, prefix) for prefix in data_path]
-    weights = [_number(part) for part in data_path[::2]]
-    prefixes = list(data_path[1::2])
-    numbers = [weight for weight in weights if weight is not None]
-    if len(data_path) % 2 or len(numbers) < len(weights) or any(_number(prefix) is not None for prefix in prefixes):
-        raise ValueError(
-            f"--data-path {text}: give a weight before every data set or before none, for example "
-            "0.6 a_text_document 0.4 b_text_document"
-        )
-    _check_shares("--data-path", numbers, text)
-    return [(weight / sum(numbers), prefix) for weight, prefix in zip(numbers, prefixes)]
-
-
-def _open(prefix: str, vocab_size: int) -> IndexedDataset:
-    """Open a data set and check what can be checked without reading all of it against the vocabulary."""
-    indexed = IndexedDataset(prefix.removesuffix(".bin").removesuffix(".idx"))
+def _open(prefix: str, vocabulary: Vocabulary | None) -> IndexedDataset:
+    """Open a data set and check, as far as can be seen without reading all, that it was made for the vocabulary."""
+    indexed = IndexedDataset(prefix)
     if indexed.dtype.kind not in "iu":
-        raise ValueError(f"{indexed.prefix}.idx: tokens of type {indexed.dtype.name} cannot be trained on")
+        raise ValueError(f"{prefix}.idx: tokens of type {indexed.dtype.name} cannot be trained on")
+    if vocabulary is None:
+        return indexed
+    _check_description(indexed, vocabulary)
     for block in indexed.token_blocks(_CHECKED_TOKENS):
-        if len(block) and not 0 <= block.min() <= block.max() < vocab_size:
+        if len(block) and not 0 <= block.min() <= block.max() < vocabulary.vocab_size:
             raise ValueError(
-                f"{indexed.prefix}.bin has token ids up to {block.max()}, outside the vocabulary of {vocab_size}: it "
-                "was made with another tokenizer; run tools/preprocess_data.py with the one you train with"
+                f"{prefix}.bin has token ids up to {block.max()}, outside the vocabulary of {vocabulary.vocab_size}: "
+                "it was made with another tokenizer; run tools/preprocess_data.py with the one you train with"
             )
     return indexed
 
 
-def _sample_format(config: DataConfig, tokenizer: Vocabulary) -> SampleFormat:
-    return SampleFormat(
-        eod_token=tokenizer.eod,
-        eod_mask_loss=config.eod_mask_loss,
-        reset_position_ids=config.reset_position_ids,
-        reset_attention_mask=config.reset_attention_mask,
-    )
+def _check_description(indexed: IndexedDataset, vocabulary: Vocabulary) -> None:
+    """Raises ValueError if the JSON beside a data set says that it is not what it should be."""
+    description, path = read_description(indexed.prefix), description_path(indexed.prefix)
+    if description is None:
+        _warn_of_no_description(str(path))
+        return
+    found = (indexed.document_count, indexed.token_count, indexed.dtype.name)
+    stated = (description.documents, description.tokens, description.dtype)
+    if found != stated:
+        raise ValueError(
+            f"{path} describes {stated[0]} documents of {stated[1]} {stated[2]} tokens, but the data set has "
+            f"{found[0]} of {found[1]} {found[2]}: they do not belong together; run tools/preprocess_data.py again"
+        )
+    differences = description.tokenizer_differences(vocabulary.identity)
+    if differences:
+        raise ValueError(
+            f"{indexed.prefix} was made with another tokenizer than this run's: {'; '.join(differences)}. Train with "
+            f"the tokenizer of the data, or run tools/preprocess_data.py with this one (if you know that their ids "
+            f"mean the same, remove {path})"
+        )
+
+
+@functools.cache  # data sets are opened more than once, and once is enough to say it
+def _warn_of_no_description(path: str) -> None:
+    logger.warning("%s does not exist: whether the data were made with this run's tokenizer cannot be checked", path)
 
 
 class _Builder:
-    """Builds the data set of one split after the other from opened data sets."""
+    """Builds the data set of one split after the other from data sets that it opens once."""
 
-    def __init__(self, config: DataConfig, seed: int, tokenizer: Vocabulary) -> None:
-        blend = parse_blend(config.data_path)
-        prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for _, prefix in blend]
-        twice = next((prefix for prefix in prefixes if prefixes.count(prefix) > 1), None)
-        if twice is not None:
-            raise ValueError(f"--data-path names {twice} twice: name it once, with the sum of its weights")
-        opened = {prefix: _open(prefix, tokenizer.vocab_size) for prefix in {prefix for _, prefix in blend}}
-        self._sources = [(weight, opened[prefix]) for weight, prefix in blend]
-        self._config, self._seed, self._tokenizer = config, seed, tokenizer
-        self._format = _sample_format(config, tokenizer)
-        self._split = parse_split(config.split)
+    def __init__(self, config: DataConfig, seed: int, vocabulary: Vocabulary | None) -> None:
+        self.blends = split_blends(config)
+        sources = [source for blend in self.blends if blend is not None for source in blend.sources]
+        self._opened = {source.prefix: _open(source.prefix, vocabulary) for source in sources}
+        self._config, self._seed = config, seed
+        self._vocab_size = None if vocabulary is None else vocabulary.vocab_size
+        self._format = _sample_format(config, vocabulary)
         self._cache: str | os.PathLike[str] = (
-            config.data_cache_path or Path(self._sources[0][1].prefix).absolute().parent / "cache"
+            config.data_cache_path or Path(sources[0].prefix).absolute().parent / "cache"
         )
 
     def build(self, which: int, num_samples: int) -> Dataset | None:
-        """The data set of split number `which`, or None if the split has no share, no documents or no samples."""
-        if num_samples == 0 or self._split[which] == 0:
+        """The data set of split number `which`, or None if it has no data, no documents or no samples."""
+        blend = self.blends[which]
+        if blend is None or num_samples == 0:
             return None
-        weights, parts = [], []
-        for weight, indexed in self._sources:
-            documents = split_documents(indexed.document_count, self._split)[which]
-            tokens = count_tokens(indexed, documents)
-            if tokens and weight != 0:
-                weights.append(tokens if weight is None else weight)
-                parts.append((indexed, documents))
-            elif weight != 0:
-                logger.warning("%s has no documents for the %s split: left out of it", indexed.prefix, SPLITS[which])
+        parts, weights = self._parts(which, blend)
         if not parts:
             return None
         if len(parts) == 1:
             return self._dataset(*parts[0], which, num_samples)
-        shares = np.array(weights, np.float64) / math.fsum(weights)
-        description = {"format": 1, "weights": shares.tolist(), "num_samples": num_samples}
-        arrays = cached_arrays(
-            self._cache,
-            description,
-            lambda: dict(zip(("source", "within"), build_blending_indices(shares, num_samples))),
-        )
-        counts = np.bincount(arrays["source"], minlength=len(parts))
+        order = BlendOrder(weights)
+        counts = order.counts(num_samples)
         # A data set that is too rare for this many samples still needs one, which nobody reads.
-        datasets = [self._dataset(*part, which, max(int(count), 1)) for part, count in zip(parts, counts)]
-        return BlendedDataset(datasets, arrays["source"], arrays["within"])
+        datasets = [self._dataset(*part, which, max(count, 1)) for part, count in zip(parts, counts)]
+        return BlendedDataset(datasets, order, num_samples)
+
+    def _parts(self, which: int, blend: SplitBlend) -> tuple[list[tuple[IndexedDataset, tuple[int, int]]], list[float]]:
+        """The data sets that have documents in the split, these documents, and the data sets' weights."""
+        parts, weights = [], []
+        for source in blend.sources:
+            indexed = self._opened[source.prefix]
+            documents = blend.documents(indexed.document_count)
+            tokens = indexed.count_tokens(*documents)
+            if tokens and source.weight != 0:
+                weights.append(tokens if source.weight is None else source.weight)
+                parts.append((indexed, documents))
+            elif source.weight != 0:
+                logger.warning("%s has no documents for the %s split: left out of it", source.prefix, SPLITS[which])
+        return parts, [weight / math.fsum(weights) for weight in weights]
 
     def _dataset(self, indexed: IndexedDataset, documents: tuple[int, int], which: int, num_samples: int) -> GPTDataset:
         return GPTDataset(
@@ -202,56 +160,87 @@ class _Builder:
             SPLITS[which],
             self._cache,
             self._format,
-            self._tokenizer.vocab_size,
+            self._vocab_size,
         )
 
 
+def _sample_format(config: DataConfig, vocabulary: Vocabulary | None) -> SampleFormat:
+    return SampleFormat(
+        eod_token=None if vocabulary is None else vocabulary.eod,
+        eod_mask_loss=config.eod_mask_loss,
+        reset_position_ids=config.reset_position_ids,
+        reset_attention_mask=config.reset_attention_mask,
+    )
+
+
 def build_train_valid_test_datasets(
-    config: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Vocabulary
+    config: DataConfig, num_samples: tuple[int, int, int], seed: int, vocabulary: Vocabulary | None
 ) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
     """Data sets of `num_samples` training, validation and test samples.
 
     One is None where its number of samples or its share of the split is 0, or where the split leaves it no
     documents (for training that is an error). Any number of processes may build at once; the first to finish leaves
-    the indices to the others in the cache folder. Raises ValueError or FileNotFoundError, naming file or flag.
+    the indices to the others in the cache folder. Without a `vocabulary` they can be built, but not checked against it.
+    Raises ValueError or FileNotFoundError, naming file or flag.
     """
     assert min(num_samples) >= 0, num_samples
     if config.mock_data:
-        sample_format = _sample_format(config, tokenizer)
+        assert vocabulary is not None, "mock data needs a vocabulary"
+        size, sample_format = vocabulary.vocab_size, _sample_format(config, vocabulary)
         mock = [
-            MockGPTDataset(tokenizer.vocab_size, config.seq_length, count, len(SPLITS) * seed + which, sample_format)
-            if count
-            else None
+            MockGPTDataset(size, config.seq_length, count, len(SPLITS) * seed + which, sample_format) if count else None
             for which, count in enumerate(num_samples)
         ]
         return mock[0], mock[1], mock[2]
-    if not config.data_path:
-        raise ValueError("no data: give --data-path the prefix of a data set, or --mock-data")
-    builder = _Builder(config, seed, tokenizer)
+    builder = _Builder(config, seed, vocabulary)
     train, valid, test = (builder.build(which, count) for which, count in enumerate(num_samples))
     if train is None and num_samples[0]:
-        raise ValueError(
-            f"--split {config.split} leaves no documents of {' '.join(config.data_path)} for training: give it a "
-            "larger first share or more documents"
-        )
+        named = " ".join(source.prefix for source in builder.blends[0].sources) if builder.blends[0] else "no data set"
+        raise ValueError(f"no documents of {named} for training: give it a larger share of --split or more documents")
     return train, valid, test
+
+
+def _parts_of(dataset: Dataset | None) -> list[tuple[GPTDataset, int]]:
+    """The data sets that samples come from, and how many of them; none for mock data."""
+    if isinstance(dataset, GPTDataset):
+        return [(dataset, len(dataset))]
+    if isinstance(dataset, BlendedDataset):
+        counts = dataset.order.counts(len(dataset))
+        return [(part, n) for part, n in zip(dataset.datasets, counts) if isinstance(part, GPTDataset)]
+    return []
 
 
 def blend_summary(dataset: Dataset | None) -> list[BlendRow]:
     """What a data set of `build_train_valid_test_datasets` takes from each of its sources; empty for mock data."""
-    if isinstance(dataset, GPTDataset):
-        parts, counts = [dataset], [len(dataset)]
-    elif isinstance(dataset, BlendedDataset):
-        parts = [part for part in dataset.datasets if isinstance(part, GPTDataset)]
-        counts = np.bincount(dataset.source, minlength=len(parts)).tolist()
-    else:
-        return []
     return [
         BlendRow(
             part.indexed.prefix,
-            count / sum(counts),
+            count / len(dataset) if dataset is not None else 0.0,
             part.tokens_per_epoch,
             count * part.seq_length / part.tokens_per_epoch,
         )
-        for part, count in zip(parts, counts)
+        for part, count in _parts_of(dataset)
     ]
+
+
+def source_table(rows: Sequence[BlendRow]) -> str:
+    """A line for every source, under a header."""
+    width = max(len("source"), *(len(row.prefix) for row in rows))
+    lines = [f"  {'source':{width}}  {'weight':>8}  {'tokens':>19}  {'epochs':>9}"]
+    lines += [f"  {row.prefix:{width}}  {row.weight:8.2%}  {row.tokens:19,}  {row.epochs:9.2f}" for row in rows]
+    return "\n".join(lines)
+
+
+def fingerprints(dataset: Dataset | None) -> dict[str, str]:
+    """What is in the files of a data set's sources, by absolute path without suffix; see `IndexedDataset.fingerprint`.
+
+    The checksum that a source's description states for its `.bin` is there too, by the description's path.
+    """
+    found = {}
+    for part, _ in _parts_of(dataset):
+        prefix = os.path.abspath(part.indexed.prefix)
+        found[prefix] = part.indexed.fingerprint
+        description = read_description(prefix)
+        if description is not None:
+            found[str(description_path(prefix))] = str(description.sha256.get("bin"))
+    return found

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.datasets.helpers import build_sample_index
-from megatron.core.datasets.index_cache import cached_arrays
+from megatron.core.datasets.helpers import sample_starts, smallest_integer
+from megatron.core.datasets.index_cache import ArrayType, Put, cached_arrays
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 Sample = dict[str, NDArray]
@@ -75,7 +75,7 @@ def make_sample(tokens: NDArray, format: SampleFormat, stored_lengths: Sequence[
 def _shuffled(count: int, start: int, seed: int, epoch: int, purpose: int) -> NDArray[np.integer]:
     # RandomState, unlike Generator, promises the same stream in every version of NumPy.
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch, purpose])))
-    numbers = np.arange(start, start + count, dtype=np.int32 if start + count <= np.iinfo(np.int32).max else np.int64)
+    numbers = np.arange(start, start + count, dtype=smallest_integer(start + count))
     random.shuffle(numbers)
     return numbers
 
@@ -110,7 +110,7 @@ class GPTDataset:
         self._first_document = documents[0]
         self._num_samples, self.seq_length, self._seed = num_samples, seq_length, seed
         self._format, self._vocab_size = sample_format, vocab_size
-        self.tokens_per_epoch = count_tokens(indexed, documents)
+        self.tokens_per_epoch = indexed.count_tokens(*documents)
         if self.tokens_per_epoch == 0:
             raise ValueError(
                 f"{indexed.prefix}: the {name} split (documents {documents[0]}-{documents[1]}) has no tokens"
@@ -122,33 +122,42 @@ class GPTDataset:
                 f"of {seq_length} tokens would read {self.num_epochs} times: give it more documents or fewer samples"
             )
         description = {
-            "format": 1,
+            "format": 2,
             "prefix": os.path.basename(indexed.prefix),
-            "index_sha256": indexed.fingerprint,
+            "fingerprint": indexed.fingerprint,
             "documents": list(documents),
             "seq_length": seq_length,
             "seed": seed,
             "num_epochs": self.num_epochs,
         }
-        arrays = cached_arrays(cache_dir, description, partial(self._build, documents))
+        count = documents[1] - documents[0]
+        samples = (self.num_epochs * self.tokens_per_epoch - 1) // seq_length
+        types = {
+            "document_index": ArrayType((self.num_epochs * count,), smallest_integer(count)),
+            "sample_index": ArrayType((samples + 1, 2), smallest_integer(self.num_epochs * count)),
+            "shuffle_index": ArrayType((samples,), smallest_integer(samples)),
+        }
+        arrays = cached_arrays(cache_dir, description, types, partial(self._build, documents))
         self.document_index = arrays["document_index"]
         self.sample_index = arrays["sample_index"]
         self.shuffle_index = arrays["shuffle_index"]
 
-    def _build(self, documents: tuple[int, int]) -> dict[str, NDArray]:
+    def _build(self, documents: tuple[int, int], put: Put) -> None:
+        """Puts the indices of one epoch after the other, so that memory does not grow with their number."""
         start, stop = documents
         lengths = self.indexed.document_lengths(start, stop)
-        epochs = range(self.num_epochs)
-        document_index = np.concatenate([_shuffled(stop - start, 0, self._seed, e, _DOCUMENTS) for e in epochs])
-        sample_index = build_sample_index(
-            lengths, document_index, self.seq_length, self.num_epochs, self.tokens_per_epoch
-        )
-        ends = [((epoch + 1) * self.tokens_per_epoch - 1) // self.seq_length for epoch in epochs]
-        starts = [0, *ends[:-1]]
-        shuffle_index = np.concatenate(
-            [_shuffled(ends[e] - starts[e], starts[e], self._seed, e, _SAMPLES) for e in epochs]
-        )
-        return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
+        tokens, step = self.tokens_per_epoch, self.seq_length
+        end = 0
+        for epoch in range(self.num_epochs):
+            order = _shuffled(stop - start, 0, self._seed, epoch, _DOCUMENTS)
+            put("document_index", order)
+            first = -epoch * tokens % step
+            rows = sample_starts(lengths, order, step, first, tokens)
+            rows = rows.astype(smallest_integer(self.num_epochs * (stop - start)), copy=False)
+            rows[:, 0] += epoch * (stop - start)
+            put("sample_index", rows)
+            begin, end = end, ((epoch + 1) * tokens - 1) // step
+            put("shuffle_index", _shuffled(end - begin, begin, self._seed, epoch, _SAMPLES))
 
     def __len__(self) -> int:
         return self._num_samples
@@ -175,11 +184,6 @@ class GPTDataset:
             length = end + 1 - start if position == last else None
             parts.append(self.indexed.get_document(document, start, length))
         return parts
-
-
-def count_tokens(indexed: IndexedDataset, documents: tuple[int, int]) -> int:
-    """Tokens in the documents `[start, stop)`."""
-    return int(indexed.document_lengths(*documents).sum(dtype=np.int64))
 
 
 class MockGPTDataset:

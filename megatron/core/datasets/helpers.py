@@ -1,91 +1,60 @@
-"""Index builders of the GPT and blended data sets: C++ where it was built, else NumPy, with the same results."""
+"""Where the samples of an epoch begin: in C++ where that was built, else in NumPy, with the same results."""
 
 import importlib
-import logging
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
-
-logger = logging.getLogger(__name__)
 
 helpers_cpp: ModuleType | None
 try:
     helpers_cpp = importlib.import_module("megatron.core.datasets.helpers_cpp")
 except ImportError:
     helpers_cpp = None
+# An extension that was built from another version of the source is no use either.
+if not hasattr(helpers_cpp, "sample_starts"):
+    helpers_cpp = None
+
+_BLOCK = 1 << 22
 
 
-def build_sample_index(
-    sequence_lengths: NDArray[np.int32],
-    document_index: NDArray[np.int32],
-    seq_length: int,
-    num_epochs: int,
-    tokens_per_epoch: int,
-) -> NDArray:
-    """Where each sample begins in the documents laid end to end in the order of `document_index`.
+def smallest_integer(limit: int) -> np.dtype:
+    """int32, or int64 if `limit` does not fit it."""
+    return np.dtype(np.int32 if limit <= np.iinfo(np.int32).max else np.int64)
 
-    Row i of the result, int32 (int64 from 2^31 documents on) of shape [samples + 1, 2], is (position in
-    `document_index`, offset in that document) of token `i * seq_length`; a sample runs from its row to the next
-    row's token inclusive, so that neighbours share one token. samples = (num_epochs * tokens_per_epoch - 1) //
-    seq_length.
+
+def sample_starts(
+    lengths: NDArray[np.int32], order: NDArray[np.integer], seq_length: int, first: int, tokens: int
+) -> NDArray[np.integer]:
+    """Places of the tokens `first`, `first + seq_length`, ... of the documents laid end to end in `order`.
+
+    Row i of the result [rows, 2] is (position in `order`, offset in that document) of token first + i * seq_length, for
+    all of them below `tokens`, the number of tokens in all; int32 where `order` is. Raises ValueError if there are
+    fewer tokens.
     """
-    assert seq_length > 0 and num_epochs > 0 and tokens_per_epoch > 0, (seq_length, num_epochs, tokens_per_epoch)
-    lengths = np.require(sequence_lengths, np.int32, ["C", "A"])
-    documents = np.require(document_index, np.int32, ["C", "A"])
-    build = helpers_cpp.build_sample_index if helpers_cpp else build_sample_index_numpy
-    return build(lengths, documents, seq_length, num_epochs, tokens_per_epoch)
+    assert seq_length > 0 and first >= 0, (seq_length, first)
+    if helpers_cpp is None or order.dtype != np.int32:
+        return sample_starts_numpy(lengths, order, seq_length, first, tokens)
+    lengths = np.require(lengths, np.int32, ["C", "A"])
+    return helpers_cpp.sample_starts(lengths, np.require(order, np.int32, ["C", "A"]), seq_length, first, tokens)
 
 
-def build_sample_index_numpy(
-    sequence_lengths: NDArray[np.int32],
-    document_index: NDArray[np.int32],
-    seq_length: int,
-    num_epochs: int,
-    tokens_per_epoch: int,
-) -> NDArray:
-    """The NumPy twin of `build_sample_index`."""
-    samples = (num_epochs * tokens_per_epoch - 1) // seq_length
-    ends = np.cumsum(sequence_lengths[document_index], dtype=np.int64)
-    tokens = np.arange(samples + 1, dtype=np.int64) * seq_length
-    positions = np.searchsorted(ends, tokens, side="right")
-    if positions[-1] >= len(ends):
-        raise ValueError("the documents hold fewer tokens than num_epochs * tokens_per_epoch")
-    starts = ends[positions] - sequence_lengths[document_index[positions]]
-    dtype = np.int64 if len(document_index) > np.iinfo(np.int32).max else np.int32
-    return np.stack([positions, tokens - starts], axis=1).astype(dtype)
-
-
-def build_blending_indices(
-    weights: NDArray[np.float64], num_samples: int
-) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """Which data set each sample of a blend comes from, and which of that data set's samples it is.
-
-    After any number n of samples every data set has been chosen between weight * n - 1 and weight * n + 1 times, and
-    the choice does not depend on `num_samples`: among the data sets that may take a sample without getting ahead of
-    their weight, the one whose next sample falls due first takes it (pfair scheduling, Baruah et al. 1996).
-    `weights` is positive and sums to one. Returns int16 and int64 arrays of `num_samples`.
-    """
-    weights = np.require(weights, np.float64, ["C", "A"])
-    assert abs(weights.sum() - 1) < 1e-9 and weights.min() > 0, weights
-    if len(weights) > np.iinfo(np.int16).max:
-        raise ValueError(f"a blend takes at most {np.iinfo(np.int16).max} data sets, got {len(weights)}")
-    if helpers_cpp is None and num_samples > 1_000_000:
-        logger.warning("the C++ helper was not built, so that this blend takes minutes: reinstall with a compiler")
-    build = helpers_cpp.build_blending_indices if helpers_cpp else build_blending_indices_numpy
-    return build(weights, num_samples)
-
-
-def build_blending_indices_numpy(
-    weights: NDArray[np.float64], num_samples: int
-) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """The NumPy twin of `build_blending_indices`."""
-    source_of_sample = np.empty(num_samples, np.int16)
-    sample_of_source = np.empty(num_samples, np.int64)
-    counts = np.zeros(len(weights), np.int64)
-    for sample in range(num_samples):
-        deadlines = np.where(counts < weights * (sample + 1), (counts + 1) / weights, np.inf)
-        best = int(np.argmin(deadlines))
-        source_of_sample[sample], sample_of_source[sample] = best, counts[best]
-        counts[best] += 1
-    return source_of_sample, sample_of_source
+def sample_starts_numpy(
+    lengths: NDArray[np.int32], order: NDArray[np.integer], seq_length: int, first: int, tokens: int
+) -> NDArray[np.integer]:
+    """The NumPy twin of `sample_starts`."""
+    rows = np.empty((max(0, -(-(tokens - first) // seq_length)), 2), order.dtype)
+    filled = begin = 0
+    for start in range(0, len(order), _BLOCK):
+        block = lengths[order[start : start + _BLOCK]]
+        ends = np.cumsum(block, dtype=np.int64) + begin
+        begin = int(ends[-1])
+        wanted = np.arange(first + filled * seq_length, min(begin, tokens), seq_length)
+        positions = np.searchsorted(ends, wanted, side="right")
+        part = rows[filled : filled + len(wanted)]
+        part[:, 0] = start + positions
+        part[:, 1] = wanted - (ends[positions] - block[positions])
+        filled += len(wanted)
+    if filled < len(rows):
+        raise ValueError(f"the documents hold {begin} tokens, fewer than {tokens}")
+    return rows

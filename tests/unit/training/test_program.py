@@ -59,6 +59,46 @@ def test_each_split_is_read_for_its_purpose(monkeypatch: pytest.MonkeyPatch, tmp
     assert validation[0] > 3 and test[0] > 3 and validation[0] != test[0]
 
 
+def test_each_split_may_have_files_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for token, name in enumerate(("a", "b", "valid", "test")):
+        with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
+            writer.add_document([token + 1] * 256)
+            writer.finalize()
+    a, b, valid, test = (str(tmp_path / name) for name in ("a", "b", "valid", "test"))
+    log = tmp_path / "metrics.jsonl"
+    flags = f"--train-data-path 3 {a} 1 {b} --valid-data-path {valid} --test-data-path {test} --global-batch-size 4"
+    pretrain(monkeypatch, *flags.split(), "--train-iters", "32", "--lr", "0.05", "--metrics-path", str(log))
+    lines = metrics(log)
+    steps = [line["lm_loss"] for line in lines if "lm_loss" in line]
+    validation, test_loss = lines[-2]["validation_loss"], lines[-1]["test_loss"]
+    assert steps[-1] < 1 and validation > 3 and test_loss > 3 and validation != test_loss
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [a, "75.00%", "256", "3.00"] in rows and [b, "25.00%", "256", "1.00"] in rows
+    assert [valid, "100.00%", "256", "0.12"] in rows and [test, "100.00%", "256", "0.12"] in rows
+
+
+def test_a_resumed_run_refuses_replaced_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str
+) -> None:
+    run = str(tmp_path / "run")
+    flags = f"--data-path {three_splits} --save {run} --load {run} --eval-interval 0 --lr-decay-iters 9".split()
+    flags.append("--train-iters")
+    pretrain(monkeypatch, *flags, "2")
+    pretrain(monkeypatch, *flags, "3")
+    tokens = Path(three_splits + ".bin")
+    before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
+    original = tokens.read_bytes()
+    tokens.write_bytes(original[:1000] + b"\5\0" + original[1002:])
+    with pytest.raises(ValueError, match=f"{three_splits} holds other data than when the checkpoint was saved"):
+        pretrain(monkeypatch, *flags, "4")
+    assert {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()} == before
+    pretrain(monkeypatch, *flags[:2], *"--train-iters 1 --eval-interval 0 --finetune --load".split(), run)
+    tokens.write_bytes(original)
+    pretrain(monkeypatch, *flags, "4")
+
+
 def test_another_batch_size_after_a_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     flags = ["--mock-data", "--eval-interval", "0", "--save", str(tmp_path / "run"), "--load", str(tmp_path / "run")]

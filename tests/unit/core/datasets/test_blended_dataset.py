@@ -1,7 +1,7 @@
 """Blends, splits and the builder: what --data-path and --split mean, and what is refused in words."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,20 @@ from megatron.core.datasets.blended_dataset import (
     BlendedDataset,
     blend_summary,
     build_train_valid_test_datasets,
-    parse_blend,
-    parse_split,
-    split_documents,
+    fingerprints,
+    source_table,
 )
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
+from megatron.core.datasets.description import DatasetDescription, file_sha256
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+
+IDENTITY = {"type": "Numbers", "vocab_size": 1000, "eod": 999, "sha256": {}}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     vocab_size: int = 1000
     eod: int = 999
+    identity: dict = field(default_factory=lambda: IDENTITY)
 
 
 def write_constant(prefix: Path, token: int, documents: int, length: int = 20, dtype: str = "uint16") -> str:
@@ -44,59 +47,6 @@ def sources(dataset) -> Counter[int]:
     return Counter(int(dataset[i]["tokens"][0]) for i in range(len(dataset)))
 
 
-@pytest.mark.parametrize(
-    ("text", "shares"),
-    [
-        ("969,30,1", (0.969, 0.03, 0.001)),
-        ("3,1", (0.75, 0.25, 0)),
-        ("100", (1, 0, 0)),
-        ("0, 1, 1", (0, 0.5, 0.5)),
-    ],
-)
-def test_splits_are_shares_of_their_sum(text: str, shares: tuple[float, ...]) -> None:
-    assert parse_split(text) == pytest.approx(shares)
-
-
-@pytest.mark.parametrize("text", ["", "a,b", "1,2,3,4", "nan,1", "inf,1", "-1,2", "0,0,0", "1,,1"])
-def test_splits_that_mean_nothing_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="--split"):
-        parse_split(text)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 1000, 123457])
-def test_split_ranges_cover_all_documents_once(count: int) -> None:
-    for text in ("969,30,1", "1,1,1", "100", "0,1", "0.1,0.2,0.7"):
-        (a, b), (c, d), (e, f) = split_documents(count, parse_split(text))
-        assert (a, f) == (0, count) and b == c and d == e and a <= b <= d <= f
-    assert split_documents(1000, parse_split("969,30,1")) == [(0, 969), (969, 999), (999, 1000)]
-
-
-def test_weights_are_normalised_and_optional() -> None:
-    assert parse_blend(["3", "a", "1", "b"]) == [(0.75, "a"), (0.25, "b")]
-    assert parse_blend(["a", "b", "c"]) == [(None, "a"), (None, "b"), (None, "c")]
-    assert parse_blend(["1e1", "a"]) == [(1.0, "a")]
-
-
-@pytest.mark.parametrize(
-    "data_path",
-    [
-        ["0.6", "a", "b"],
-        ["0.6", "a", "0.4"],
-        ["a", "0.6", "b", "0.4"],
-        ["0.6", "a", "b", "c"],
-        ["0.6", "0.4", "0.5", "a"],
-        ["nan", "a", "1", "b"],
-        ["inf", "a", "1", "b"],
-        ["-0.1", "a", "1.1", "b"],
-        ["0", "a", "0", "b"],
-        ["0.5"],
-    ],
-)
-def test_blends_that_mean_nothing_are_refused(data_path: list[str]) -> None:
-    with pytest.raises(ValueError, match="--data-path"):
-        parse_blend(data_path)
-
-
 def test_a_weighted_blend_takes_its_shares_from_each_split(tmp_path: Path) -> None:
     small, large = write_constant(tmp_path / "small", 1, 10), write_constant(tmp_path / "large", 2, 1000)
     train, valid, test = build(tmp_path, ("0.6", small, "0.4", large), split="50,30,20")
@@ -106,12 +56,6 @@ def test_a_weighted_blend_takes_its_shares_from_each_split(tmp_path: Path) -> No
     rows = blend_summary(train)
     assert [(row.prefix, row.weight, row.tokens) for row in rows] == [(small, 0.6, 100), (large, 0.4, 10000)]
     assert [row.epochs for row in rows] == pytest.approx([60 * 8 / 100, 40 * 8 / 10000])
-
-
-def test_a_data_set_named_twice_is_refused(tmp_path: Path) -> None:
-    prefix = write_constant(tmp_path / "a", 1, 10)
-    with pytest.raises(ValueError, match="twice: name it once, with the sum of its weights"):
-        build(tmp_path, ("0.5", prefix, "0.5", f"{prefix}.bin"))
 
 
 def test_an_unweighted_blend_reads_all_data_sets_equally_often(tmp_path: Path) -> None:
@@ -174,7 +118,7 @@ def test_every_process_gets_the_same_samples_from_the_cache(tmp_path: Path) -> N
 def test_the_cache_is_beside_the_first_data_set_by_default(tmp_path: Path) -> None:
     prefix = write_constant(tmp_path / "data" / "a", 1, 10)
     build_train_valid_test_datasets(DataConfig(seq_length=8, data_path=(prefix,)), (5, 0, 0), 1, Vocabulary())
-    assert list((tmp_path / "data" / "cache").glob("*.json"))
+    assert list((tmp_path / "data" / "cache").glob("*.index"))
 
 
 def test_names_of_files_stand_for_their_prefix(tmp_path: Path) -> None:
@@ -200,6 +144,82 @@ def test_floating_tokens_are_refused(tmp_path: Path) -> None:
         writer.finalize()
     with pytest.raises(ValueError, match="float32"):
         build(tmp_path, (str(tmp_path / "f"),))
+
+
+def describe(prefix: str, **changes) -> None:
+    indexed = IndexedDataset(prefix)
+    description = DatasetDescription(
+        key="text",
+        tokenizer=IDENTITY | {"bos": None},
+        append_eod=True,
+        append_bos=False,
+        documents=indexed.document_count,
+        tokens=indexed.token_count,
+        dtype="uint16",
+        sha256={"bin": file_sha256(f"{prefix}.bin"), "idx": file_sha256(f"{prefix}.idx")},
+    )
+    replace(description, **changes).write(prefix)
+
+
+def test_the_tokenizer_of_the_data_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prefix = write_constant(tmp_path / "a", 1, 10)
+    build(tmp_path, (prefix,))
+    assert f"{prefix}.json does not exist" in caplog.text
+    caplog.clear()
+    describe(prefix)
+    build(tmp_path, (prefix,))
+    assert not caplog.text
+    describe(prefix, tokenizer=IDENTITY | {"eod": 2})
+    with pytest.raises(
+        ValueError, match=r"a was made with another tokenizer .*: end-of-document id 2 in the data, 999"
+    ):
+        build(tmp_path, (prefix,))
+    describe(prefix, tokens=3)
+    with pytest.raises(ValueError, match=r"a\.json describes 10 documents of 3 uint16 tokens, but the data set has 10"):
+        build(tmp_path, (prefix,))
+
+
+def test_the_summary_is_a_table(tmp_path: Path) -> None:
+    a, b = write_constant(tmp_path / "a", 1, 10), write_constant(tmp_path / "long_name", 2, 1000)
+    train, _, _ = build(tmp_path, ("0.25", a, "0.75", b), split="100")
+    lines = source_table(blend_summary(train)).splitlines()
+    assert [line.split() for line in lines] == [
+        ["source", "weight", "tokens", "epochs"],
+        [a, "25.00%", "200", "1.00"],
+        [b, "75.00%", "20,000", "0.03"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_fingerprints_are_of_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write_constant(tmp_path / "a", 1, 10)
+    first = fingerprints(build(tmp_path, (prefix,))[0])
+    assert list(first) == [prefix] and fingerprints(build(tmp_path, (prefix + ".bin",))[0]) == first
+    raw = bytearray((tmp_path / "a.bin").read_bytes())
+    (tmp_path / "a.bin").write_bytes(raw)
+    assert fingerprints(build(tmp_path, (prefix,))[0]) == first
+    describe(prefix)
+    described = fingerprints(build(tmp_path, (prefix,))[0])
+    assert described == first | {f"{prefix}.json": file_sha256(f"{prefix}.bin")}
+    raw[200] ^= 1
+    (tmp_path / "a.bin").write_bytes(raw)
+    assert fingerprints(build(tmp_path, (prefix,))[0])[prefix] != first[prefix]
+
+
+def test_fingerprints_of_large_files_look_at_pieces_all_over(tmp_path: Path) -> None:
+    prefix = write_constant(tmp_path / "a", 1, 400, length=10_000)
+    first = IndexedDataset(prefix).fingerprint
+    raw = bytearray((tmp_path / "a.bin").read_bytes())
+    for start in range(0, len(raw), len(raw) // 20):
+        changed = bytearray(raw)
+        changed[start : start + len(raw) // 20] = b"\2\0" * (len(raw) // 40)
+        (tmp_path / "a.bin").write_bytes(changed[: len(raw)])
+        assert IndexedDataset(prefix).fingerprint != first, start
+    for place in (0, len(raw) - 1):
+        changed = bytearray(raw)
+        changed[place] ^= 1
+        (tmp_path / "a.bin").write_bytes(changed)
+        assert IndexedDataset(prefix).fingerprint != first, place
 
 
 def test_missing_data_is_named(tmp_path: Path) -> None:

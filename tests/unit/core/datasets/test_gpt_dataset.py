@@ -1,7 +1,9 @@
 """GPT data sets: every token of every epoch, in an order that is the seed's alone, from a cache that heals."""
 
+import errno
 import logging
 import multiprocessing
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -172,23 +174,64 @@ def test_a_second_run_reads_the_cache(indexed: IndexedDataset, tmp_path: Path, m
         lambda raw: raw[: len(raw) // 2],
         lambda raw: b"",
         lambda raw: b"garbage",
-        lambda raw: raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:],
-        None,
+        lambda raw: raw[:-90] + bytes([raw[-90] ^ 1]) + raw[-89:],
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
+        lambda raw: b"[" + raw[1:],
     ],
 )
-def test_a_damaged_cache_is_built_again(indexed: IndexedDataset, tmp_path: Path, damage) -> None:
+def test_a_damaged_cache_is_built_again_beside(indexed: IndexedDataset, tmp_path: Path, damage) -> None:
+    """Beside and not over it: another process may read the file."""
     cache = tmp_path / "cache"
     expected = all_tokens(gpt(indexed, 50, cache=cache))
-    files = {path.name: path.read_bytes() for path in cache.iterdir()}
-    assert len(files) == 4
-    for name, raw in files.items():
-        if damage is None:
-            (cache / name).unlink()
-        else:
-            (cache / name).unlink()
-            (cache / name).write_bytes(damage(raw))
-        assert all_tokens(gpt(indexed, 50, cache=cache)) == expected
-        assert {path.name: path.read_bytes() for path in cache.iterdir()} == files
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for copies in (1, 2):
+        for path in cache.iterdir():
+            path.unlink()
+            path.write_bytes(damage(whole))
+        damaged = {path: path.stat().st_ino for path in cache.iterdir()}
+        for _ in range(2):
+            assert all_tokens(gpt(indexed, 50, cache=cache)) == expected
+        assert all(path.stat().st_ino == inode for path, inode in damaged.items())
+        (new,) = cache.iterdir() - damaged.keys()
+        assert new.name == f"{file.stem}-{copies}.index" and new.read_bytes() == whole
+
+
+def test_the_first_file_of_a_name_stays(indexed: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    """Another process finishes while this one builds: its file may be mapped and is not replaced."""
+    cache, build = tmp_path / "cache", GPTDataset._build
+
+    def overtaken(self, documents, put) -> None:
+        monkeypatch.setattr(GPTDataset, "_build", build)
+        all_tokens(gpt(indexed, 50, cache=cache))
+        build(self, documents, put)
+
+    expected, inodes = all_tokens(gpt(indexed, 50)), []
+    monkeypatch.setattr(GPTDataset, "_build", overtaken)
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda a, b: inodes.append(os.stat(a).st_ino) or link(a, b))
+    assert all_tokens(gpt(indexed, 50, cache=cache)) == expected
+    (file,) = cache.iterdir()
+    assert len(inodes) == 2 and file.stat().st_ino == inodes[0]
+
+
+def test_file_systems_without_hard_links_do_too(indexed: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no hard links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert all_tokens(gpt(indexed, 50, cache=tmp_path / "cache")) == all_tokens(gpt(indexed, 50))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".index"]
+
+
+def test_a_mistake_in_the_data_is_no_damage_of_the_cache(indexed: IndexedDataset, tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a document is too long")
+
+    monkeypatch.setattr(IndexedDataset, "document_lengths", fail)
+    with pytest.raises(ValueError, match="too long"):
+        gpt(indexed, 50, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_everything_the_order_depends_on_is_in_the_name(indexed: IndexedDataset, tmp_path: Path) -> None:
@@ -208,7 +251,7 @@ def test_everything_the_order_depends_on_is_in_the_name(indexed: IndexedDataset,
         for variant in variants:
             cached = GPTDataset(*variant, "train", cache)
             assert all_tokens(cached) == all_tokens(GPTDataset(*variant, "train", None)), (round_, variant)
-    assert len(list(cache.glob("*.json"))) == len(variants)
+    assert len(list(cache.glob("*.index"))) == len(variants)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_done_without(
@@ -239,7 +282,7 @@ def test_many_processes_build_one_cache_at_once(indexed: IndexedDataset, tmp_pat
         worker.join(60)
         assert worker.exitcode == 0
     assert answers == {str(all_tokens(gpt(indexed, 300))[::7])}
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_mock_samples_depend_on_seed_and_number_alone() -> None:
