@@ -133,6 +133,8 @@ class ParallelConfig:
     """Layers on the first pipeline rank, if not an equal share."""
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline rank, if not an equal share."""
+    no_overlap_p2p_communication: bool = False
+    """Begin to receive from a neighbouring pipeline stage only after computing, not meanwhile."""
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: int | None = None
@@ -192,6 +194,13 @@ class ParallelConfig:
                 "with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers, give the virtual "
                 "stages by --num-virtual-stages-per-pipeline-rank instead of --num-layers-per-virtual-pipeline-stage"
             )
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether pipeline ranks may hold several stages."""
+        return self.num_layers_per_virtual_pipeline_stage is not None or (
+            (self.num_virtual_stages_per_pipeline_rank or 1) > 1
+        )
 
     def stages(self, num_layers: int) -> tuple[tuple[Stage, ...], ...]:
         """The stages of every pipeline rank, `[rank][chunk]`. Raises ValueError if the layers cannot be divided so."""

@@ -44,6 +44,20 @@ class Group:
 
 
 @dataclass(frozen=True)
+class PipelineChannels:
+    """Groups of two for messages between this rank and the neighbouring stages' ranks; of one where there are none."""
+
+    forward_in: Group = Group()
+    """Hidden states from the stage before."""
+    forward_out: Group = Group()
+    """Hidden states to the next stage."""
+    backward_in: Group = Group()
+    """Gradients from the next stage."""
+    backward_out: Group = Group()
+    """Gradients to the stage before."""
+
+
+@dataclass(frozen=True)
 class ProcessGroups:
     """All groups this process belongs to; the defaults are those of a single process."""
 
@@ -54,6 +68,8 @@ class ProcessGroups:
     """Tensor parallel: ranks that split each weight matrix."""
     pp: Group = Group()
     """Pipeline parallel: ranks that hold the stages of one model replica."""
+    pp_channels: PipelineChannels = PipelineChannels()
+    """Connections between neighbouring stages of this rank's pipeline."""
     dp: Group = Group()
     """Data parallel: ranks that hold the same dense parameters and read different samples."""
     cp: Group = Group()
@@ -161,7 +177,30 @@ def build_process_groups(
     }
     world = _own_group([list(range(world_size))], rank, make)
     handle = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
-    return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), **groups)
+    channels = _pipeline_channels(rank_lists(dense, ("pp",)), rank, config.interleaved, timeout)
+    return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), pp_channels=channels, **groups)
+
+
+def _pipeline_channels(
+    pipelines: list[list[int]], rank: int, interleaved: bool, timeout: timedelta | None
+) -> PipelineChannels:
+    """The connections of this rank; in an interleaved pipeline the last rank is also followed by the first.
+
+    Channels with the same members do not share a communicator: see `pipeline_parallel.p2p_communication`.
+    """
+    own: dict[str, Group] = {}
+    for ranks in pipelines:
+        followers = ranks[1:] + ranks[:1] if interleaved else ranks[1:]
+        for sender, receiver in zip(ranks, followers, strict=False):
+            if sender == receiver:  # a pipeline of one rank
+                continue
+            pair = sorted((sender, receiver))
+            for kind, first in (("forward", sender), ("backward", receiver)):
+                handle = dist.new_group(pair, timeout=timeout)
+                if rank in pair:
+                    name = f"{kind}_{'out' if rank == first else 'in'}"
+                    own[name] = Group(tuple(pair), pair.index(rank), handle)
+    return PipelineChannels(**own)
 
 
 def _own_group(lists: list[list[int]], rank: int, make: Callable[[list[int]], dist.ProcessGroup | None]) -> Group:

@@ -18,6 +18,11 @@ class BatchSchedule:
     increment: int = 0
     samples: int = 0
 
+    @property
+    def sizes(self) -> range:
+        """All batches that occur."""
+        return range(self.first, self.last + 1, self.increment) if self.increment else range(self.last, self.last + 1)
+
     def batch_size(self, consumed_samples: int) -> int:
         """Samples of the step that starts after `consumed_samples`."""
         if consumed_samples >= self.samples or not self.increment:

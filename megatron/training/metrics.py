@@ -40,12 +40,20 @@ class StepAverages(NamedTuple):
 
 
 def average_over_ranks(
-    results: list[MicrobatchResult], groups: ProcessGroups, num_layers: int, device: torch.device, stop: bool = False
+    results: list[MicrobatchResult],
+    num_microbatches: int,
+    groups: ProcessGroups,
+    num_layers: int,
+    device: torch.device,
+    stop: bool = False,
 ) -> StepAverages:
-    """Averages over microbatches, data-parallel ranks and layers, in one all-reduce of the whole job."""
+    """Averages over microbatches, data-parallel ranks and layers, in one all-reduce of the whole job.
+
+    `results` are those of all `num_microbatches` microbatches in all of the rank's stages.
+    """
     totals = torch.zeros(4, dtype=torch.float64, device=device)
     if groups.tp.is_first:  # tensor-parallel ranks hold the same numbers
-        microbatches = len(results) * groups.dp_cp.size
+        microbatches = num_microbatches * groups.dp_cp.size
         for result in results:
             if result.loss is not None:
                 totals[0] += result.loss.double() / microbatches

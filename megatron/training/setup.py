@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
+from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
 from megatron.training.batch_schedule import BatchSchedule
@@ -61,6 +62,7 @@ class Trainer:
     optimizer: MixedPrecisionAdamW
     schedule: LearningRateSchedule
     forward_step: ForwardStep
+    pipeline: Pipeline
     link: StageLink
     batches: BatchSchedule
 
@@ -150,8 +152,9 @@ def build_trainer(
     training = arguments.training
     batches = training.batches(groups.dp.size)
     stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
-    if len(stages) > 1:
-        raise ValueError("several virtual pipeline stages on a rank are not supported yet: leave them out")
+    pipeline = Pipeline(groups.pp.size, len(stages))
+    for batch_size in batches.sizes:
+        pipeline.check_microbatches(batch_size // batches.unit)
     model = ModelChunks(model_provider(arguments, groups, device, stage) for stage in stages)
     if initialize:
         for chunk in model:
@@ -161,7 +164,7 @@ def build_trainer(
     shards = groups.cp.size * (groups.tp.size if model.sequence_parallel else 1)
     length = arguments.data.seq_length // shards
     link = StageLink(
-        pp=groups.pp,
+        channels=groups.pp_channels,
         shape=(length, training.micro_batch_size, arguments.model.hidden_size),
         dtype=arguments.model.dtype,
         device=device,
@@ -175,6 +178,7 @@ def build_trainer(
         optimizer=MixedPrecisionAdamW(buffers, arguments.optimizer, groups),
         schedule=build_schedule(arguments, batches),
         forward_step=forward_step,
+        pipeline=pipeline,
         link=link,
         batches=batches,
     )

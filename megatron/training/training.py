@@ -14,7 +14,7 @@ from megatron.core.config import DataConfig, ModelConfig
 from megatron.core.datasets import blend_summary, source_table
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.pipeline_parallel.schedules import forward_backward
+from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
@@ -164,13 +164,28 @@ def _run_microbatches(
     loss_scale: float = 1.0,
     forward_only: bool = False,
 ) -> list[MicrobatchResult]:
-    (stage,) = trainer.model
+    """Runs a step's microbatches through this rank's stages; returns a result for each of them in each stage."""
+    chunks = list(trainer.model)
+    held: dict[int, Batch | None] = {}
 
-    def forward(hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
-        output, result = trainer.forward_step(stage, next(source), hidden, loss_scale / num_microbatches)
+    def forward_step(microbatch: int, chunk: int, hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
+        if chunk == 0:
+            held[microbatch] = next(source)
+        batch = held[microbatch]
+        if chunk == len(chunks) - 1:
+            del held[microbatch]
+        output, result = trainer.forward_step(chunks[chunk], batch, hidden, loss_scale / num_microbatches)
         return output * loss_scale if result.loss is not None and loss_scale != 1 else output, result
 
-    return forward_backward(forward, num_microbatches=num_microbatches, link=trainer.link, forward_only=forward_only)
+    return forward_backward(
+        forward_step,
+        pipeline=trainer.pipeline,
+        rank=trainer.groups.pp.rank,
+        num_microbatches=num_microbatches,
+        link=trainer.link,
+        forward_only=forward_only,
+        overlap=not trainer.arguments.parallel.no_overlap_p2p_communication,
+    )
 
 
 def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
@@ -195,7 +210,7 @@ def train_step(
     rates = trainer.schedule.rates(progress.scheduled_samples)
     update = trainer.optimizer.step(rates, _losses(results))
     layers = trainer.arguments.model.num_layers
-    averages = average_over_ranks(results, trainer.groups, layers, trainer.device, wants_stop())
+    averages = average_over_ranks(results, num_microbatches, trainer.groups, layers, trainer.device, wants_stop())
     progress.iteration += 1
     progress.consumed_samples += batch_size
     if update.updated:
@@ -224,11 +239,12 @@ def train_step(
 def evaluate(trainer: Trainer, dataset: Any) -> float:
     """Mean loss over the first `eval_iters` global batches of a data set; always the same samples."""
     trainer.model.eval()
+    layers = trainer.arguments.model.num_layers
     source = batches(trainer, dataset, 0)
     total = 0.0
     for _ in range(trainer.arguments.training.eval_iters):
         results = _run_microbatches(trainer, source, trainer.num_microbatches, forward_only=True)
-        averages = average_over_ranks(results, trainer.groups, trainer.arguments.model.num_layers, trainer.device)
+        averages = average_over_ranks(results, trainer.num_microbatches, trainer.groups, layers, trainer.device)
         total += averages.lm_loss
     trainer.model.train()
     return total / trainer.arguments.training.eval_iters

@@ -15,7 +15,7 @@ from megatron.core.config import ParallelConfig
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.core.pipeline_parallel.schedules import forward_backward
+from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tensor_parallel.parameter import named_shards
 from megatron.training.checkpointing import load_checkpoint, locate_checkpoint
 from megatron.training.config import CheckpointConfig
@@ -65,11 +65,18 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
     source = locate_checkpoint(arguments, groups)
     load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
 
-    def forward(hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(_microbatch: int, _chunk: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         output = trainer.model[0](_tokens(), hidden).tensor
         return output, output
 
-    (output,) = forward_backward(forward, num_microbatches=1, link=trainer.link, forward_only=True)
+    (output,) = forward_backward(
+        forward,
+        pipeline=trainer.pipeline,
+        rank=groups.pp.rank,
+        num_microbatches=1,
+        link=trainer.link,
+        forward_only=True,
+    )
     return output if groups.pp.is_last else None
 
 

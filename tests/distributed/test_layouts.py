@@ -32,6 +32,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
+V2 = {"num_virtual_stages_per_pipeline_rank": 2}
 SP = {"sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 CP4 = {"context_parallel_size": 4}
@@ -57,6 +58,14 @@ LAYOUTS = {
     "tp2_dp2": Layout(4, TP2, quick=True),
     "pp2_dp2": Layout(4, PP2, quick=True),
     "pp2_uneven": Layout(2, PP2 | {"decoder_first_pipeline_num_layers": 1}, quick=True),
+    "pp2_v2": Layout(2, PP2 | V2, quick=True, float32=True),
+    "pp2_v4": Layout(2, PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, shared_settings={"num_layers": 8}),
+    "pp2_v2_no_overlap": Layout(2, PP2 | V2 | {"no_overlap_p2p_communication": True}),
+    "pp2_v2_uneven": Layout(2, PP2 | V2 | {"decoder_first_pipeline_num_layers": 2}, shared_settings={"num_layers": 6}),
+    "pp4_v2": Layout(4, PP4 | V2, shared_settings={"num_layers": 8}),
+    "tp2_pp2_v2": Layout(4, TP2 | PP2 | V2, quick=True),
+    "pp2_v2_dp2": Layout(4, PP2 | V2, quick=True),
+    "tp2_sp_pp2_v2_dp2": Layout(8, TP2 | SP | PP2 | V2),
     "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
     "ep2": Layout(2, EP2, quick=True, float32=True),
     "ep2_allgather": Layout(2, EP2 | ALLGATHER, quick=True),

@@ -1,4 +1,11 @@
-"""Sending hidden states to the next stage and their gradients to the previous one."""
+"""Messages between neighbouring stages: hidden states to the next one, their gradients to the one before.
+
+Each kind of message between two ranks has a communicator of its own. On a communicator, NCCL carries out operations in
+the order in which they were begun, and both sides have to begin them in the same order. Hidden states and gradients, or
+in an interleaved pipeline of two ranks hidden states in both directions, would have to take turns on a shared one
+exactly as the other rank takes them; separate ones only carry messages in the order of the passes, which is the same on
+both sides (`simulation` checks it), and so nothing ever waits behind an unrelated message.
+"""
 
 from dataclasses import dataclass
 
@@ -6,48 +13,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.parallel_state import Group
+from megatron.core.parallel_state import Group, PipelineChannels
+from megatron.core.pipeline_parallel.schedules import Forward, Pass
+
+
+@dataclass
+class Message:
+    """A tensor on its way, in either direction."""
+
+    _tensor: Tensor
+    _work: dist.Work
+
+    def wait(self) -> Tensor:
+        """Returns the tensor once it may be used (on a GPU: for what is launched from now on)."""
+        self._work.wait()
+        return self._tensor
 
 
 @dataclass(frozen=True)
 class StageLink:
-    """A stage's connections: hidden states of one shape flow forward, gradients of the same shape backward."""
+    """A rank's connections to its neighbours: all messages are of one shape."""
 
-    pp: Group
+    channels: PipelineChannels
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
-    def exchange(
-        self,
-        *,
-        to_next: Tensor | None = None,
-        to_previous: Tensor | None = None,
-        from_next: bool = False,
-        from_previous: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Sends and receives at once; returns what came from the next and from the previous stage.
+    def send(self, work: Pass, tensor: Tensor) -> Message:
+        """Begins to send the result of a pass."""
+        channel = self.channels.forward_out if isinstance(work, Forward) else self.channels.backward_out
+        assert tensor.shape == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype)
+        tensor = tensor.contiguous()
+        return _begin(tensor, dist.isend(tensor, _other(channel), group=channel.handle))
 
-        Requests that would leave the pipeline at either end are skipped.
-        """
-        operations: list[dist.P2POp] = []
-        received: dict[str, Tensor] = {}
-        if not self.pp.is_last:
-            received |= self._add(operations, self.pp.ranks[self.pp.rank + 1], to_next, from_next, "next")
-        if not self.pp.is_first:
-            received |= self._add(operations, self.pp.ranks[self.pp.rank - 1], to_previous, from_previous, "previous")
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        return received.get("next"), received.get("previous")
-
-    def _add(
-        self, operations: list[dist.P2POp], peer: int, outgoing: Tensor | None, incoming: bool, name: str
-    ) -> dict[str, Tensor]:
-        if outgoing is not None:
-            operations.append(dist.P2POp(dist.isend, outgoing.detach().contiguous(), peer, self.pp.handle))
-        if not incoming:
-            return {}
+    def receive(self, work: Pass) -> Message:
+        """Begins to receive the input of a pass."""
+        channel = self.channels.forward_in if isinstance(work, Forward) else self.channels.backward_in
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        operations.append(dist.P2POp(dist.irecv, tensor, peer, self.pp.handle))
-        return {name: tensor}
+        return _begin(tensor, dist.irecv(tensor, _other(channel), group=channel.handle))
+
+
+def _other(channel: Group) -> int:
+    """The rank at the other end of a channel."""
+    assert channel.size == 2, "the pipeline has no neighbour there"
+    return channel.ranks[1 - channel.rank]
+
+
+def _begin(tensor: Tensor, work: dist.Work | None) -> Message:
+    assert work is not None, "this process is not part of the channel"
+    return Message(tensor, work)

@@ -1,79 +1,175 @@
-"""The order of forward and backward passes of a step's microbatches."""
+"""The order of a step's forward and backward passes, written down before anything runs.
 
-from collections import deque
-from collections.abc import Callable
-from typing import Any
+p pipeline ranks hold v chunks of layers each (v is 1 except in an interleaved pipeline) and work on m microbatches.
+Stage c p + r, counted along the model, is chunk c of rank r. A program is all that one rank does in a step; it is plain
+data, so that it can be checked, timed and drawn (see `simulation`) without running a model.
+"""
 
-import torch
-from torch import Tensor
-
-from megatron.core.pipeline_parallel.p2p_communication import StageLink
-
-# Takes the hidden states of the previous stage (None on the first) and returns the stage's output, which on the last
-# stage is the microbatch's mean loss, and whatever the caller wants to keep of the microbatch.
-ForwardStep = Callable[[Tensor | None], tuple[Tensor, Any]]
+import functools
+from dataclasses import dataclass
 
 
-def forward_backward(
-    forward_step: ForwardStep, *, num_microbatches: int, link: StageLink, forward_only: bool = False
-) -> list[Any]:
-    """Runs all microbatches of a step through this rank's stage; returns what `forward_step` kept of each.
+@dataclass(frozen=True)
+class Forward:
+    """A microbatch through one chunk of the rank."""
 
-    Gradients are those of the mean of the microbatches' losses. Collective over the pipeline's stages.
+    microbatch: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The gradients of a microbatch through one chunk of the rank."""
+
+    microbatch: int
+    chunk: int
+
+
+Pass = Forward | Backward
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Begin to receive the input of a pass."""
+
+    of: Pass
+
+
+@dataclass(frozen=True)
+class AwaitReceived:
+    """Wait until the input of a pass is there."""
+
+    of: Pass
+
+
+@dataclass(frozen=True)
+class Send:
+    """Begin to send the result of a pass."""
+
+    of: Pass
+
+
+@dataclass(frozen=True)
+class AwaitSent:
+    """Wait until the result of a pass is sent, and give it up."""
+
+    of: Pass
+
+
+Instruction = Pass | Receive | AwaitReceived | Send | AwaitSent
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The shape of a pipeline."""
+
+    ranks: int
+    """p, pipeline-parallel size."""
+    chunks: int = 1
+    """v, chunks of layers on each rank."""
+
+    def stage(self, rank: int, chunk: int) -> int:
+        """Number of a chunk along the whole model."""
+        return chunk * self.ranks + rank
+
+    def receives(self, rank: int, work: Pass) -> bool:
+        """Whether the input of a pass comes from another rank."""
+        stage = self.stage(rank, work.chunk)
+        return stage > 0 if isinstance(work, Forward) else stage < self.ranks * self.chunks - 1
+
+    def sends(self, rank: int, work: Pass) -> bool:
+        """Whether the result of a pass goes to another rank."""
+        stage = self.stage(rank, work.chunk)
+        return stage < self.ranks * self.chunks - 1 if isinstance(work, Forward) else stage > 0
+
+    def check_microbatches(self, microbatches: int) -> None:
+        """Raises ValueError if a step of so many microbatches cannot be scheduled."""
+        if self.chunks > 1 and microbatches % self.ranks:
+            raise ValueError(
+                f"the interleaved pipeline schedule needs a multiple of --pipeline-model-parallel-size ({self.ranks}) "
+                f"microbatches in a step, got {microbatches}: make --global-batch-size (and the sizes of "
+                f"--rampup-batch-size) multiples of --micro-batch-size x data-parallel size x {self.ranks}, or do "
+                "without virtual pipeline stages"
+            )
+
+    def warmup_passes(self, rank: int, microbatches: int) -> int:
+        """Forward passes of a rank before its first backward pass."""
+        if self.chunks == 1:
+            return min(self.ranks - rank - 1, microbatches)
+        return min(2 * (self.ranks - rank - 1) + (self.chunks - 1) * self.ranks, microbatches * self.chunks)
+
+    def peak_live(self, rank: int, microbatches: int) -> int:
+        """Largest number of chunks whose activations a rank keeps at once: min(p - r, m) without interleaving."""
+        return min(self.warmup_passes(rank, microbatches) + 1, microbatches * self.chunks)
+
+    def bubble_share(self, microbatches: int) -> float:
+        """Idle time of a rank as a share of its computing time, (p - 1) / (v m), with equal stages and free messages.
+
+        arXiv:2104.04473, sections 2.2.1 and 2.2.2.
+        """
+        return (self.ranks - 1) / (self.chunks * microbatches)
+
+
+def passes(pipeline: Pipeline, rank: int, microbatches: int, forward_only: bool = False) -> list[Pass]:
+    """The passes of one rank in their order.
+
+    Without interleaving it is 1F1B (PipeDream-Flush): after p - r - 1 forward passes, forward and backward passes take
+    turns; with one rank, that is plain accumulation. Interleaved, p microbatches go through chunk 0, then the same ones
+    through chunk 1, and so on (arXiv:2104.04473, section 2.2.2). Raises ValueError if the microbatches do not fit.
     """
-    step = _StageStep(forward_step, num_microbatches, link)
+    pipeline.check_microbatches(microbatches)
+    group = pipeline.ranks * pipeline.chunks if pipeline.chunks > 1 else 1
+    numbers = range(microbatches * pipeline.chunks)
+
+    def place(number: int) -> tuple[int, int]:
+        groups_before, position = divmod(number, group)
+        chunk, microbatch = divmod(position, group // pipeline.chunks)
+        return groups_before * (group // pipeline.chunks) + microbatch, chunk
+
+    forward: list[Pass] = [Forward(*place(number)) for number in numbers]
     if forward_only:
-        with torch.no_grad():
-            for _ in range(num_microbatches):
-                _, hidden = link.exchange(from_previous=True)
-                link.exchange(to_next=step.forward(hidden))
-        return step.kept
-    _one_forward_one_backward(step, num_microbatches, link)
-    return step.kept
+        return forward
+    backward: list[Pass] = [
+        Backward(microbatch, pipeline.chunks - 1 - chunk) for microbatch, chunk in map(place, numbers)
+    ]
+    warmup = pipeline.warmup_passes(rank, microbatches)
+    steady = [work for pair in zip(forward[warmup:], backward, strict=False) for work in pair]
+    return [*forward[:warmup], *steady, *backward[len(numbers) - warmup :]]
 
 
-def _one_forward_one_backward(step: "_StageStep", num_microbatches: int, link: StageLink) -> None:
-    """1F1B (PipeDream-Flush, arXiv:2104.04473, section 2.2); with one stage, plain gradient accumulation.
+@functools.cache
+def program(
+    pipeline: Pipeline, rank: int, microbatches: int, *, forward_only: bool = False, overlap: bool = True
+) -> tuple[Instruction, ...]:
+    """Everything one rank does in a step, passes and messages.
 
-    Stage i of p runs p - i - 1 microbatches ahead, so that it never keeps more than p - i of them alive.
+    With `overlap` the input of a pass is already on its way while the pass before it runs; otherwise the rank begins to
+    receive it only then. Results are sent while the next pass runs (the next two, without overlap: in an interleaved
+    pipeline they travel around the ring of ranks, and all ranks would wait for each other).
+    Raises ValueError if the microbatches do not fit.
     """
-    warmup = min(link.pp.size - link.pp.rank - 1, num_microbatches)
-    for _ in range(warmup):
-        _, hidden = link.exchange(from_previous=True)
-        link.exchange(to_next=step.forward(hidden))
-    steady = num_microbatches - warmup
-    if steady:
-        _, hidden = link.exchange(from_previous=True)
-    for index in range(steady):
-        output = step.forward(hidden)
-        grad, _ = link.exchange(to_next=output, from_next=True)
-        _, hidden = link.exchange(to_previous=step.backward(grad), from_previous=index + 1 < steady)
-    for _ in range(warmup):
-        grad, _ = link.exchange(from_next=True)
-        link.exchange(to_previous=step.backward(grad))
+    works = passes(pipeline, rank, microbatches, forward_only)
+    instructions: list[Instruction] = []
+    sending: list[tuple[int, Pass]] = []
+    lag = 1 if overlap else 2
 
+    def receive(work: Pass | None) -> None:
+        if work is not None and pipeline.receives(rank, work):
+            instructions.append(Receive(work))
 
-class _StageStep:
-    """Forward and backward of one microbatch at a time, first in, first out."""
-
-    def __init__(self, forward_step: ForwardStep, num_microbatches: int, link: StageLink) -> None:
-        self.forward_step, self.num_microbatches, self.link = forward_step, num_microbatches, link
-        self.alive: deque[tuple[Tensor | None, Tensor]] = deque()
-        self.kept: list[Any] = []
-
-    def forward(self, hidden: Tensor | None) -> Tensor:
-        if hidden is not None and torch.is_grad_enabled():
-            hidden.requires_grad_()
-        output, kept = self.forward_step(hidden)
-        self.kept.append(kept)
-        if self.link.pp.is_last:
-            output = output / self.num_microbatches
-        if torch.is_grad_enabled():
-            self.alive.append((hidden, output))
-        return output
-
-    def backward(self, grad: Tensor | None) -> Tensor | None:
-        """Takes the gradient of the oldest microbatch's output; returns that of its input."""
-        hidden, output = self.alive.popleft()
-        output.backward(grad)
-        return None if hidden is None else hidden.grad
+    receive(works[0])
+    for number, work in enumerate(works):
+        following = works[number + 1] if number + 1 < len(works) else None
+        if overlap:
+            receive(following)
+        if pipeline.receives(rank, work):
+            instructions.append(AwaitReceived(work))
+        instructions.append(work)
+        while sending and sending[0][0] <= number - lag:
+            instructions.append(AwaitSent(sending.pop(0)[1]))
+        if pipeline.sends(rank, work):
+            instructions.append(Send(work))
+            sending.append((number, work))
+        if not overlap:
+            receive(following)
+    return (*instructions, *(AwaitSent(work) for _, work in sending))

@@ -96,5 +96,5 @@ def test_averages_are_over_microbatches_and_layers() -> None:
         return MicrobatchResult(torch.tensor(loss), RouterStatistics(values, 2 * values, torch.zeros(2, 4)))
 
     results = [result(1.0, [1.0, 2.0]), result(3.0, [3.0, 6.0])]
-    averages = average_over_ranks(results, ProcessGroups(), 2, torch.device("cpu"), stop=True)
+    averages = average_over_ranks(results, 2, ProcessGroups(), 2, torch.device("cpu"), stop=True)
     assert averages == (2.0, 3.0, 6.0, True)
