@@ -54,7 +54,8 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags("no effect", "many", "recompute-modules"),
     **_flags(
         "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
-        "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad",
+        "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",
+        "overlap-p2p-communication-warmup-flush",
     ),
     **_flags(
         "no effect", "", "log-loss-scale-to-tensorboard", "log-batch-size-to-tensorboard",

@@ -63,7 +63,7 @@ LAYOUTS = {
     "pp2_v2_no_overlap": Layout(2, PP2 | V2 | {"no_overlap_p2p_communication": True}),
     "pp2_v2_uneven": Layout(2, PP2 | V2 | {"decoder_first_pipeline_num_layers": 2}, shared_settings={"num_layers": 6}),
     "pp4_v2": Layout(4, PP4 | V2, shared_settings={"num_layers": 8}),
-    "tp2_pp2_v2": Layout(4, TP2 | PP2 | V2, quick=True),
+    "tp2_pp2_v2": Layout(4, TP2 | PP2 | V2),
     "pp2_v2_dp2": Layout(4, PP2 | V2, quick=True),
     "tp2_sp_pp2_v2_dp2": Layout(8, TP2 | SP | PP2 | V2),
     "pp4_uneven": Layout(4, PP4 | {"decoder_last_pipeline_num_layers": 2}, shared_settings={"num_layers": 5}),
@@ -91,6 +91,8 @@ LAYOUTS = {
     "cp2_tp2": Layout(4, CP2 | TP2),
     "cp2_tp2_sp": Layout(4, CP2 | TP2 | SP, quick=True),
     "cp2_tp2_sp_pp2": Layout(8, CP2 | TP2 | SP | PP2),
+    "cp2_pp2_v2": Layout(4, CP2 | PP2 | V2),
+    "pp2_v2_documents": Layout(2, PP2 | V2, shared_settings=DOCUMENTS),
     "tp2_sp_pp2_documents": Layout(4, TP2 | SP | PP2, shared_settings=DOCUMENTS, quick=True),
     "pp4_documents": Layout(4, PP4, shared_settings=DOCUMENTS),
     "dp2_zero": Layout(2, ZERO, quick=True, float32=True),
@@ -98,6 +100,7 @@ LAYOUTS = {
     "dp4_zero": Layout(4, ZERO),
     "tp2_dp2_zero_overlap": Layout(4, TP2 | ZERO_OVERLAP),
     "pp2_dp2_zero": Layout(4, PP2 | ZERO_OVERLAP),
+    "pp2_v2_dp2_zero": Layout(4, PP2 | V2 | ZERO_OVERLAP),
     "tp2_sp_dp2_zero": Layout(4, TP2 | SP | ZERO_OVERLAP, quick=True),
 }
 QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
