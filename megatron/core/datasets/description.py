@@ -9,12 +9,21 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core.atomic_files import atomic_writer
 
 VERSION = 1
 _BLOCK = 1 << 20
+
+
+class Origin(NamedTuple):
+    """What the writer of a data set cannot see in the tokens; the fields are those of `DatasetDescription`."""
+
+    key: str | None
+    tokenizer: dict[str, Any]
+    append_eod: bool
+    append_bos: bool
 
 
 @dataclass(frozen=True, kw_only=True)

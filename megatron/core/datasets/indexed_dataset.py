@@ -10,17 +10,17 @@ import logging
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron.core.atomic_files import sync_folder
+from megatron.core.datasets.description import DatasetDescription, Origin, description_path, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ def _blocks(count: int) -> Iterator[slice]:
         yield slice(start, min(start + _BLOCK, count))
 
 
-def _open_exclusively(path: Path) -> BinaryIO:
-    """Open `path` empty for writing, or raise ValueError if another process is writing it."""
+def _open_exclusively(path: Path, size: int) -> BinaryIO:
+    """Open `path` for appending, cut to `size` bytes. Raises ValueError if it is shorter, or another process's."""
     busy = f"{path}: another process is writing this file; wait for it or choose another output prefix"
     file = open(path, "a+b")  # noqa: SIM115 - the caller keeps it open
     try:
@@ -60,38 +60,64 @@ def _open_exclusively(path: Path) -> BinaryIO:
     if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
         file.close()
         raise ValueError(busy)
-    file.truncate(0)
+    if os.fstat(file.fileno()).st_size < size:
+        file.close()
+        raise ValueError(f"{path} is shorter than the {size} bytes to continue from: start anew")
+    file.truncate(size)
     return file
+
+
+class WriterState(NamedTuple):
+    """How much a writer has on disk; a new writer of the same prefix can continue from it."""
+
+    sequences: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
+NOTHING = WriterState()
 
 
 class IndexedDatasetWriter:
     """Writes a data set to temporary files beside `prefix` and gives them their names only when it is complete.
 
     Memory does not grow with the data: lengths and document indices are streamed to disk. Leaving the `with` block
-    by an exception, or never calling `finalize`, leaves nothing behind; a killed process leaves only `*.tmp` files,
-    which the next writer of the same prefix reuses.
+    by an exception, or never calling `finalize`, leaves nothing behind unless `suspend` was called; a killed process
+    leaves only `*.tmp` files, which the next writer of the same prefix reuses, or continues from a `checkpoint`.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike, start: WriterState = NOTHING) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODES:
             raise ValueError(f"token type {dtype} is not one of {', '.join(d.name for d in _DTYPES.values())}")
-        self.sequence_count = 0
-        self.document_count = 0
-        self.token_count = 0
-        folder = Path(self.prefix).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        self._bin = _open_exclusively(Path(f"{self.prefix}.bin.tmp"))
+        self.sequence_count, self.document_count, self.token_count = start
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        sizes = {
+            "bin": start.tokens * self.dtype.itemsize,
+            "idx": _HEADER.size + 4 * start.sequences,
+            "doc": 8 * (start.documents + 1),
+        }
+        fresh = start == NOTHING
+        self._files: dict[str, BinaryIO] = {}
         try:
-            self._idx = _open_exclusively(Path(f"{self.prefix}.idx.tmp"))
+            for suffix, size in sizes.items():
+                self._files[suffix] = _open_exclusively(Path(f"{self.prefix}.{suffix}.tmp"), 0 if fresh else size)
         except (OSError, ValueError):
-            os.unlink(self._bin.name)
-            self._bin.close()
+            for file in self._files.values():
+                if fresh:
+                    os.unlink(file.name)
+                file.close()
             raise
-        self._documents = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the writer
-        self._idx.write(bytes(_HEADER.size))
-        self._documents.write(struct.pack("<q", 0))
+        self._bin, self._idx, self._documents = self._files.values()
+        self._digest = hashlib.sha256()
+        if fresh:
+            self._idx.write(bytes(_HEADER.size))
+            self._documents.write(struct.pack("<q", 0))
+        else:
+            self._bin.seek(0)
+            while block := self._bin.read(8 * _BLOCK):
+                self._digest.update(block)
         self._open = True
 
     def add_document(self, ids: Sequence[int] | NDArray) -> None:
@@ -112,7 +138,7 @@ class IndexedDatasetWriter:
                     )
             elif array.dtype.kind != self.dtype.kind:
                 raise ValueError(f"cannot store {array.dtype} tokens as {self.dtype.name}")
-        self._bin.write(array.astype(self.dtype, copy=False).tobytes())
+        self._write_tokens(np.ascontiguousarray(array, self.dtype).data.cast("B"))
         self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
         ends = np.arange(self.sequence_count + 1, self.sequence_count + len(lengths) + 1, dtype="<i8")
         self._documents.write(ends.tobytes())
@@ -124,23 +150,36 @@ class IndexedDatasetWriter:
         if other.dtype != self.dtype:
             raise ValueError(f"{prefix}: its tokens are {other.dtype.name}, the output's are {self.dtype.name}")
         with open(f"{other.prefix}.bin", "rb") as source:
-            shutil.copyfileobj(source, self._bin, 8 * _BLOCK)
-        for block in _blocks(len(other)):
-            self._idx.write(other.sequence_lengths[block].astype("<i4").tobytes())
+            while block := source.read(8 * _BLOCK):
+                self._write_tokens(block)
+        for part in _blocks(len(other)):
+            self._idx.write(other.sequence_lengths[part].astype("<i4").tobytes())
         ends = other.document_indices[1:]
-        for block in _blocks(len(ends)):
-            self._documents.write((ends[block] + self.sequence_count).astype("<i8").tobytes())
+        for part in _blocks(len(ends)):
+            self._documents.write((ends[part] + self.sequence_count).astype("<i8").tobytes())
         self._count(len(other), len(ends), other.token_count)
+
+    def _write_tokens(self, content: bytes | memoryview) -> None:
+        self._bin.write(content)
+        self._digest.update(content)
 
     def _count(self, sequences: int, documents: int, tokens: int) -> None:
         self.sequence_count += sequences
         self.document_count += documents
         self.token_count += tokens
 
-    def finalize(self) -> None:
-        """Complete both files, flush them to disk and give them their names, `.bin` first.
+    def checkpoint(self) -> WriterState:
+        """Bring everything to disk; returns the state from which another writer can continue after a kill."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return WriterState(self.sequence_count, self.document_count, self.token_count)
 
-        An older `.idx` of that name is removed before, so that at no moment an index meets another run's tokens.
+    def finalize(self, origin: Origin | None = None) -> None:
+        """Complete both files, flush them to disk and give them their names, `.bin` first and `.idx` last.
+
+        An older `.idx` of that name is removed before, so that at no moment an index meets another run's tokens. With
+        an `origin` a description is written beside them; without one, an older description is removed.
         """
         assert self._open, "the writer is already closed"
         self._write_offsets()
@@ -152,9 +191,20 @@ class IndexedDatasetWriter:
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
+        checksums = {"bin": self._digest.hexdigest(), "idx": file_sha256(self._idx.name)}
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
-        for suffix in ("bin", "idx"):
-            os.replace(f"{self.prefix}.{suffix}.tmp", f"{self.prefix}.{suffix}")
+        description_path(self.prefix).unlink(missing_ok=True)
+        os.replace(self._bin.name, f"{self.prefix}.bin")
+        if origin:
+            DatasetDescription(
+                **origin._asdict(),
+                documents=self.document_count,
+                tokens=self.token_count,
+                dtype=self.dtype.name,
+                sha256=checksums,
+            ).write(self.prefix)
+        os.replace(self._idx.name, f"{self.prefix}.idx")
+        os.unlink(self._documents.name)
         sync_folder(Path(self.prefix).parent)
         self._close()
 
@@ -177,15 +227,20 @@ class IndexedDatasetWriter:
             position = int(ends[-1])
 
     def abort(self) -> None:
-        """Remove the temporary files; does nothing after `finalize`."""
+        """Remove the temporary files; does nothing after `finalize` or `suspend`."""
         if self._open:
-            for suffix in ("bin", "idx"):
-                Path(f"{self.prefix}.{suffix}.tmp").unlink(missing_ok=True)
+            for file in self._files.values():
+                Path(file.name).unlink(missing_ok=True)
+            self._close()
+
+    def suspend(self) -> None:
+        """Close the temporary files and leave them, for a writer that continues; does nothing after `finalize`."""
+        if self._open:
             self._close()
 
     def _close(self) -> None:
         self._open = False
-        for file in (self._bin, self._idx, self._documents):
+        for file in self._files.values():
             file.close()
 
     def __enter__(self) -> "IndexedDatasetWriter":

@@ -30,11 +30,11 @@ class GPT2BPETokenizer:
     """GPT-2's tokenizer; `<|endoftext|>` ends documents and is never read out of a text."""
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
-        self._paths = [Path(vocab_file), Path(merge_file)]
-        for flag, path in zip(("--vocab-file", "--merge-file"), self._paths):
+        self.paths = [Path(vocab_file), Path(merge_file)]
+        for flag, path in zip(("--vocab-file", "--merge-file"), self.paths):
             if not path.is_file():
                 raise FileNotFoundError(f"{flag} {path} does not exist")
-        self._ids = self._read_vocabulary(self._paths[0])
+        self._ids = self._read_vocabulary(self.paths[0])
         self._characters = bytes_to_characters()
         self._bytes = {character: byte for byte, character in self._characters.items()}
         self._tokens = {token: piece for piece, token in self._ids.items()}
@@ -42,7 +42,7 @@ class GPT2BPETokenizer:
         if missing:
             raise ValueError(f"{vocab_file} lacks {missing[0]!r}, which byte-level encoding needs")
         self._byte_ids = [self._ids[self._characters[byte]] for byte in range(256)]
-        self._merges = self._read_merges(self._paths[1])
+        self._merges = self._read_merges(self.paths[1])
         self._cache: dict[str, list[int]] = {}
         self.vocab_size = 1 + max(self._ids.values())
         self.eod = self._ids[END_OF_TEXT]
@@ -76,7 +76,7 @@ class GPT2BPETokenizer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """See `Tokenizer.identity`."""
-        return tokenizer_identity("GPT2BPETokenizer", self.vocab_size, self.eod, self._paths)
+        return tokenizer_identity("GPT2BPETokenizer", self.vocab_size, self.eod, self.paths)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""

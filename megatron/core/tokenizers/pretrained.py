@@ -120,7 +120,7 @@ class TokenizerFromJson:
     """A tokenizer.json, run by the `tokenizers` library."""
 
     def __init__(self, path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
-        self._path = path
+        self.paths = [path]
         self._tokenizer = tokenizer
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         eos = _content(settings.get("eos_token"))
@@ -133,7 +133,7 @@ class TokenizerFromJson:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """See `Tokenizer.identity`."""
-        return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, [self._path])
+        return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, self.paths)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""

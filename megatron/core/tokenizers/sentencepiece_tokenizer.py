@@ -25,13 +25,13 @@ class SentencePieceTokenizer:
         bos_token: str | None = None,
         added_vocab_size: int = 0,
     ) -> None:
-        self._path = Path(model_file)
-        if not self._path.is_file():
+        self.paths = [Path(model_file)]
+        if not self.paths[0].is_file():
             raise FileNotFoundError(
                 f"{model_file} is not a file: --tokenizer-model takes a sentencepiece tokenizer.model"
             )
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.paths[0].read_bytes())
         except RuntimeError as error:
             raise ValueError(f"{model_file} is not a sentencepiece model ({error})") from None
         self.vocab_size = max(self._model.get_piece_size(), added_vocab_size)
@@ -45,14 +45,14 @@ class SentencePieceTokenizer:
         if token is not None:
             piece = self._model.piece_to_id(token)
             if piece == self._model.unk_id() and token != self._model.id_to_piece(piece):
-                raise ValueError(f"{self._path} has no piece {token!r}, which the configuration beside it names")
+                raise ValueError(f"{self.paths[0]} has no piece {token!r}, which the configuration beside it names")
             return piece
         return default if default >= 0 else None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """See `Tokenizer.identity`."""
-        return tokenizer_identity("SentencePiece", self.vocab_size, self.eod, [self._path])
+        return tokenizer_identity("SentencePiece", self.vocab_size, self.eod, self.paths)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""

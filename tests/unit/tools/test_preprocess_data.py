@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tools import preprocess_data
+from tools.preprocessing import documents, inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 EOD = 99
@@ -27,7 +28,7 @@ def write_lines(path: Path, documents: list) -> Path:
 def arguments(source: Path | str, output: Path, *more: str) -> list[str]:
     return [
         "--input", str(source), "--output-prefix", str(output), "--tokenizer-type", "NullTokenizer",
-        "--vocab-size", "100", *more,
+        "--vocab-size", "100", *(() if "--workers" in more else ("--workers", "1")), *more,
     ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_lines_survive_any_cut_into_chunks(tmp_path: Path, monkeypatch: pytest.M
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     for size in range(1, source.stat().st_size + 2):
-        monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", size)
+        monkeypatch.setattr(inputs, "CHUNK_BYTES", size)
         assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
         assert documents_of(tmp_path / "out") == [[1], [22, 33], [4], [5]], size
 
@@ -98,7 +99,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, monkeypatch
     documents = [{"text": " ".join(str((i * k) % 99) for k in range(i % 50))} for i in range(600)]
     for part in range(3):
         write_lines(tmp_path / "in" / f"{part}.jsonl", documents[part::3])
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 1000)
     outputs = []
     for workers in (1, 2, 5):
         prefix = tmp_path / f"out{workers}"
@@ -110,37 +111,65 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, monkeypatch
 
 
 BAD_LINES = {
-    "not json": (b'{"text": "1"', "not JSON"),
-    "too deep": (b"[" * 100_000, "not JSON"),
-    "array": (b"[1, 2]", "this is an array"),
-    "number": (b"3", "this is a number"),
-    "missing key": (b'{"body": "1", "id": 2}', "no key 'text'; its keys are 'body', 'id'"),
-    "null": (b'{"text": null}', "the value of 'text' is null, not a string"),
-    "list": (b'{"text": ["1"]}', "the value of 'text' is an array, not a string"),
-    "bad utf-8": (b'{"text": "1 \xff"}', "not UTF-8"),
-    "utf-16": ('{"text": "1"}'.encode("utf-16-le"), "not JSON"),
-    "surrogate": (b'{"text": "\\ud800"}', "surrogate"),
-    "bad token": (b'{"text": "1 x"}', "NullTokenizer takes"),
-    "large token": (b'{"text": "100"}', "token id 100 is outside the vocabulary of 100"),
+    "not json": (b'{"text": "1"', "invalid JSON", "delimiter"),
+    "too deep": (b"[" * 100_000, "invalid JSON", "recursion"),
+    "array": (b"[1, 2]", "not an object", "this is an array"),
+    "number": (b"3", "not an object", "this is a number"),
+    "missing key": (b'{"body": "1", "id": 2}', "missing key", "no key 'text'; its keys are 'body', 'id'"),
+    "null": (b'{"text": null}', "not a string", "the value of 'text' is null, not a string"),
+    "list": (b'{"text": ["1"]}', "not a string", "the value of 'text' is an array, not a string"),
+    "bad utf-8": (b'{"text": "1 \xff"}', "bad UTF-8", "byte 13 of the line"),
+    "utf-16": ('{"text": "1"}'.encode("utf-16-le"), "invalid JSON", "column 2"),
+    "surrogate": (b'{"text": "\\ud800"}', "bad escape", "surrogate"),
+    "bad token": (b'{"text": "1 x"}', "not tokens", "NullTokenizer takes"),
+    "large token": (b'{"text": "100"}', "not tokens", "token id 100 is outside the vocabulary of 100"),
+    "blank": (b" \t", "blank line", ""),
 }
 
 
+def quarantined(prefix: Path) -> list[dict]:
+    """The entries of the quarantine file."""
+    return [json.loads(line) for line in Path(f"{prefix}_quarantine.jsonl").read_text("utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("parser", ["orjson", "json"])
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path: Path, capsys, name: str, monkeypatch) -> None:
-    line, reason = BAD_LINES[name]
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 64)
+def test_a_bad_line_is_left_out_and_listed(tmp_path: Path, name: str, parser: str, monkeypatch) -> None:
+    line, reason, detail = BAD_LINES[name]
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 64)
+    if parser == "json":
+        monkeypatch.setattr(documents, "orjson", None)
     write_lines(tmp_path / "in" / "1.jsonl", [{"text": "1"}] * 9)
-    good = b'{"text": "1"}\n'
-    (tmp_path / "in" / "2.jsonl").write_bytes(good * 20 + b"\n \n" + line + b"\n" + good * 3 + b"also bad\n")
-    error = refusal(capsys, *arguments(tmp_path / "in", tmp_path / "out"))
-    assert error.startswith(f"error: {tmp_path}/in/2.jsonl, line 23: ") and reason in error
+    good = b'{"text": "2"}\n'
+    (tmp_path / "in" / "2.jsonl").write_bytes(good * 20 + line + b"\n" + good * 3 + line)
+    assert preprocess_data.main(arguments(tmp_path / "in", tmp_path / "out")) == 0
+    assert documents_of(tmp_path / "out") == [[1]] * 9 + [[2]] * 23
+    entries = quarantined(tmp_path / "out")
+    assert [(entry["file"], entry["line"], entry["reason"]) for entry in entries] == [
+        (f"{tmp_path}/in/2.jsonl", 21, reason),
+        (f"{tmp_path}/in/2.jsonl", 25, reason),
+    ]
+    assert detail in entries[0].get("detail", "")
 
 
-def test_the_first_bad_line_is_named_whatever_the_workers(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 64)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n' * 30 + b"bad\n" * 30)
-    error = refusal(capsys, *arguments(tmp_path / "a.jsonl", tmp_path / "out", "--workers", "3"))
-    assert f"{tmp_path}/a.jsonl, line 31: not JSON" in error
+def test_numbers_that_are_not_json_everywhere_pass_in_other_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "1", "score": NaN}\n{"text": "2", "big": 1' + "0" * 400 + "}\n")
+    assert preprocess_data.main(arguments(tmp_path / "a.jsonl", tmp_path / "out")) == 0
+    assert documents_of(tmp_path / "out") == [[1], [2]]
+
+
+def test_too_many_bad_lines_are_refused_and_the_work_is_kept(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n' * 8 + b"bad\n" * 2 + b"\n" * 50)
+    command = arguments(tmp_path / "a.jsonl", tmp_path / "out", "--max-bad-fraction")
+    assert preprocess_data.main([*command, "0.19"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: 20% of the input is bad (blank line 50, invalid JSON 2; listed in ")
+    assert not list(tmp_path.glob("out*.idx")) and len(quarantined(tmp_path / "out")) == 52
+    assert preprocess_data.main([*command, "0.2", "--resume"]) == 0
+    assert "resuming after 8 documents" in capsys.readouterr().out
+    assert documents_of(tmp_path / "out") == [[1]] * 8 and len(quarantined(tmp_path / "out")) == 52
+    left = {f"out{end}" for end in ("_quarantine.jsonl", *(f"_text_document.{s}" for s in ("bin", "idx", "json")))}
+    assert {path.name for path in tmp_path.glob("out*")} == left
 
 
 def test_inputs_with_nothing_in_them_are_refused(tmp_path: Path, capsys) -> None:
@@ -164,7 +193,7 @@ def test_a_wrong_tokenizer_is_refused(tmp_path: Path, capsys) -> None:
 def test_an_old_output_stays_when_a_run_is_refused(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
     assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
-    write_lines(tmp_path / "a.jsonl", [{"text": "2"}, {}])
+    write_lines(tmp_path / "a.jsonl", [{"text": ""}])
     assert preprocess_data.main(arguments(source, tmp_path / "out")) == 1
     assert documents_of(tmp_path / "out") == [[1]]
 
@@ -255,22 +284,30 @@ def test_a_killed_run_ends_with_a_reason_and_no_output(tmp_path: Path, victim: s
         assert "error: a worker process ended unexpectedly" in stderr
     wait_until(lambda: not any(alive(pid) for pid in workers))
     left = sorted(path.name for path in tmp_path.glob("out*"))
-    assert left == ([] if victim != "tool by KILL" else ["out_text_document.bin.tmp", "out_text_document.idx.tmp"])
+    temporary = ["out_quarantine.jsonl.tmp", *(f"out_text_document.{end}.tmp" for end in ("bin", "doc", "idx"))]
+    assert left == ([] if victim != "tool by KILL" else temporary)
     write_lines(tmp_path / "b.jsonl", [{"text": "1"}])
     assert preprocess_data.main(arguments(tmp_path / "b.jsonl", tmp_path / "out")) == 0
-    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out_text_document.bin", "out_text_document.idx"]
+    left = sorted(path.name for path in tmp_path.glob("out*"))
+    assert left == [f"out_text_document.{end}" for end in ("bin", "idx", "json")]
 
 
 def test_a_very_long_line_does_not_disturb_its_neighbours(tmp_path: Path) -> None:
     tokens = [i % 99 for i in range(1_500_000)]
     source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}, {"text": " ".join(map(str, tokens))}, {"text": "2"}])
-    assert source.stat().st_size > 4 * preprocess_data.CHUNK_BYTES
+    assert source.stat().st_size > 4 * inputs.CHUNK_BYTES
     assert preprocess_data.main(arguments(source, tmp_path / "out")) == 0
     assert documents_of(tmp_path / "out") == [[1], tokens, [2]]
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path, capsys) -> None:
-    for more in (("--workers", "0"), ("--log-interval", "0"), ("--json-keys", "text", "text"), ("--nonsense",)):
+    for more in (
+        ("--workers", "0"),
+        ("--log-interval", "0"),
+        ("--json-keys", "text", "text"),
+        ("--nonsense",),
+        ("--max-bad-fraction", "2"),
+    ):
         with pytest.raises(SystemExit) as exit_:
             preprocess_data.main(arguments(tmp_path, tmp_path / "out", *more))
         assert exit_.value.code == 2 and more[0] in capsys.readouterr().err

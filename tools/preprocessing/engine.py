@@ -1,0 +1,192 @@
+"""Engines that turn texts into token ids: the reference tokenizer itself, or a faster one that gives the same ids."""
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron.core.tokenizers import Tokenizer
+
+BACKENDS = ("auto", "gigatoken", "hf", "sentencepiece")
+_GIGATOKEN_MISSING = "the package gigatoken is not installed (pip install gigatoken)"
+# What libraries disagree about first: spaces, special tokens in the text, joined, unassigned and new characters.
+PROBES = (
+    "", " ", "  two  spaces ", "\n\n\n", "\t\r\n x", " \xa0\u3000\u2028\x85", "</s><s> </s>", "a<s>b",
+    "<unk><|endoftext|>", "<0x0A>", "▁▁a ▁", ".  Guido", "12345 3.14", "e\u0301é ﬁ① İßǅ",
+    "    def f(x):\n\t\treturn 'it's' + \"we'll\"",
+    "中文，字。日本語한국어", "👩‍👩‍👧🏳️‍🌈", "\0\x07\ufeff\ufffd", "\U0010ffff\ue000\U000331ff's", "ࢗ'll", "a" * 300,
+    " " * 100 + "x", "http://a.b/c?d=e&f#g", "שלום مرحبا", "==--//**", "\u200bzero\u200dwidth",
+)  # fmt: skip
+
+
+class EngineUnavailable(Exception):
+    """This engine cannot run this tokenizer here; the message says why."""
+
+
+class Engine(Protocol):
+    """Something that gives the ids of texts."""
+
+    name: str
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        """Ids of each text, as a list or an integer array. Raises ValueError for a text that has none."""
+
+
+class ReferenceEngine:
+    """The tokenizer as training and export use it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.name = reference_name(tokenizer)
+        self.encode_batch = tokenizer.tokenize_batch
+
+
+class GigatokenEngine:
+    """gigatoken's encoder of a tokenizer.json; one text at a time, which is its fastest path in one thread."""
+
+    name = "gigatoken"
+
+    def __init__(self, source: str, reference: Tokenizer) -> None:
+        self._source, self._reference = source, reference
+        # Only what cuts texts by Unicode classes depends on the Unicode version that a library was built with.
+        self._is_byte_level = json.loads(source)["model"].get("byte_fallback") is not True
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the words it has seen, whose memory grows with the text."""
+        try:
+            from gigatoken.gigatoken_rs import load_hf_json
+
+            self._encode = load_hf_json(self._source).encode
+        except ImportError:
+            raise EngineUnavailable(_GIGATOKEN_MISSING) from None
+        except Exception as error:  # whatever it does not support
+            raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({error})") from None
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        """See `Engine`."""
+        if self._is_byte_level:
+            return [
+                self._encode(text) if text.isascii() or self._is_settled(text) else self._reference.tokenize(text)
+                for text in texts
+            ]
+        return [self._encode(text) for text in texts]
+
+    def _is_settled(self, text: str) -> bool:
+        """Whether all characters have been in Unicode for long: libraries class newer ones differently."""
+        return not self._unassigned[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any()
+
+    @cached_property
+    def _unassigned(self) -> Any:
+        return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
+
+
+class TokenizersEngine:
+    """The `tokenizers` library with GPT-2's vocab.json and merges.txt."""
+
+    name = "hf"
+
+    def __init__(self, source: str) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_str(source)
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        """See `Engine`."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def reference_name(tokenizer: Tokenizer) -> str:
+    """The backend that the tokenizer itself is, or "reference" for one of our own."""
+    names = {"TokenizerFromJson": "hf", "TransformersTokenizer": "hf", "SentencePieceTokenizer": "sentencepiece"}
+    return names.get(type(tokenizer).__name__, "reference")
+
+
+def make_engine(name: str, reference: Tokenizer, source: str | None) -> Engine:
+    """The engine `name` for what `reference` computes, from what `engine_source` gave. Raises EngineUnavailable."""
+    if name == reference_name(reference):
+        return ReferenceEngine(reference)
+    assert source is not None
+    if name == "gigatoken":
+        return GigatokenEngine(source, reference)
+    if name == "hf":
+        return TokenizersEngine(source)
+    from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    return ReferenceEngine(SentencePieceTokenizer(source))
+
+
+def engine_source(name: str, reference: Tokenizer) -> str | None:
+    """What engine `name` is built from, to be made once for all workers. Raises EngineUnavailable."""
+    if name == reference_name(reference):
+        return None
+    paths = [Path(path) for path in getattr(reference, "paths", ())]
+    kind = type(reference).__name__
+    if name == "sentencepiece":
+        model = paths[0].parent / "tokenizer.model" if paths else None
+        if model is None or not model.is_file():
+            raise EngineUnavailable("there is no tokenizer.model for sentencepiece")
+        return str(model)
+    if kind == "GPT2BPETokenizer":
+        return _gpt2_json(*paths)
+    if name == "hf" and kind == "SentencePieceTokenizer":
+        raise EngineUnavailable(
+            "there is no tokenizer.json, and what `tokenizers` makes of a tokenizer.model gives other ids"
+        )
+    if name == "gigatoken" and kind == "TokenizerFromJson":
+        return paths[0].read_text(encoding="utf-8")
+    if name == "gigatoken" and kind == "SentencePieceTokenizer":
+        return _sentencepiece_json(paths[0])
+    raise EngineUnavailable(f"{name} cannot run a tokenizer of type {kind}")
+
+
+def _sentencepiece_json(model: Path) -> str:
+    """A sentencepiece model as a tokenizer.json in which, as in sentencepiece, `</s>` in a text is ordinary text."""
+    try:
+        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+        content = json.loads(sentencepiece_to_tokenizer_json(model.read_bytes()))
+    except ImportError:
+        raise EngineUnavailable(_GIGATOKEN_MISSING) from None
+    except ValueError as error:
+        raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({error})") from None
+    controls = {token["content"] for token in content["added_tokens"] if token["special"]}
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge) not in controls]
+    return json.dumps(content)
+
+
+def _gpt2_json(vocab_file: Path, merge_file: Path) -> str:
+    merges = merge_file.read_text(encoding="utf-8").split("\n")
+    if merges[0].startswith("#version"):
+        del merges[0]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": json.loads(vocab_file.read_text(encoding="utf-8")),
+        "merges": [line.rstrip("\r").split(" ") for line in merges if line.strip()],
+    }  # fmt: skip
+    content: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": {"type": "ByteLevel"}, "model": model,
+    }  # fmt: skip
+    return json.dumps(content)
+
+
+def first_difference(engine: Engine, reference: Tokenizer, texts: Sequence[str]) -> str | None:
+    """What is different in the first of `texts` that the engine encodes otherwise than the reference, or None."""
+    for text in texts:
+        try:
+            expected = reference.tokenize(text)
+        except ValueError:
+            continue
+        found = [int(token) for token in engine.encode_batch([text])[0]]
+        if found != expected:
+            at = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+            near = reference.detokenize(expected[max(at - 4, 0) : at + 4])
+            return f"{engine.name} gives {found[at : at + 4]} near {near!r}, the reference {expected[at : at + 4]}"
+    return None

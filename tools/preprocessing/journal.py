@@ -1,0 +1,52 @@
+"""The record of how far a run has come, from which --resume goes on after a kill."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.atomic_files import atomic_writer
+from megatron.core.datasets.indexed_dataset import WriterState
+from tools.preprocessing.statistics import Statistics
+
+VERSION = 1
+
+
+@dataclass
+class Journal:
+    """Where a run is: the first `blocks` blocks of file number `file`, and all files before it, are on disk."""
+
+    fingerprint: str
+    writers: list[WriterState]
+    statistics: Statistics
+    file: int = 0
+    blocks: int = 0
+    file_lines: int = 0
+    """Lines of the blocks of file number `file`."""
+    quarantine_bytes: int = 0
+
+    def write(self, path: Path) -> None:
+        """Write it, whole or not at all; what it tells of must be on disk already."""
+        with atomic_writer(path) as out:
+            out.write(json.dumps({"version": VERSION, **asdict(self)}).encode())
+
+
+def journal_path(prefix: str) -> Path:
+    """The journal of the run that writes to `prefix`."""
+    return Path(f"{prefix}_resume.json")
+
+
+def read_journal(prefix: str) -> Journal | None:
+    """The journal of an interrupted run, or None. Raises ValueError if it is not one."""
+    path = journal_path(prefix)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("version") != VERSION:
+            raise ValueError("its version is another")
+        content["writers"] = [WriterState(*state) for state in content["writers"]]
+        content["statistics"] = Statistics(**content["statistics"])
+        return Journal(**content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): start without --resume") from None

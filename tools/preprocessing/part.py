@@ -1,0 +1,226 @@
+"""One process's run over its part of the corpus: data sets, quarantine and journal under one prefix."""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from megatron.core.datasets.description import read_description
+from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, WriterState
+from megatron.core.tokenizers import Tokenizer
+from tools.preprocessing.inputs import Input
+from tools.preprocessing.journal import Journal, journal_path, read_journal
+from tools.preprocessing.pool import WorkerDied, encoded_blocks
+from tools.preprocessing.progress import Progress
+from tools.preprocessing.reader import Block, blocks_of
+from tools.preprocessing.settings import Settings, token_type
+from tools.preprocessing.statistics import Statistics
+from tools.preprocessing.worker import Plan, Result
+
+SECONDS_BETWEEN_JOURNALS = 10.0
+
+
+class EngineDiffers(Exception):
+    """The engine and the reference disagree about a document on the way; the message says where and how."""
+
+
+class TooManyBad(ValueError):
+    """More lines are bad than --max-bad-fraction allows."""
+
+
+class Part(NamedTuple):
+    """What one process works on."""
+
+    settings: Settings
+    prefix: str
+    inputs: list[Input]
+    tokenizer: Tokenizer
+    plan: Plan
+    label: str
+    alive: Callable[[], None]
+    """Called often; raises if another rank has failed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Settings.fingerprint`."""
+        return self.settings.fingerprint(self.inputs, self.tokenizer)
+
+    def data_set(self, key: str) -> str:
+        """Prefix of a key's data set."""
+        return f"{self.prefix}_{key}_document"
+
+
+class Report(NamedTuple):
+    """What a finished part tells."""
+
+    statistics: Statistics
+    last_file: str
+    last_file_lines: int
+
+
+def quarantine_path(prefix: str) -> Path:
+    """Where bad lines are listed."""
+    return Path(f"{prefix}_quarantine.jsonl")
+
+
+class PartRun:
+    """Writes a part; on a kill, or an error that a second try can mend, what is done stays for --resume."""
+
+    def __init__(self, part: Part, check: Callable[[Statistics, list[int]], None]) -> None:
+        self._part, self._check = part, check
+        self._journal_path = journal_path(part.prefix)
+        self._quarantine_temporary = Path(f"{quarantine_path(part.prefix)}.tmp")
+        self._journal = self._start()
+        self._writers: list[IndexedDatasetWriter] = []
+        self._quarantine: BinaryIO
+
+    def _start(self) -> Journal:
+        part = self._part
+        found = read_journal(part.prefix) if part.settings.resume else None
+        if found is None:
+            if part.settings.resume:
+                print(f"{part.label}there is no interrupted run to resume: starting from the beginning")
+            keys = len(part.settings.json_keys)
+            return Journal(part.fingerprint, [WriterState()] * keys, Statistics([0] * keys))
+        if found.fingerprint != part.fingerprint:
+            raise ValueError(
+                f"--resume: the interrupted run of {part.prefix} had other inputs, keys or another tokenizer, or files "
+                "have changed since; give the same, or start anew without --resume"
+            )
+        documents = found.writers[0].documents
+        print(f"{part.label}resuming after {documents} documents, {found.statistics.read_bytes / 1e6:.1f} MB")
+        return found
+
+    def run(self) -> Report:
+        """Do the work. Raises EngineDiffers, TooManyBad, WorkerDied, ValueError or OSError."""
+        part = self._part
+        journaled = self._journal.statistics.lines > 0
+        if not journaled:
+            self._journal_path.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            self._open(stack)
+            try:
+                self._write_blocks()
+                if len(self._writers) == len(part.settings.json_keys):
+                    self._save()
+                    self._check(self._journal.statistics, [state.documents for state in self._journal.writers])
+                self._finish()
+            except BaseException as error:
+                if isinstance(error, TooManyBad | WorkerDied | OSError | KeyboardInterrupt | SystemExit):
+                    self._suspend()
+                else:
+                    self._discard()
+                raise
+        last_file = part.inputs[self._journal.file].path if part.inputs else ""
+        return Report(self._journal.statistics, last_file, self._journal.file_lines)
+
+    def _open(self, stack: ExitStack) -> None:
+        part, journal = self._part, self._journal
+        dtype = token_type(part.tokenizer)
+        for key, state in zip(part.settings.json_keys, journal.writers):
+            if not self._is_finished(part.data_set(key), state):
+                writer = IndexedDatasetWriter(part.data_set(key), dtype, state)
+                self._writers.append(stack.enter_context(writer))
+        self._quarantine = stack.enter_context(open(self._quarantine_temporary, "ab"))  # noqa: SIM115
+        self._quarantine.truncate(journal.quarantine_bytes)
+
+    @staticmethod
+    def _is_finished(prefix: str, state: WriterState) -> bool:
+        """Whether a run that was killed while it gave files their names had done so for this data set."""
+        if state == WriterState() or Path(f"{prefix}.bin.tmp").exists() or not Path(f"{prefix}.idx").exists():
+            return False
+        description = read_description(prefix)
+        return description is not None and (description.documents, description.tokens) == (state[1], state[2])
+
+    def _blocks(self) -> Iterator[Block]:
+        keys = self._part.settings.json_keys
+        for number, file in enumerate(self._part.inputs[self._journal.file :]):
+            yield from blocks_of(file, keys, 0 if number else self._journal.blocks)
+
+    def _write_blocks(self) -> None:
+        part, journal = self._part, self._journal
+        total = sum(file.size for file in part.inputs)
+        progress = Progress(total, journal.statistics.read_bytes, part.settings.log_interval, part.label)
+        last = time.monotonic()
+        for block, result in encoded_blocks(part.plan, part.tokenizer, self._blocks()):
+            if result.difference:
+                raise EngineDiffers(f"{block.path}, bytes {block.start} to {block.end}: {result.difference}")
+            self._take(block, result)
+            statistics = journal.statistics
+            progress.update(statistics.read_bytes, self._writers[0].document_count, statistics.bad_lines)
+            part.alive()
+            if time.monotonic() - last >= SECONDS_BETWEEN_JOURNALS:
+                self._save()
+                last = time.monotonic()
+        progress.finish()
+
+    def _take(self, block: Block, result: Result) -> None:
+        journal, inputs = self._journal, self._part.inputs
+        while inputs[journal.file].path != block.path:
+            journal.file += 1
+            journal.blocks = journal.file_lines = 0
+        dtype = self._writers[0].dtype
+        statistics = journal.statistics
+        for i, (writer, encoded) in enumerate(zip(self._writers, result.parts)):
+            writer.add_documents(np.frombuffer(encoded.tokens, dtype), encoded.lengths)
+            statistics.empty[i] += encoded.empty
+        for bad in result.bad:
+            entry: dict[str, Any] = {
+                "file": block.path,
+                "line": journal.file_lines + bad.line + 1,
+                "reason": bad.reason,
+            }
+            if bad.detail:
+                entry["detail"] = bad.detail
+            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            statistics.count(bad.reason)
+        journal.blocks += 1
+        journal.file_lines += result.lines
+        statistics.lines += result.lines
+        statistics.text_bytes += result.text_bytes
+        statistics.read_bytes += block.end - block.start
+        statistics.lost_bytes += block.lost
+
+    def _save(self) -> None:
+        self._journal.writers = [writer.checkpoint() for writer in self._writers]
+        self._quarantine.flush()
+        os.fsync(self._quarantine.fileno())
+        self._journal.quarantine_bytes = self._quarantine.tell()
+        self._journal.write(self._journal_path)
+
+    def _finish(self) -> None:
+        part = self._part
+        for writer in self._writers:
+            key = next(key for key in part.settings.json_keys if part.data_set(key) == writer.prefix)
+            writer.finalize(part.settings.origin(key, part.tokenizer))
+        if self._journal.statistics.bad:
+            os.replace(self._quarantine_temporary, quarantine_path(part.prefix))
+        else:
+            self._quarantine_temporary.unlink()
+            quarantine_path(part.prefix).unlink(missing_ok=True)
+        self._journal_path.unlink()
+
+    def _suspend(self) -> None:
+        """Leave what a later run with --resume continues from, if there is a journal; else nothing."""
+        if not self._journal_path.exists():
+            self._discard()
+            return
+        for writer in self._writers:
+            with contextlib.suppress(OSError):
+                writer.suspend()
+        if self._journal.statistics.bad:
+            self._quarantine.flush()
+            shutil.copyfile(self._quarantine_temporary, quarantine_path(self._part.prefix))
+
+    def _discard(self) -> None:
+        self._journal_path.unlink(missing_ok=True)
+        for writer in self._writers:
+            writer.abort()
+        self._quarantine_temporary.unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""Several processes, on one machine or many, that share a folder: each takes a part, rank 0 puts the parts together.
+
+They need no network: every rank keeps a small status file beside its part, which rank 0 watches. A part that is
+complete is known by the fingerprint of what it was made from, so that a part of an earlier run is not made twice.
+"""
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from megatron.core.atomic_files import atomic_writer, error_sentence
+from tools.preprocessing.part import Report
+from tools.preprocessing.statistics import Statistics
+
+_SECONDS_BETWEEN_BEATS = 1.0
+
+
+class Place(NamedTuple):
+    """This process among those of the job."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def label(self) -> str:
+        """Beginning of its lines."""
+        return f"[rank {self.rank} of {self.ranks}] " if self.ranks > 1 else ""
+
+
+def place_from(environment: Mapping[str, str]) -> Place:
+    """Rank and number of ranks as torchrun or srun set them, else one alone. Raises ValueError for nonsense."""
+    for rank_name, size_names in (
+        ("RANK", ("WORLD_SIZE",)),
+        ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+    ):
+        size_name = next((name for name in size_names if name in environment), None)
+        if rank_name not in environment or size_name is None:
+            continue
+        # A batch script is itself rank 0 of nobody: only srun starts the other tasks.
+        if rank_name == "SLURM_PROCID" and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+            continue
+        try:
+            place = Place(int(environment[rank_name]), int(environment[size_name]))
+        except ValueError:
+            place = Place(-1, 0)
+        if not 0 <= place.rank < place.ranks:
+            raise ValueError(
+                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are no rank of a job"
+            )
+        return place
+    return Place()
+
+
+def part_prefix(prefix: str, place: Place) -> str:
+    """Where a rank writes its part."""
+    return f"{prefix}_rank{place.rank:05}of{place.ranks:05}" if place.ranks > 1 else prefix
+
+
+def status_path(prefix: str, place: Place) -> Path:
+    """The status file of a rank."""
+    return Path(f"{part_prefix(prefix, place)}_status.json")
+
+
+def read_status(prefix: str, place: Place) -> dict[str, Any] | None:
+    """What a rank last said of itself, or None."""
+    try:
+        return json.loads(status_path(prefix, place).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def finished_report(prefix: str, place: Place, fingerprint: str) -> Report | None:
+    """The report of a rank whose part, made from what `fingerprint` says, is complete."""
+    status = read_status(prefix, place)
+    if status is None or status.get("state") != "done" or status.get("fingerprint") != fingerprint:
+        return None
+    statistics, *rest = status["report"]
+    return Report(Statistics(**statistics), *rest)
+
+
+class Ranks:
+    """This rank's status file, renewed by a thread, and a watch on those of the others."""
+
+    def __init__(self, prefix: str, place: Place, timeout: float) -> None:
+        self._prefix, self._place, self._timeout = prefix, place, timeout
+        self._others = [Place(rank, place.ranks) for rank in range(place.ranks) if rank != place.rank]
+        # What is there before this run began is no news; the file is renewed, so only a new one tells of a failure.
+        self._old_failures = {place: self._failure(place) for place in self._others}
+        self._status: dict[str, Any] = {"state": "working", "run": uuid.uuid4().hex, "beat": 0}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._looked = 0.0
+
+    def __enter__(self) -> "Ranks":
+        if self._place.ranks > 1:
+            status_path(self._prefix, self._place).parent.mkdir(parents=True, exist_ok=True)
+            self._publish()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._place.ranks == 1:
+            return
+        self._stop.set()
+        self._thread.join()
+        if error is not None:
+            sentence = error_sentence(error) if isinstance(error, OSError | ValueError) else str(error)
+            self._status |= {"state": "failed", "error": sentence or type(error).__name__}
+            self._publish()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_SECONDS_BETWEEN_BEATS):
+            with self._lock:
+                self._status["beat"] += 1
+                self._publish()
+
+    def _publish(self) -> None:
+        path = status_path(self._prefix, self._place)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._status))
+        os.replace(temporary, path)
+
+    def _failure(self, place: Place) -> str | None:
+        status = read_status(self._prefix, place)
+        return json.dumps(status) if status and status.get("state") == "failed" else None
+
+    def check(self) -> None:
+        """Raises ValueError if another rank has failed; looks once a second."""
+        now = time.monotonic()
+        if now - self._looked < _SECONDS_BETWEEN_BEATS:
+            return
+        self._looked = now
+        for place in self._others:
+            failure = self._failure(place)
+            if failure and failure != self._old_failures[place]:
+                raise ValueError(f"rank {place.rank} failed: {json.loads(failure)['error']}")
+
+    def done(self, fingerprint: str, report: Report) -> None:
+        """Say that this rank's part is complete."""
+        self._stop.set()
+        self._thread.join()
+        record = [asdict(report.statistics), *report[1:]]
+        self._status |= {"state": "done", "fingerprint": fingerprint, "report": record}
+        with atomic_writer(status_path(self._prefix, self._place)) as file:
+            file.write(json.dumps(self._status).encode())
+
+    def wait(self, fingerprints: list[str]) -> list[Report]:
+        """The reports of all ranks, when all parts are there. Raises ValueError if a rank failed or is silent."""
+        reports: dict[int, Report] = {}
+        seen: dict[int, tuple[Any, float]] = {}
+        while True:
+            self.check()
+            for rank, fingerprint in enumerate(fingerprints):
+                if rank in reports:
+                    continue
+                place = Place(rank, self._place.ranks)
+                if report := finished_report(self._prefix, place, fingerprint):
+                    reports[rank] = report
+                    continue
+                status, now = read_status(self._prefix, place), time.monotonic()
+                if rank not in seen or seen[rank][0] != status:
+                    seen[rank] = status, now
+                elif now - seen[rank][1] > self._timeout:
+                    raise ValueError(self._silence(rank, status))
+            if len(reports) == len(fingerprints):
+                return [reports[rank] for rank in range(len(fingerprints))]
+            time.sleep(0.1)
+
+    def _silence(self, rank: int, status: dict[str, Any] | None) -> str:
+        if status is None:
+            return f"rank {rank} has not begun in {self._timeout:g} seconds: do all ranks see {self._prefix}*?"
+        if status["state"] == "done":
+            return f"rank {rank} read other files than rank 0 would: do all ranks see the same --input?"
+        return f"rank {rank} has shown no sign of life for {self._timeout:g} seconds; run again with --resume"

@@ -1,0 +1,201 @@
+"""A whole run: choose the engine, write this rank's part, put parts together, tell what came of it."""
+
+import time
+from collections.abc import Iterator
+
+from numpy.typing import NDArray
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from tools.preprocessing import inputs
+from tools.preprocessing.documents import BLANK
+from tools.preprocessing.engine import (
+    PROBES,
+    EngineUnavailable,
+    engine_source,
+    first_difference,
+    make_engine,
+    reference_name,
+)
+from tools.preprocessing.inputs import Input, find_inputs, share
+from tools.preprocessing.merge import merge_parts, remove_part
+from tools.preprocessing.part import EngineDiffers, Part, PartRun, Report, TooManyBad, quarantine_path
+from tools.preprocessing.ranks import Place, Ranks, finished_report, part_prefix
+from tools.preprocessing.reader import blocks_of, check_columns
+from tools.preprocessing.settings import Settings
+from tools.preprocessing.statistics import Statistics, document_summary
+from tools.preprocessing.worker import Plan, read_documents
+
+_SAMPLED_BLOCKS = 8
+_SAMPLED_DOCUMENTS = 8
+_SAMPLED_CHARACTERS = 4000
+_PREVIEWED_TOKENS = 400
+_MEMORY_OF_ALL = 600 << 20
+_MEMORY_OF_WORKER = 200 << 20
+
+
+def sample(parts: list[Input], keys: list[str]) -> Iterator[str]:
+    """Beginnings of documents from places spread over the input."""
+    total = sum(part.size for part in parts)
+    taken = set()
+    for number in range(_SAMPLED_BLOCKS):
+        place = total * number // _SAMPLED_BLOCKS
+        for part in parts:
+            if place < part.size:
+                break
+            place -= part.size
+        else:
+            continue
+        skip = place // inputs.CHUNK_BYTES if part.is_plain else 0
+        if (part.path, skip) in taken:
+            continue
+        taken.add((part.path, skip))
+        for block in blocks_of(part, keys, skip):
+            if not block.broken:
+                for _, texts in read_documents(block, keys)[0][:_SAMPLED_DOCUMENTS]:
+                    yield from (text[:_SAMPLED_CHARACTERS] for text in texts)
+            break
+
+
+def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], label: str) -> Plan:
+    """The engine that the flags ask for, compared with the reference on a sample of the input.
+
+    `auto` takes the first that can run here and gives the same ids, and says why if that is not the fastest. Raises
+    ValueError if an engine that was asked for by name cannot run or gives other ids.
+    """
+    reference = reference_name(tokenizer)
+    memory = _MEMORY_OF_WORKER + _MEMORY_OF_ALL // settings.workers
+    wanted = settings.tokenizer_backend
+    candidates = [wanted] if wanted != "auto" else ["gigatoken", *(["hf"] if reference == "reference" else [])]
+    for name in candidates:
+        if name == reference:
+            break
+        try:
+            source = engine_source(name, tokenizer)
+            engine = make_engine(name, tokenizer, source)
+        except EngineUnavailable as error:
+            reason = str(error)
+        else:
+            texts = [*PROBES, *sample(parts, settings.json_keys)]
+            difference = first_difference(engine, tokenizer, texts)
+            if difference is None:
+                return Plan(settings, name, source, memory)
+            reason = f"it gives other ids than the reference on a sample: {difference}"
+        if wanted != "auto":
+            raise ValueError(f"--tokenizer-backend {name}: {reason}")
+        if settings.tokenizer.tokenizer_type != "NullTokenizer":
+            print(f"{label}not using {name}: {reason}")
+    return Plan(settings, reference, None, memory)
+
+
+def check_outcome(settings: Settings, statistics: Statistics, documents: list[int]) -> None:
+    """Raises TooManyBad or ValueError if what was written must not be taken for a data set."""
+    if statistics.bad_fraction > settings.max_bad_fraction:
+        raise TooManyBad(
+            f"{100 * statistics.bad_fraction:.3g}% of the input is bad ({statistics.bad_summary()}; listed in "
+            f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
+            "allows: mend the input, or give a larger fraction together with --resume to keep what is done"
+        )
+    for key, count in zip(settings.json_keys, documents):
+        if count == 0:
+            raise ValueError(f"--input {' '.join(settings.input)} has no document with text under the key {key!r}")
+
+
+def _write_part(part: Part, place: Place) -> tuple[Report, str]:
+    """Write this rank's part; returns its report and the name of the engine that ended it."""
+
+    def check(statistics: Statistics, documents: list[int]) -> None:
+        if place.ranks == 1:
+            check_outcome(part.settings, statistics, documents)
+
+    try:
+        return PartRun(part, check).run(), part.plan.engine
+    except EngineDiffers as error:
+        if part.settings.tokenizer_backend != "auto" or place.ranks > 1:
+            advice = "use --tokenizer-backend hf or sentencepiece"
+            raise ValueError(f"{error}; nothing that {part.plan.engine} wrote is kept: {advice}") from None
+        print(f"warning: {error}; starting again from the beginning with the reference tokenizer")
+    plan = part.plan._replace(engine=reference_name(part.tokenizer), source=None)
+    return PartRun(part._replace(plan=plan), check).run(), plan.engine
+
+
+def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
+    """Write the data set of each key. Raises WorkerDied, ValueError or OSError with a sentence for the user."""
+    started = time.monotonic()
+    everything = find_inputs(settings.input)
+    tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
+    for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
+        if getattr(settings, f"append_{flag}") and token is None:
+            raise ValueError(f"--append-{flag}: this tokenizer has no such token")
+    with Ranks(settings.output_prefix, place, rank_timeout) as ranks:
+        mine = share(everything, *place)
+        check_columns(mine, settings.json_keys)
+        plan = choose_engine(settings, tokenizer, mine, place.label)
+        prefix = part_prefix(settings.output_prefix, place)
+        part = Part(settings, prefix, mine, tokenizer, plan, place.label, ranks.check)
+        engine = plan.engine
+        if place.ranks == 1:
+            report, engine = _write_part(part, place)
+            statistics = report.statistics
+        else:
+            finished = finished_report(settings.output_prefix, place, part.fingerprint)
+            report = finished or _write_part(part, place)[0]
+            ranks.done(part.fingerprint, report)
+            if place.rank:
+                print(f"{place.label}done: {report.statistics.lines} lines")
+                return
+            statistics = _merge(settings, place, ranks, everything, tokenizer)
+    _tell(
+        settings, statistics, tokenizer, f"{len(everything)} file{'s' * (len(everything) > 1)}", engine, place, started
+    )
+
+
+def _merge(settings: Settings, place: Place, ranks: Ranks, everything: list[Input], tokenizer: Tokenizer) -> Statistics:
+    places = [Place(rank, place.ranks) for rank in range(place.ranks)]
+    reports = ranks.wait([settings.fingerprint(share(everything, *each), tokenizer) for each in places])
+    prefixes = [part_prefix(settings.output_prefix, each) for each in places]
+    statistics = Statistics([0] * len(settings.json_keys))
+    for report in reports:
+        statistics.add(report.statistics)
+    merge_parts(settings, prefixes, reports, tokenizer, lambda counts: check_outcome(settings, statistics, counts))
+    for each in places:
+        remove_part(settings, each)
+    return statistics
+
+
+def _tell(
+    settings: Settings,
+    statistics: Statistics,
+    tokenizer: Tokenizer,
+    files: str,
+    engine: str,
+    place: Place,
+    started: float,
+) -> None:
+    seconds = max(time.monotonic() - started, 1e-9)
+    for key, empty in zip(settings.json_keys, statistics.empty):
+        print(document_summary(f"{settings.output_prefix}_{key}_document", empty))
+    across = f" on {place.ranks} ranks" if place.ranks > 1 else ""
+    print(
+        f"read {files}, {statistics.read_bytes / 1e6:.1f} MB with {statistics.text_bytes / 1e6:.1f} MB of text, in "
+        f"{seconds:.1f} s: {statistics.read_bytes / 1e6 / seconds:.1f} MB/s (engine {engine}, "
+        f"{settings.workers} workers{across})"
+    )
+    if statistics.bad:
+        share_of_lines = 100 * statistics.bad_lines / max(statistics.lines, 1)
+        print(
+            f"left out {statistics.bad_lines} bad of {statistics.lines} lines ({share_of_lines:.3g}%) and "
+            f"{statistics.bad.get(BLANK, 0)} blank ones: {statistics.bad_summary()}; listed in "
+            f"{quarantine_path(settings.output_prefix)}"
+        )
+    for key in settings.json_keys if settings.preview else []:
+        indexed = IndexedDataset(f"{settings.output_prefix}_{key}_document")
+        for number in range(min(settings.preview, indexed.document_count)):
+            ids = indexed.get_document(number)
+            print(f"--- {key}, document {number}: {len(ids)} tokens, {_ends(ids, tokenizer)}")
+            print(tokenizer.detokenize(ids[:_PREVIEWED_TOKENS].tolist()) + ("..." * (len(ids) > _PREVIEWED_TOKENS)))
+
+
+def _ends(ids: NDArray, tokenizer: Tokenizer) -> str:
+    begin = f"begins with token {ids[0]}" + (" (bos)" if ids[0] == tokenizer.bos else "")
+    return f"{begin}, ends with token {ids[-1]}" + (" (eod)" if ids[-1] == tokenizer.eod else "")

@@ -1,0 +1,179 @@
+"""Encoding of blocks."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from tools.preprocessing.documents import BYTE_ORDER_MARK, BadDocument, check_texts, texts_of_line
+from tools.preprocessing.engine import Engine, first_difference, make_engine, reference_name
+from tools.preprocessing.reader import TOO_LONG, Block, lines_of
+from tools.preprocessing.settings import Settings, token_type
+
+BROKEN_FILE = "broken file"
+_CHECKED_CHARACTERS = 2000
+_BATCH = 64
+
+
+class Encoded(NamedTuple):
+    """One key's documents of a block: token bytes back to back, tokens of each document, how many had no token."""
+
+    tokens: bytes
+    lengths: list[int]
+    empty: int
+
+
+class Bad(NamedTuple):
+    """A line of a block (counted from 0) that cannot be used, and why."""
+
+    line: int
+    reason: str
+    detail: str
+
+
+class Result(NamedTuple):
+    """What became of a block."""
+
+    parts: list[Encoded]
+    lines: int
+    text_bytes: int
+    bad: list[Bad]
+    difference: str | None
+    """What the engine got wrong in the document that was checked against the reference, if anything."""
+
+
+class Plan(NamedTuple):
+    """What a worker needs to make its encoder."""
+
+    settings: Settings
+    engine: str
+    source: str | None
+    memory_limit: int
+
+
+def read_documents(block: Block, keys: list[str]) -> tuple[list[tuple[int, list[str]]], int, list[Bad]]:
+    """The texts of each usable line with its number in the block, how many lines there are, and the unusable ones."""
+    rows: list[tuple[int, list[str]]] = []
+    bad: list[Bad] = []
+    if block.columns is not None:
+        for number, values in enumerate(zip(*block.columns)):
+            try:
+                rows.append((number, check_texts(list(values), keys)))
+            except BadDocument as error:
+                bad.append(Bad(number, error.reason, error.detail))
+        return rows, len(block.columns[0]), bad
+    lines, count = lines_of(block)
+    if lines and block.start == 0 and lines[0] is not None:
+        lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
+    for number, line in enumerate(lines):
+        if line is None:
+            bad.append(Bad(number, TOO_LONG, ""))
+            continue
+        try:
+            rows.append((number, texts_of_line(line, keys)))
+        except BadDocument as error:
+            bad.append(Bad(number, error.reason, error.detail))
+    return rows, count, bad
+
+
+class Encoder:
+    """Turns blocks into token ids, in this process."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer | None = None) -> None:
+        settings = plan.settings
+        self._reference = tokenizer or build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
+        self._engine: Engine = make_engine(plan.engine, self._reference, plan.source)
+        self._is_reference = plan.engine == reference_name(self._reference)
+        self._dtype = token_type(self._reference)
+        self._keys = settings.json_keys
+        self._bos = self._reference.bos if settings.append_bos else None
+        self._eod = self._reference.eod if settings.append_eod else None
+        self._memory_limit = plan.memory_limit
+
+    def encode(self, block: Block) -> Result:
+        """The documents of a block for each key, and the lines that are none."""
+        if block.broken:
+            reason = TOO_LONG if block.broken == TOO_LONG else BROKEN_FILE
+            return Result([Encoded(b"", [], 0) for _ in self._keys], 1, 0, [Bad(0, reason, block.broken)], None)
+        rows, lines, bad = read_documents(block, self._keys)
+        columns = [[texts[i] for _, texts in rows] for i in range(len(self._keys))]
+        ids, refused = self._encode_columns(columns, [line for line, _ in rows])
+        bad = sorted(bad + refused)
+        difference = None if self._is_reference else self._check(columns[0], block)
+        parts = [self._assemble(each) for each in ids]
+        self._bound_memory()
+        size = sum(len(text) if text.isascii() else len(text.encode()) for texts in columns for text in texts)
+        return Result(parts, lines, size, bad, difference)
+
+    def _encode_columns(self, columns: list[list[str]], lines: list[int]) -> tuple[list[list[Any]], list[Bad]]:
+        try:
+            return [self._batches(texts) for texts in columns], []
+        except ValueError:
+            pass
+        # One of the texts has no ids (only NullTokenizer refuses any): find out which.
+        ids: list[list[Any]] = [[] for _ in columns]
+        bad = []
+        for line, *texts in zip(lines, *columns):
+            try:
+                row = [self._engine.encode_batch([text])[0] for text in texts]
+            except ValueError as error:
+                bad.append(Bad(line, "not tokens", str(error)))
+                continue
+            for column, found in zip(ids, row):
+                column.append(found)
+        return ids, bad
+
+    def _batches(self, texts: list[str]) -> list[Any]:
+        found: list[Any] = []
+        for start in range(0, len(texts), _BATCH):
+            # Arrays at once: the lists that some engines give take 16 times the memory.
+            found += [np.asarray(ids, np.uint32) for ids in self._engine.encode_batch(texts[start : start + _BATCH])]
+        return found
+
+    def _assemble(self, documents: list[Any]) -> Encoded:
+        pieces: list[Any] = []
+        lengths: list[int] = []
+        empty = 0
+        for ids in documents:
+            if len(ids) == 0:
+                empty += 1
+                continue
+            length = len(ids)
+            if self._bos is not None and ids[0] != self._bos:
+                pieces.append([self._bos])
+                length += 1
+            pieces.append(ids)
+            if self._eod is not None and ids[-1] != self._eod:
+                pieces.append([self._eod])
+                length += 1
+            lengths.append(length)
+        if not pieces:
+            return Encoded(b"", [], empty)
+        tokens = np.concatenate(pieces, dtype=np.uint32, casting="unsafe")
+        if tokens.max() >= self._reference.vocab_size:
+            raise ValueError(f"token id {tokens.max()} is outside the vocabulary of {self._reference.vocab_size}")
+        return Encoded(tokens.astype(self._dtype).tobytes(), lengths, empty)
+
+    def _check(self, texts: list[str], block: Block) -> str | None:
+        """Compare a piece of one document of the block with the reference."""
+        if not texts:
+            return None
+        # Any fixed rule that spreads: the same documents are checked in every run.
+        text = texts[block.end * 7919 % len(texts)]
+        start = block.end * 104729 % max(len(text) - _CHECKED_CHARACTERS, 1)
+        return first_difference(self._engine, self._reference, [text[start : start + _CHECKED_CHARACTERS]])
+
+    def _bound_memory(self) -> None:
+        restart = getattr(self._engine, "restart", None)
+        if restart and resident_bytes() > self._memory_limit:
+            restart()
+
+
+def resident_bytes() -> int:
+    """Memory of this process, or 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
