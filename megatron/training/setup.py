@@ -137,6 +137,15 @@ def build_schedule(arguments: Arguments, batches: BatchSchedule) -> LearningRate
     )
 
 
+def build_pipeline(arguments: Arguments, batches: BatchSchedule) -> Pipeline:
+    """The shape of the pipeline. Raises ValueError if it cannot take the microbatches of some step."""
+    ranks = arguments.parallel.stages(arguments.model.num_layers)
+    pipeline = Pipeline(len(ranks), len(ranks[0]))
+    for batch_size in batches.sizes:
+        pipeline.check_microbatches(batch_size // batches.unit)
+    return pipeline
+
+
 def build_trainer(
     arguments: Arguments,
     groups: ProcessGroups,
@@ -151,10 +160,8 @@ def build_trainer(
     """
     training = arguments.training
     batches = training.batches(groups.dp.size)
+    pipeline = build_pipeline(arguments, batches)
     stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
-    pipeline = Pipeline(groups.pp.size, len(stages))
-    for batch_size in batches.sizes:
-        pipeline.check_microbatches(batch_size // batches.unit)
     model = ModelChunks(model_provider(arguments, groups, device, stage) for stage in stages)
     if initialize:
         for chunk in model:

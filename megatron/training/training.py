@@ -44,6 +44,7 @@ from megatron.training.setup import (
     Trainer,
     batches,
     build_datasets,
+    build_pipeline,
     build_schedule,
     build_trainer,
     settle_resumed_schedule,
@@ -76,6 +77,7 @@ def _pretrain(
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
     model = together(lambda: _with_vocabulary(arguments.model, tokenizer.vocab_size), groups)
     together(lambda: build_schedule(arguments, arguments.training.batches(groups.dp.size)), groups)
+    together(lambda: build_pipeline(arguments, arguments.training.batches(groups.dp.size)), groups)
     arguments = replace(arguments, model=model)
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
