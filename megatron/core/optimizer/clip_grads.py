@@ -10,7 +10,7 @@ from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
-# Elements whose squares are summed in the gradients' own type; the sums are added in float64.
+# Elements whose squares are summed in float32, whose precision long sums would exceed; their sums are added in float64.
 _CHUNK = 1 << 14
 
 
@@ -43,9 +43,10 @@ def gradient_norm(counted: Iterable[Tensor], losses: Tensor, world: Group) -> fl
     total = losses.detach().double() * 0
     for grads in counted:
         whole = grads.numel() // _CHUNK * _CHUNK
+        wide = torch.promote_types(grads.dtype, torch.float32)
         for part in (grads[:whole].view(-1, _CHUNK), grads[whole:].view(1, -1)):
             if part.numel():
-                total = total + torch.linalg.vector_norm(part, dim=1).double().square().sum()
+                total = total + torch.linalg.vector_norm(part, dim=1, dtype=wide).double().square().sum()
     if world.size > 1:
         dist.all_reduce(total, group=world.handle)
     return float(total.sqrt())

@@ -115,6 +115,8 @@ class MixedPrecisionAdamW:
             if runs and runs[-1][0] == kind:
                 start = runs.pop()[1].start + part.start
             runs.append((kind, slice(start - part.start, end - part.start)))
+        if not runs:  # nothing but padding, in a model with fewer elements than a shard
+            runs.append((self._kind(bucket.parameters[-1]), slice(0, master.numel())))
         return _BucketState(
             bucket,
             part,
