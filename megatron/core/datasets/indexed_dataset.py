@@ -378,6 +378,26 @@ class IndexedDataset:
         start = byte_offset // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
 
+    def tokens(self, start: int, stop: int) -> NDArray:
+        """The tokens `[start, stop)` of all sequences laid end to end."""
+        return self._tokens[start:stop]
+
+    def document_of_token(self, token: int) -> int:
+        """The document that holds token number `token` of all."""
+        sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
+        return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+
+    def document_not_ending_with(self, token: int) -> int | None:
+        """The first document with tokens whose last one is not `token`, if there is one."""
+        for block in _blocks(self.document_count):
+            lengths = self.document_lengths(block.start, block.stop)
+            first = self._byte_offset(int(self.document_indices[block.start])) // self.dtype.itemsize
+            ends = first + np.cumsum(lengths, dtype=np.int64)[lengths > 0]
+            wrong = np.flatnonzero(self._tokens[ends - 1] != token)
+            if len(wrong):
+                return block.start + int(np.flatnonzero(lengths > 0)[wrong[0]])
+        return None
+
     def token_blocks(self, size: int) -> Iterator[NDArray]:
         """Up to `size` tokens each from the beginning, the middle and the end, for a quick look at the contents."""
         last = max(self.token_count - size, 0)
