@@ -27,6 +27,7 @@ def model_provider(
         sequence_parallel=arguments.parallel.sequence_parallel,
         device=device,
         stage=stage,
+        recompute=arguments.recompute,
     )
 
 

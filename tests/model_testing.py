@@ -14,6 +14,7 @@ from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, Paral
 from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
+from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import NamedShard
 from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
@@ -46,6 +47,7 @@ def tiny_arguments(params_dtype: str = "float64", settings: Mapping[str, Any] | 
     arguments = Arguments(
         model=replace(TINY_MODEL, params_dtype=params_dtype),
         parallel=ParallelConfig(),
+        recompute=RecomputeConfig(),
         optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, lr_decay_style="cosine", lr_warmup_iters=2, weight_decay=0.1),
         tokenizer=TokenizerConfig(),
         data=DataConfig(seq_length=SEQ_LENGTH, mock_data=True),

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.core.recompute import RecomputeConfig
 from megatron.training.compatibility import COMPATIBILITY_FLAGS, check_compatibility
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 
 _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "parallel": ParallelConfig,
+    "recompute": RecomputeConfig,
     "optimizer": OptimizerConfig,
     "tokenizer": TokenizerConfig,
     "data": DataConfig,

@@ -38,7 +38,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
     ),
     **_flags(
-        "no effect", "", "moe-permute-fusion", "use-flash-attn", "async-save", "recompute-activations",
+        "no effect", "", "moe-permute-fusion", "use-flash-attn", "async-save",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm",
         "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
         "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
@@ -46,12 +46,10 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "no-async-tensor-model-parallel-allreduce", "no-save-rng", "moe-per-layer-logging", "no-mmap-bin-files",
     ),
     **_flags(
-        "no effect", "one", "transformer-impl", "recompute-granularity",
-        "recompute-method", "recompute-num-layers", "wandb-project", "wandb-exp-name", "wandb-save-dir",
+        "no effect", "one", "transformer-impl", "wandb-project", "wandb-exp-name", "wandb-save-dir",
         "attention-backend", "manual-gc-interval", "timing-log-level", "tensorboard-log-interval",
         "tensorboard-queue-size", "local-rank",
     ),
-    **_flags("no effect", "many", "recompute-modules"),
     **_flags(
         "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
         "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from megatron.core.recompute import RecomputeConfig
 from megatron.training.batch_schedule import BatchSchedule, build_batch_schedule
 
 
@@ -137,6 +138,7 @@ class Arguments:
 
     model: ModelConfig
     parallel: ParallelConfig
+    recompute: RecomputeConfig
     optimizer: OptimizerConfig
     tokenizer: TokenizerConfig
     data: DataConfig

@@ -82,26 +82,36 @@ def _combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
     return parts.sum(dim=1, dtype=torch.promote_types(y_RH.dtype, torch.float32)).to(y_RH.dtype)
 
 
+def _keep(ctx: Any, index: PermutationMap) -> None:
+    """In autograd's care, so that recomputation and other hooks on what is kept see it."""
+    ctx.save_for_backward(index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
+    ctx.bijective = index.bijective
+
+
+def _kept(ctx: Any) -> PermutationMap:
+    return PermutationMap(*ctx.saved_tensors, ctx.bijective)
+
+
 class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, index: PermutationMap) -> Tensor:
-        ctx.index = index
+        _keep(ctx, index)
         return _gather(x_TH, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _combine(grads[0], ctx.index), None
+        return _combine(grads[0], _kept(ctx)), None
 
 
 class _CombineRows(Function):
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, index: PermutationMap) -> Tensor:
-        ctx.index = index
+        _keep(ctx, index)
         return _combine(y_RH, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.index), None
+        return _gather(grads[0], _kept(ctx)), None
 
 
 def gather_rows(x_TH: Tensor, index: PermutationMap) -> Tensor:
@@ -117,7 +127,7 @@ def combine_rows(y_RH: Tensor, index: PermutationMap) -> Tensor:
 class _GatherProbs(Function):
     @staticmethod
     def forward(ctx: Any, probs_TK: Tensor, index: PermutationMap) -> Tensor:
-        ctx.index = index
+        _keep(ctx, index)
         pairs = index.row_to_pair_R
         if probs_TK.shape[0] == 0:
             return probs_TK.new_zeros(pairs.shape)
@@ -126,11 +136,12 @@ class _GatherProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.index.pair_to_row_TK
+        index = _kept(ctx)
+        rows = index.pair_to_row_TK
         if grads[0].shape[0] == 0:
             return grads[0].new_zeros(rows.shape), None
         grad_TK = grads[0][rows]
-        return grad_TK if ctx.index.bijective else grad_TK.masked_fill_(rows < 0, 0), None
+        return grad_TK if index.bijective else grad_TK.masked_fill_(rows < 0, 0), None
 
 
 def gather_probs(probs_TK: Tensor, index: PermutationMap) -> Tensor:

@@ -11,6 +11,7 @@ from megatron.core.context_parallel.ring_attention import ring_attention
 from megatron.core.fusions.attention import Documents, causal_attention
 from megatron.core.fusions.rotary import apply_rotary
 from megatron.core.parallel_state import Group
+from megatron.core.recompute import recomputed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
@@ -25,10 +26,11 @@ class SelfAttention(nn.Module):
         group: Group,
         cp: Group,
         sequence_parallel: bool,
+        recompute_core: bool,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.cp = cp
+        self.cp, self.recompute_core = cp, recompute_core
         self.head_dim = config.head_dim
         self.local_groups = config.query_groups // group.size
         self.queries_per_group = config.num_attention_heads // config.query_groups
@@ -56,7 +58,12 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
         """`rotary` holds cos and sin, each [S/cp, head_dim/2] or, by sample, [B, 1, S/cp, head_dim/2]."""
-        qkv = self.linear_qkv(x)
+        arguments = (self.linear_qkv(x), rotary, documents)
+        context = recomputed(self._core, *arguments) if self.recompute_core else self._core(*arguments)
+        return self.linear_proj(context)
+
+    def _core(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+        """Everything between the two products: [S/cp, B, (heads + 2 groups) d] -> [S/cp, B, heads d], per TP rank."""
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
         query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
@@ -68,4 +75,4 @@ class SelfAttention(nn.Module):
         else:
             assert documents is None, "documents are not kept apart in a split sequence"
             context = ring_attention(query, key, value, self.cp)
-        return self.linear_proj(context.permute(2, 0, 1, 3).reshape(sequence, batch, -1))
+        return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

@@ -10,6 +10,7 @@ from megatron.core.context_parallel.zigzag import positions
 from megatron.core.fusions.attention import Documents
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.recompute import RecomputeConfig, recomputed
 from megatron.core.stages import Stage
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
@@ -33,15 +34,19 @@ class TransformerBlock(nn.Module):
         stage: Stage,
         groups: ProcessGroups,
         sequence_parallel: bool,
+        recompute: RecomputeConfig,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.cp = config, groups.cp
         self.sequence_shards = groups.tp.size if sequence_parallel else 1
         self.layers = nn.ModuleList(
-            TransformerLayer(config, groups=groups, sequence_parallel=sequence_parallel, device=device)
+            TransformerLayer(
+                config, groups=groups, sequence_parallel=sequence_parallel, recompute=recompute, device=device
+            )
             for _ in stage.layers
         )
+        self.units = recompute.units(len(self.layers))
         self.final_layernorm = (
             RMSNorm(
                 config.hidden_size,
@@ -70,10 +75,25 @@ class TransformerBlock(nn.Module):
         if position_ids is None:
             position_ids = positions(x.shape[0] * self.sequence_shards, self.cp, x.device)
         rotary = rotary_tables(position_ids, config.head_dim, config.rotary_base, x.dtype)
-        statistics = []
-        for layer in self.layers:
-            x, layer_statistics = layer(x, rotary, auxiliary_loss_scale, documents)
-            statistics.append(layer_statistics)
+        statistics: list[RouterStatistics] = []
+        for layers, again in self.units:
+            arguments = (layers, x, rotary, auxiliary_loss_scale, documents)
+            x, unit_statistics = recomputed(self._run, *arguments) if again else self._run(*arguments)
+            statistics += unit_statistics
         if self.final_layernorm is not None:
             x = self.final_layernorm(x)
         return BlockOutput(x, RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True))))
+
+    def _run(
+        self,
+        layers: range,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        auxiliary_loss_scale: float,
+        documents: Documents | None,
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        statistics = []
+        for number in layers:
+            x, layer_statistics = self.layers[number](x, rotary, auxiliary_loss_scale, documents)
+            statistics.append(layer_statistics)
+        return x, statistics

@@ -1,6 +1,8 @@
 """One layer: attention and experts, each behind a norm and beside a residual connection."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.recompute import RecomputeConfig, recomputed, without_keeping
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import RouterStatistics
@@ -18,9 +21,16 @@ class TransformerLayer(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x)): [S, B, H] (or [S/tp, B, H]) -> the same shape."""
 
     def __init__(
-        self, config: ModelConfig, *, groups: ProcessGroups, sequence_parallel: bool, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        groups: ProcessGroups,
+        sequence_parallel: bool,
+        recompute: RecomputeConfig,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self.recompute_norm, self.recompute_moe = recompute.includes("layernorm"), recompute.includes("moe")
         # Matrices that write to the residual stream start smaller, so that its variance does not grow with depth
         # (GPT-2, as in Megatron-LM).
         output_std = config.init_method_std / math.sqrt(2 * config.num_layers)
@@ -41,11 +51,17 @@ class TransformerLayer(nn.Module):
             group=groups.tp,
             cp=groups.cp,
             sequence_parallel=sequence_parallel,
+            recompute_core=recompute.includes("core_attn"),
             device=device,
         )
         self.pre_mlp_layernorm = norm()
         self.mlp = MoELayer(
-            config, output_std=output_std, groups=groups, sequence_parallel=sequence_parallel, device=device
+            config,
+            output_std=output_std,
+            groups=groups,
+            sequence_parallel=sequence_parallel,
+            recompute_activation=recompute.includes("moe_act"),
+            device=device,
         )
 
     def forward(
@@ -56,6 +72,21 @@ class TransformerLayer(nn.Module):
         documents: Documents | None = None,
     ) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""
-        x = x + self.self_attention(self.input_layernorm(x), rotary, documents)
-        y, statistics = self.mlp(self.pre_mlp_layernorm(x), auxiliary_loss_scale)
+        with self._norm(self.input_layernorm, x) as normalized:
+            x = x + self.self_attention(normalized, rotary, documents)
+        if self.recompute_moe:
+            y, statistics = recomputed(self._experts, x, auxiliary_loss_scale)
+        else:
+            with self._norm(self.pre_mlp_layernorm, x) as normalized:
+                y, statistics = self.mlp(normalized, auxiliary_loss_scale)
         return x + y, statistics
+
+    @contextmanager
+    def _norm(self, norm: RMSNorm, x: Tensor) -> Iterator[Tensor]:
+        """The normalised `x`; if norms are computed again, what uses it within does not keep it."""
+        normalized = norm(x)
+        with without_keeping(normalized, norm, x) if self.recompute_norm else nullcontext():
+            yield normalized
+
+    def _experts(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
+        return self.mlp(self.pre_mlp_layernorm(x), auxiliary_loss_scale)

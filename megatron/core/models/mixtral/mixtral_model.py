@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.recompute import NO_RECOMPUTE, RecomputeConfig
 from megatron.core.stages import Stage, whole_model
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -39,6 +40,7 @@ class MixtralModel(nn.Module):
         sequence_parallel: bool,
         device: torch.device,
         stage: Stage | None = None,
+        recompute: RecomputeConfig = NO_RECOMPUTE,
     ) -> None:
         super().__init__()
         self.stage = stage = stage or whole_model(config.num_layers)
@@ -61,7 +63,12 @@ class MixtralModel(nn.Module):
             )
             self.embedding = nn.ModuleDict({"word_embeddings": word_embeddings})
         self.decoder = TransformerBlock(
-            config, stage=stage, groups=groups, sequence_parallel=sequence_parallel, device=device
+            config,
+            stage=stage,
+            groups=groups,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            device=device,
         )
         self.output_layer = (
             ColumnParallelLinear(

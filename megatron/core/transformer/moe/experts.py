@@ -7,6 +7,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.fusions.grouped_gemm import grouped_gemm
 from megatron.core.fusions.swiglu import weighted_swiglu
 from megatron.core.parallel_state import Group
+from megatron.core.recompute import without_keeping
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 
 
@@ -22,9 +23,17 @@ class Experts(nn.Module):
     """SwiGLU experts: rows sorted by expert [R, H] -> [R, H] (a part of the sum over `group`)."""
 
     def __init__(
-        self, config: ModelConfig, *, output_std: float, ep_group: Group, group: Group, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        output_std: float,
+        ep_group: Group,
+        group: Group,
+        recompute_activation: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
+        self.recompute_activation = recompute_activation
         experts = config.num_experts // ep_group.size
         first_expert = experts * ep_group.rank
         gate_up = ParameterSpec(
@@ -50,4 +59,8 @@ class Experts(nn.Module):
     def forward(self, rows_RH: Tensor, probs_R: Tensor, offsets_E: Tensor) -> Tensor:
         """`probs_R` weights each row; `offsets_E` (int32) holds the end of each expert's rows."""
         gate_up_RF = grouped_gemm(rows_RH, self.linear_fc1.weight, offsets_E)
-        return grouped_gemm(weighted_swiglu(gate_up_RF, probs_R), self.linear_fc2.weight, offsets_E)
+        activation_RF = weighted_swiglu(gate_up_RF, probs_R)
+        if not self.recompute_activation:
+            return grouped_gemm(activation_RF, self.linear_fc2.weight, offsets_E)
+        with without_keeping(activation_RF, weighted_swiglu, gate_up_RF, probs_R):
+            return grouped_gemm(activation_RF, self.linear_fc2.weight, offsets_E)

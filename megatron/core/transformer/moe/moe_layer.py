@@ -20,6 +20,7 @@ class MoELayer(nn.Module):
         output_std: float,
         groups: ProcessGroups,
         sequence_parallel: bool,
+        recompute_activation: bool,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -29,7 +30,14 @@ class MoELayer(nn.Module):
             sequence_parallel=sequence_parallel,
             device=device,
         )
-        self.experts = Experts(config, output_std=output_std, ep_group=groups.ep, group=groups.etp, device=device)
+        self.experts = Experts(
+            config,
+            output_std=output_std,
+            ep_group=groups.ep,
+            group=groups.etp,
+            recompute_activation=recompute_activation,
+            device=device,
+        )
         self.dispatcher = build_token_dispatcher(
             config, groups, tokens_are_replicated=groups.tp.size > 1 and not sequence_parallel
         )
