@@ -36,6 +36,9 @@ V2 = {"num_virtual_stages_per_pipeline_rank": 2}
 SP = {"sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 CP4 = {"context_parallel_size": 4}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe_act", "layernorm")}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform"}
+MOE = {"recompute_granularity": "selective", "recompute_modules": ("moe", "core_attn")}
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 ZERO = {"use_distributed_optimizer": True}
 # buckets so small that most tensors have their own, and some neighbours share one
@@ -91,6 +94,14 @@ LAYOUTS = {
     "cp2_tp2": Layout(4, CP2 | TP2),
     "cp2_tp2_sp": Layout(4, CP2 | TP2 | SP, quick=True),
     "cp2_tp2_sp_pp2": Layout(8, CP2 | TP2 | SP | PP2),
+    "cp2_ep2": Layout(2, CP2 | EP2),
+    "cp2_tp2_sp_ep4_etp1": Layout(4, CP2 | TP2 | SP | EP4 | ETP1),
+    "cp2_zero": Layout(4, CP2 | ZERO),
+    "cp2_ep2_recompute": Layout(2, CP2 | EP2 | MOE),
+    "tp2_sp_recompute": Layout(2, TP2 | SP | SELECTIVE, quick=True),
+    "cp2_tp2_sp_recompute": Layout(4, CP2 | TP2 | SP | SELECTIVE),
+    "tp2_sp_pp2_recompute_full": Layout(4, TP2 | SP | PP2 | FULL),
+    "cp2_pp2_recompute_full": Layout(4, CP2 | PP2 | FULL | {"recompute_num_layers": 2}),
     "cp2_pp2_v2": Layout(4, CP2 | PP2 | V2),
     "pp2_v2_documents": Layout(2, PP2 | V2, shared_settings=DOCUMENTS),
     "tp2_sp_pp2_documents": Layout(4, TP2 | SP | PP2, shared_settings=DOCUMENTS, quick=True),

@@ -89,7 +89,8 @@ def _keep(ctx: Any, index: PermutationMap) -> None:
 
 
 def _kept(ctx: Any) -> PermutationMap:
-    return PermutationMap(*ctx.saved_tensors, ctx.bijective)
+    row_to_pair, pair_to_row, offsets = ctx.saved_tensors
+    return PermutationMap(row_to_pair, pair_to_row, offsets, ctx.bijective)
 
 
 class _GatherRows(Function):
