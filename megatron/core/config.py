@@ -64,13 +64,19 @@ class ModelConfig:
     """Experts in each layer."""
     moe_router_topk: int = 2
     """Experts each token is sent to."""
-    moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"
-    """How experts are kept evenly loaded."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = "aux_loss"
+    """What the load-balancing loss is taken over: a microbatch, each sequence, or (by last step's load) a step."""
     moe_aux_loss_coeff: float = 0.0
     """Weight of the load-balancing loss (times Megatron's E/(K*T^2) formula; a good start is 1e-2)."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach experts on other ranks: each is sent to its experts, or all are sent to all ranks; the result
     is the same."""
+    moe_expert_capacity_factor: float | None = None
+    """Most tokens of a microbatch an expert takes, in multiples of an even share; no token is dropped if not given."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens an expert over its capacity drops: those of lowest probability, or the last of the microbatch."""
+    moe_pad_expert_input_to_capacity: bool = False
+    """Fill up every expert's input to its capacity, so that its shape does not depend on the routing."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router z-loss, the mean of logsumexp(logits)^2."""
     params_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -81,7 +87,7 @@ class ModelConfig:
         _require_positive(
             self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size",
-            "make_vocab_size_divisible_by", "num_experts", "moe_router_topk",
+            "make_vocab_size_divisible_by", "num_experts", "moe_router_topk", "moe_expert_capacity_factor",
         )  # fmt: skip
         if self.kv_channels is None:
             _require_divisible("--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads)
@@ -90,6 +96,8 @@ class ModelConfig:
         _require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
+        if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
+            raise ValueError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor, for instance 1.25")
         if min(self.moe_aux_loss_coeff, self.moe_z_loss_coeff, self.init_method_std) < 0:
             raise ValueError("--moe-aux-loss-coeff, --moe-z-loss-coeff and --init-method-std must not be negative")
 

@@ -74,7 +74,6 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "optimizer": CompatibilityFlag("only", "one", ("adam",)),
     "dataset-impl": CompatibilityFlag("only", "one", ("mmap",)),
     "dataloader-type": CompatibilityFlag("only", "one", ("single",)),
-    "moe-expert-capacity-factor": CompatibilityFlag("refused", "one", (), "Routing drops no token."),
     "moe-input-jitter-eps": CompatibilityFlag("refused", "one"),
     "window-size": CompatibilityFlag("refused", "many"),
 }  # fmt: skip

@@ -54,6 +54,25 @@ def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None =
     return PermutationMap(row_to_pair, pair_to_row.view_as(experts_TK), offsets, bijective)
 
 
+def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) -> PermutationMap:
+    """The same with empty rows until every expert has `rows_per_expert`, which none may exceed.
+
+    `index` may have been made of `experts_TK` without `num_rows`; so nothing has to wait for the device.
+    """
+    num_experts, device = index.offsets_E.numel(), experts_TK.device
+    starts_E = torch.cat((index.offsets_E.new_zeros(1), index.offsets_E[:-1]))
+    numbers_E = torch.arange(num_experts, device=device)
+    shift_E = numbers_E * rows_per_expert - starts_E
+    has_row = (experts_TK >= 0) & (experts_TK < num_experts)
+    rows = index.pair_to_row_TK + shift_E[experts_TK.clamp(0, num_experts - 1)]
+    total = num_experts * rows_per_expert
+    pairs = torch.arange(experts_TK.numel(), device=device)
+    row_to_pair = torch.full((total + 1,), -1, device=device)  # one more, for pairs without a row
+    row_to_pair[torch.where(has_row, rows, total).reshape(-1)] = pairs
+    offsets = ((numbers_E + 1) * rows_per_expert).to(torch.int32)
+    return PermutationMap(row_to_pair[:total], torch.where(has_row, rows, -1), offsets, bijective=False)
+
+
 def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
     if backend.runs_triton(x_TH):
         from megatron.core.fusions.kernels import permute as kernels

@@ -22,6 +22,8 @@ class Routing(NamedTuple):
     """log sum_e exp(logit_e)."""
     tokens_per_expert_E: Tensor
     """Number of (token, choice) pairs sent to each expert, in the probabilities' type."""
+    capacity: int | None = None
+    """Most pairs of a microbatch that an expert takes; a pair beyond it has the number of experts as its expert."""
 
 
 class _Route(Function):

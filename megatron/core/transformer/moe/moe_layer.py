@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.parallel_state import ProcessGroups
+from megatron.core.context_parallel.zigzag import positions
+from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.tensor_parallel.mappings import split_first
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
@@ -24,6 +26,7 @@ class MoELayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.cp, self.sequence_group = groups.cp, groups.tp if sequence_parallel else Group()
         self.router = TopKRouter(
             config,
             token_group=groups.tp_cp if sequence_parallel else groups.cp,
@@ -44,8 +47,8 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
         """Returns the experts' output and what the router did."""
-        x_TH = x.reshape(-1, x.shape[-1])
-        routing, statistics = self.router(x_TH, auxiliary_loss_scale)
-        dispatched = self.dispatcher.dispatch(x_TH, routing)
+        whole = positions(x.shape[0] * self.sequence_group.size, self.cp, x.device)
+        routing, statistics = self.router(x, split_first(whole, self.sequence_group), auxiliary_loss_scale)
+        dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.offsets_E)
         return self.dispatcher.combine(rows, dispatched).view_as(x), statistics

@@ -1,9 +1,10 @@
-"""The router and its auxiliary losses.
+"""The router, its auxiliary losses and the capacity of experts.
 
-T tokens seen by this rank, E experts, K experts a token. With sequence and context parallelism a microbatch's tokens
-are spread over `token_group`; the losses are those of the whole microbatch.
+T = S*B tokens seen by this rank, E experts, K experts a token. With sequence and context parallelism the tokens of a
+microbatch are spread evenly over `token_group`; losses and capacity are those of the whole microbatch.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.capacity import within_capacity
 from megatron.core.fusions.router import Routing, top_k_routing
 from megatron.core.parallel_state import Group
-from megatron.core.tensor_parallel.mappings import all_reduce
+from megatron.core.tensor_parallel.mappings import all_gather_first, all_reduce, split_first
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 
 
@@ -22,11 +24,11 @@ class RouterStatistics(NamedTuple):
     """What one layer's router did with one microbatch, without gradient and without coefficients."""
 
     load_balancing_loss: Tensor
-    """E/(K T^2) sum_e count_e sum_t p_te; 1 when balanced."""
+    """That of the configured type, see `TopKRouter`; 1 when balanced."""
     z_loss: Tensor
     """mean_t logsumexp_t^2."""
     tokens_per_expert: Tensor
-    """[E] number of (token, choice) pairs sent to each expert."""
+    """[E] number of (token, choice) pairs that chose each expert, whether or not it had room for them."""
 
 
 class _AttachLoss(Function):
@@ -46,16 +48,36 @@ class _AttachLoss(Function):
 
 
 class TopKRouter(nn.Module):
-    """Chooses K experts for each token: x [T, H] -> Routing."""
+    """Chooses K experts for each token: x [S, B, H] -> Routing.
+
+    With p the softmax over experts and count_e the pairs that chose expert e, the load-balancing loss is
+
+        aux_loss         E/(K T^2) sum_e count_e sum_t p_te   over the T tokens of a microbatch (arXiv:2101.03961)
+        seq_aux_loss     the same over the tokens of each sequence, then the mean over sequences
+        global_aux_loss  E/T sum_e share_e sum_t p_te   where share_e, the part of all pairs that chose e, is that of
+                         the previous step's whole batch (`expert_share`), and 1/E in the first step of a run
+
+    averaged over microbatches and summed over layers. The counts have no gradient, so each is linear in p and its
+    gradient is the same however tokens are spread over ranks and, but for `aux_loss`, over microbatches. (With the
+    counts of the microbatches so far, as in Megatron-Core, `global_aux_loss` would depend on the data-parallel size.)
+
+    An expert takes at most ceil(capacity factor * K T / E) pairs of a microbatch. Pairs beyond it are left out, which
+    is decided over the whole microbatch, so neither does that depend on the layout; their tokens keep their other
+    experts, with unchanged weights, or only the residual connection.
+    """
+
+    expert_share: Tensor | None = None
+    """[E], float: see `global_aux_loss`."""
 
     def __init__(
         self, config: ModelConfig, *, token_group: Group, sequence_parallel: bool, device: torch.device
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.moe_router_topk
-        balanced = config.moe_router_load_balancing_type == "aux_loss"
-        self.aux_loss_coeff = config.moe_aux_loss_coeff if balanced else 0.0
+        self.balancing = config.moe_router_load_balancing_type
+        self.aux_loss_coeff = config.moe_aux_loss_coeff if self.balancing != "none" else 0.0
         self.z_loss_coeff = config.moe_z_loss_coeff
+        self.capacity_factor, self.drop_policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
         self.token_group = token_group
         spec = ParameterSpec(
             global_shape=(config.num_experts, config.hidden_size),
@@ -64,34 +86,73 @@ class TopKRouter(nn.Module):
         )
         self.weight = new_parameter(spec, config.dtype, device)
 
-    def forward(self, x_TH: Tensor, auxiliary_loss_scale: float) -> tuple[Routing, RouterStatistics]:
-        """Routes in float32 or wider; `auxiliary_loss_scale` is the share of this microbatch in the step's loss."""
+    def forward(
+        self, x_SBH: Tensor, positions_S: Tensor, auxiliary_loss_scale: float
+    ) -> tuple[Routing, RouterStatistics]:
+        """Routes in float32 or wider; tokens of the result are numbered s * B + b.
+
+        Args:
+            x_SBH: this rank's tokens.
+            positions_S: int64, where they stand in their sequences.
+            auxiliary_loss_scale: what the gradient of this rank's part of the auxiliary losses is multiplied by.
+        """
+        x_TH, batch = x_SBH.flatten(0, 1), x_SBH.shape[1]
         wide = torch.promote_types(x_TH.dtype, torch.float32)
         routing = top_k_routing(F.linear(x_TH.to(wide), self.weight.to(wide)), self.top_k)
-        loss, statistics = self._auxiliary_losses(routing)
+        loss, statistics = self._auxiliary_losses(routing, batch)
         if loss is not None and torch.is_grad_enabled():
             routing = routing._replace(probs_TK=_AttachLoss.apply(routing.probs_TK, loss, auxiliary_loss_scale))
+        if self.capacity_factor is not None:
+            order_T = (positions_S.unsqueeze(1) * batch + torch.arange(batch, device=x_TH.device)).flatten()
+            routing = self._within_capacity(routing, order_T, self.capacity_factor)
         return routing, statistics
 
-    def _auxiliary_losses(self, routing: Routing) -> tuple[Tensor | None, RouterStatistics]:
+    def _auxiliary_losses(self, routing: Routing, batch: int) -> tuple[Tensor | None, RouterStatistics]:
         """The weighted loss of this rank's tokens (None without coefficients), and the microbatch's statistics."""
-        tokens = routing.probs_TK.shape[0] * self.token_group.size
-        mass_E = routing.softmax_TE.sum(dim=0)
+        # the load is balanced within each of G sets of tokens
+        sets = batch if self.balancing == "seq_aux_loss" else 1
+        tokens = routing.softmax_TE.shape[0] * self.token_group.size
+        mass_GE = routing.softmax_TE.unflatten(0, (-1, sets)).sum(dim=0)
+        counts_GE = routing.tokens_per_expert_E.unsqueeze(0)
+        if sets > 1:
+            numbers_E = torch.arange(self.num_experts, device=mass_GE.device)
+            chosen = routing.experts_TK.unflatten(0, (-1, sets)).unsqueeze(-1) == numbers_E
+            counts_GE = chosen.sum(dim=(0, 2)).to(mass_GE.dtype)
         squared_logsumexp = routing.logsumexp_T.square().sum()
-        local = torch.cat((routing.tokens_per_expert_E, mass_E.detach(), squared_logsumexp.detach().reshape(1)))
-        counts_E, total_mass_E, total_squared = all_reduce(local, self.token_group).split(
-            (self.num_experts, self.num_experts, 1)
-        )
-        factor = self.num_experts / (self.top_k * tokens**2)
+        local = torch.cat((counts_GE.flatten(), mass_GE.detach().flatten(), squared_logsumexp.detach().reshape(1)))
+        counts, mass, total_squared = all_reduce(local, self.token_group).split((counts_GE.numel(), mass_GE.numel(), 1))
+        counts_GE = counts.view_as(counts_GE)
+        tokens_of_set = tokens // sets
+        share_GE = counts_GE / (self.top_k * tokens_of_set)
+        if self.balancing == "global_aux_loss":
+            share_GE = torch.full_like(share_GE, 1 / self.num_experts)
+            if self.expert_share is not None:
+                share_GE = self.expert_share.to(share_GE).unsqueeze(0)
+        factor = self.num_experts / (tokens_of_set * sets)
         statistics = RouterStatistics(
-            load_balancing_loss=factor * torch.dot(counts_E, total_mass_E),
+            load_balancing_loss=factor * torch.dot(share_GE.flatten(), mass),
             z_loss=total_squared[0] / tokens,
-            tokens_per_expert=counts_E,
+            tokens_per_expert=counts_GE.sum(dim=0),
         )
         loss = None
         if self.aux_loss_coeff:
-            loss = self.aux_loss_coeff * factor * torch.dot(counts_E, mass_E)
+            loss = self.aux_loss_coeff * factor * torch.dot(share_GE.flatten(), mass_GE.flatten())
         if self.z_loss_coeff:
             z_loss = self.z_loss_coeff * squared_logsumexp / tokens
             loss = z_loss if loss is None else loss + z_loss
         return loss, statistics
+
+    def _within_capacity(self, routing: Routing, order_T: Tensor, factor: float) -> Routing:
+        """Leaves out pairs beyond the experts' capacity; `order_T` numbers the tokens through the microbatch."""
+        experts_TK = all_gather_first(routing.experts_TK, self.token_group)
+        order = all_gather_first(order_T, self.token_group).argsort()
+        capacity = math.ceil(factor * experts_TK.numel() / self.num_experts)
+        priority_TK = None
+        if self.drop_policy == "probs":
+            priority_TK = all_gather_first(routing.probs_TK.detach(), self.token_group)[order]
+        kept = within_capacity(experts_TK[order], self.num_experts, capacity, priority_TK)
+        kept_TK = split_first(torch.empty_like(kept).index_copy_(0, order, kept), self.token_group)
+        experts_TK = torch.where(kept_TK, routing.experts_TK, self.num_experts)
+        numbers_E = torch.arange(self.num_experts, device=experts_TK.device)
+        counts_E = (experts_TK.unsqueeze(-1) == numbers_E).sum(dim=(0, 1)).to(routing.tokens_per_expert_E.dtype)
+        return routing._replace(experts_TK=experts_TK, tokens_per_expert_E=counts_E, capacity=capacity)

@@ -6,13 +6,20 @@ and an expert or a rank may get none.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.permute import PermutationMap, combine_rows, gather_probs, gather_rows, permutation_map
+from megatron.core.fusions.permute import (
+    PermutationMap,
+    combine_rows,
+    gather_probs,
+    gather_rows,
+    pad_rows,
+    permutation_map,
+)
 from megatron.core.fusions.router import Routing
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel import mappings
@@ -51,21 +58,38 @@ class TokenDispatcher(Protocol):
         ...
 
 
+class Padding(NamedTuple):
+    """Asks for as many rows for every expert as it may get at most."""
+
+    microbatches: int
+    """Microbatches whose tokens meet at an expert."""
+
+
+def _padded(index: PermutationMap, experts_TK: Tensor, routing: Routing, padding: Padding | None) -> PermutationMap:
+    if padding is None:
+        return index
+    assert routing.capacity is not None, "there is nothing to pad to without a capacity"
+    return pad_rows(index, experts_TK, routing.capacity * padding.microbatches)
+
+
 class LocalTokenDispatcher:
     """Every rank of `group` holds the same tokens and a slice of every expert: tokens are only sorted.
 
     Each rank adds its part of the sum. In a group of one this is the single-device dispatcher.
     """
 
-    def __init__(self, num_experts: int, group: Group) -> None:
-        self.num_experts, self.group = num_experts, group
+    def __init__(self, num_experts: int, group: Group, padding: Padding | None = None) -> None:
+        self.num_experts, self.group, self.padding = num_experts, group, padding
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """Sorts copies of the tokens by expert: x [T, H] -> rows [T*K, H]."""
         # each rank's gradient of the tokens and of the probabilities is a part of a sum
         x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
         probs_TK = mappings.copy_to_tensor_parallel(routing.probs_TK, self.group)
-        index = permutation_map(routing.experts_TK, self.num_experts)
+        dropped = routing.capacity is not None and self.padding is None
+        num_rows = int(routing.tokens_per_expert_E.sum()) if dropped else None  # waits for the device
+        index = permutation_map(routing.experts_TK, self.num_experts, num_rows)
+        index = _padded(index, routing.experts_TK, routing, self.padding)
         return Dispatched(
             rows_RH=gather_rows(x_TH, index),
             probs_R=gather_probs(probs_TK, index),
@@ -86,15 +110,15 @@ class AllGatherTokenDispatcher:
     there all must hold the same number of tokens.
     """
 
-    def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group) -> None:
-        self.ep, self.ep_etp = ep, ep_etp
+    def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group, padding: Padding | None = None) -> None:
+        self.ep, self.ep_etp, self.padding = ep, ep_etp, padding
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """x [T, H] -> rows [R, H], where R counts the pairs of all ranks whose expert is here."""
         first = self.ep.rank * self.local_experts
         lengths, num_rows = [x_TH.shape[0]] * self.ep_etp.size, None
-        if self.ep.size > 1:
+        if self.ep.size > 1 or routing.capacity is not None:
             tokens = routing.experts_TK.new_full((1,), x_TH.shape[0])
             counts = torch.cat((tokens, routing.tokens_per_expert_E.to(torch.int64)))
             counts = exchange.gather_counts(counts, self.ep_etp)
@@ -103,7 +127,9 @@ class AllGatherTokenDispatcher:
         x_TH = exchange.gather_rows_of_ranks(x_TH, lengths, self.ep_etp)
         probs_TK = exchange.gather_rows_of_ranks(routing.probs_TK, lengths, self.ep_etp)
         experts_TK = exchange.gather_rows(routing.experts_TK, lengths, self.ep_etp)
-        index = permutation_map(experts_TK - first, self.local_experts, num_rows)
+        experts_TK = experts_TK - first
+        index = permutation_map(experts_TK, self.local_experts, num_rows)
+        index = _padded(index, experts_TK, routing, self.padding)
         return Dispatched(
             rows_RH=gather_rows(x_TH, index),
             probs_R=gather_probs(probs_TK, index),
@@ -126,8 +152,10 @@ class AllToAllTokenDispatcher:
     waits for the device once (the counts).
     """
 
-    def __init__(self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group) -> None:
-        self.num_experts, self.ep, self.etp, self.ep_etp = num_experts, ep, etp, ep_etp
+    def __init__(
+        self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group, padding: Padding | None = None
+    ) -> None:
+        self.num_experts, self.ep, self.etp, self.ep_etp, self.padding = num_experts, ep, etp, ep_etp, padding
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
@@ -145,7 +173,8 @@ class AllToAllTokenDispatcher:
         rows = exchange.gather_rows_of_ranks(rows, lengths, self.etp)
         probs = exchange.all_to_all(gather_probs(routing.probs_TK, index), sent, received, self.ep)
         probs = exchange.gather_rows_of_ranks(probs, lengths, self.etp)
-        arrivals = permutation_map(self._experts_of(arriving, rows.device).unsqueeze(1), self.local_experts)
+        experts = self._experts_of(arriving, rows.device).unsqueeze(1)
+        arrivals = _padded(permutation_map(experts, self.local_experts), experts, routing, self.padding)
         return Dispatched(
             rows_RH=gather_rows(rows, arrivals),
             probs_R=gather_probs(probs.unsqueeze(1), arrivals),
@@ -173,10 +202,17 @@ class AllToAllTokenDispatcher:
 
 def build_token_dispatcher(config: ModelConfig, groups: ProcessGroups, tokens_are_replicated: bool) -> TokenDispatcher:
     """The dispatcher for a layout; `tokens_are_replicated` says that tensor-parallel ranks hold the same tokens."""
+    padding = None
+    if config.moe_pad_expert_input_to_capacity:
+        # the tokens of a microbatch are with tp x cp neighbours
+        sharers = groups.tp.size * groups.cp.size
+        padding = Padding(len({rank // sharers for rank in groups.ep_etp.ranks}))
     if groups.ep_etp.size == 1 or tokens_are_replicated:
         assert groups.ep.size == 1, "without sequence parallelism experts are not shared out over tensor-parallel ranks"
-        return LocalTokenDispatcher(config.num_experts, groups.etp)
+        return LocalTokenDispatcher(config.num_experts, groups.etp, padding)
     if groups.ep.size == 1 or config.moe_token_dispatcher_type == "allgather":
         # with all experts everywhere, gathering tokens moves 1/K of what gathering their rows would
-        return AllGatherTokenDispatcher(config.num_experts, ep=groups.ep, ep_etp=groups.ep_etp)
-    return AllToAllTokenDispatcher(config.num_experts, ep=groups.ep, etp=groups.etp, ep_etp=groups.ep_etp)
+        return AllGatherTokenDispatcher(config.num_experts, ep=groups.ep, ep_etp=groups.ep_etp, padding=padding)
+    return AllToAllTokenDispatcher(
+        config.num_experts, ep=groups.ep, etp=groups.etp, ep_etp=groups.ep_etp, padding=padding
+    )
