@@ -49,6 +49,10 @@ EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
 ETP2 = {"expert_tensor_parallel_size": 2}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+PADDED = {"moe_pad_expert_input_to_capacity": True}
+BY_SEQUENCE = {"moe_router_load_balancing_type": "seq_aux_loss"}
+DROP_BY_PROBS = {"moe_expert_capacity_factor": 0.7}
+DROP_BY_POSITION = {"moe_expert_capacity_factor": 0.7, "moe_token_drop_policy": "position"}
 
 LAYOUTS = {
     "tp2": Layout(2, TP2, quick=True, float32=True),
@@ -85,6 +89,15 @@ LAYOUTS = {
     "pp2_ep2": Layout(4, PP2 | EP2, quick=True),
     "tp2_sp_pp2_ep4_etp1": Layout(8, TP2 | SP | PP2 | EP4 | ETP1),
     "tp2_sp_ep2_dp4": Layout(8, TP2 | SP | EP2),
+    "ep2_zero_overlap": Layout(4, EP2 | ZERO_OVERLAP),
+    "cp2_tp2_sp_ep4_etp1": Layout(4, CP2 | TP2 | SP | EP4 | ETP1),
+    "tp2_sp_ep2_etp1_seq_aux_loss": Layout(2, TP2 | SP | EP2 | ETP1, shared_settings=BY_SEQUENCE, quick=True),
+    "cp2_ep2_seq_aux_loss": Layout(4, CP2 | EP2, shared_settings=BY_SEQUENCE),
+    "tp2_sp_ep2_etp1_capacity": Layout(2, TP2 | SP | EP2 | ETP1, shared_settings=DROP_BY_PROBS, quick=True),
+    "tp2_capacity": Layout(2, TP2, shared_settings=DROP_BY_PROBS),
+    "cp2_tp2_sp_capacity": Layout(4, CP2 | TP2 | SP | PADDED, shared_settings=DROP_BY_POSITION),
+    "ep2_allgather_capacity": Layout(2, EP2 | ALLGATHER | PADDED, shared_settings=DROP_BY_PROBS),
+    "tp2_sp_ep2_capacity": Layout(4, TP2 | SP | EP2 | PADDED, shared_settings=DROP_BY_POSITION),
     "tp4_sp_pp2": Layout(8, TP4 | SP | PP2, shared_settings={"num_query_groups": 4}),
     "tp2_sp_pp2_dp2": Layout(8, TP2 | SP | PP2),
     "cp2": Layout(2, CP2, quick=True, float32=True),
