@@ -108,7 +108,6 @@ LAYOUTS = {
     "cp2_tp2_sp": Layout(4, CP2 | TP2 | SP, quick=True),
     "cp2_tp2_sp_pp2": Layout(8, CP2 | TP2 | SP | PP2),
     "cp2_ep2": Layout(2, CP2 | EP2),
-    "cp2_tp2_sp_ep4_etp1": Layout(4, CP2 | TP2 | SP | EP4 | ETP1),
     "cp2_zero": Layout(4, CP2 | ZERO),
     "cp2_ep2_recompute": Layout(2, CP2 | EP2 | MOE),
     "tp2_sp_recompute": Layout(2, TP2 | SP | SELECTIVE, quick=True),
