@@ -38,7 +38,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
     ),
     **_flags(
-        "no effect", "", "moe-permute-fusion", "use-flash-attn", "async-save",
+        "no effect", "", "moe-permute-fusion", "use-flash-attn",
         "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm",
         "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
         "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",

@@ -104,12 +104,24 @@ class CheckpointConfig:
     """Do not save the optimizer's state; such a checkpoint cannot be resumed exactly."""
     use_checkpoint_args: bool = False
     """Take the model's shape from the checkpoint instead of the command line."""
-    ckpt_format: Literal["torch"] = "torch"
-    """Format of saved checkpoints."""
+    ckpt_format: Literal["torch_dist", "torch"] = "torch"
+    """Format of saved checkpoints: torch_dist is resumed at any layout, torch is Megatron's one file a rank."""
+    async_save: bool = False
+    """Copy checkpoints to host memory and write them while training goes on."""
+    keep_last_checkpoints: int | None = None
+    """Keep this many of the newest complete checkpoints in --save and remove older ones; all if not given."""
+    save_retain_interval: int | None = None
+    """Remove older checkpoints apart from those of iterations that are multiples of this."""
 
     def __post_init__(self) -> None:
         if self.save_interval is not None and self.save_interval <= 0:
             raise ValueError(f"--save-interval must be positive, got {self.save_interval}")
+        for name in ("keep_last_checkpoints", "save_retain_interval"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.async_save and self.ckpt_format == "torch":
+            raise ValueError("--async-save needs --ckpt-format torch_dist")
         if self.use_checkpoint_args and not self.load:
             raise ValueError("--use-checkpoint-args needs --load")
 

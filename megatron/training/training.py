@@ -18,11 +18,12 @@ from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
+    CheckpointSaver,
     Progress,
     checkpoint_model,
+    interchange_layout,
     load_checkpoint,
     locate_checkpoint,
-    save_checkpoint,
 )
 from megatron.training.config import Arguments, LoggingConfig, TrainingConfig
 from megatron.training.initialize import (
@@ -96,6 +97,8 @@ def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
     folder = Path(arguments.checkpoint.save)
 
     def write() -> str:
+        if arguments.checkpoint.ckpt_format == "torch":
+            interchange_layout(arguments)  # refuses a layout that this format cannot express
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{time.time_ns()}"
         probe.touch()
@@ -265,6 +268,7 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         print_once(trainer.groups, f"nothing to train: iteration {progress.iteration} of {last} is already reached")
     if validation_set is None and training.eval_interval and training.eval_iters:
         print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
+    saver = CheckpointSaver(arguments, trainer.groups) if arguments.checkpoint.save else None
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
@@ -275,12 +279,15 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         )
         if log is not None:
             log.step(record)
+        if saver is not None:
+            saver.poll()
         # steps that look for the right loss scale are no sign of trouble
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.blames_scale else 0
-        _check_skipped(training, record, skipped_in_a_row)
+        _check_skipped(training, record, skipped_in_a_row, saver)
         iteration = progress.iteration
-        if arguments.checkpoint.save_interval and iteration % arguments.checkpoint.save_interval == 0:
-            _save(trainer, progress)
+        interval = arguments.checkpoint.save_interval
+        if saver is not None and interval and iteration % interval == 0:
+            _save(saver, trainer, progress)
             saved_at = iteration
         # who asked to stop may not wait for an evaluation
         due = training.eval_interval and iteration % training.eval_interval == 0 and not stop
@@ -288,8 +295,10 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
             _evaluate_and_log(trainer, "validation", validation_set, progress, log)
             evaluated_at = iteration
         stop = stop or bool(training.exit_interval and iteration % training.exit_interval == 0)
-    if arguments.checkpoint.save and saved_at != progress.iteration:
-        _save(trainer, progress)
+    if saver is not None:
+        if saved_at != progress.iteration:
+            _save(saver, trainer, progress)
+        saver.finish()
     if progress.iteration >= last:
         if validation_set is not None and evaluated_at != progress.iteration:
             _evaluate_and_log(trainer, "validation", validation_set, progress, log)
@@ -302,9 +311,11 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         log.close()
 
 
-def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int) -> None:
+def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, saver: CheckpointSaver | None) -> None:
     """Raises SharedError if too many iterations in a row were skipped because they were not finite."""
     if in_a_row >= (1 if training.check_for_nan_in_loss_and_grad else training.max_skipped_iterations):
+        if saver is not None:
+            saver.finish()
         raise SharedError(
             f"the loss or the gradients of {in_a_row} iteration(s) in a row, up to {record.iteration}, were not finite "
             f"(loss {record.lm_loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
@@ -329,10 +340,9 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None
     return together(make, trainer.groups)
 
 
-def _save(trainer: Trainer, progress: Progress) -> None:
+def _save(saver: CheckpointSaver, trainer: Trainer, progress: Progress) -> None:
     trainer.buffers.wait_for_parameters()
-    save_checkpoint(trainer.arguments, trainer.groups, trainer.model, trainer.optimizer, progress)
-    print_once(trainer.groups, f"saved iteration {progress.iteration} to {trainer.arguments.checkpoint.save}")
+    saver.save(trainer.model, trainer.optimizer, progress)
 
 
 def _evaluate_and_log(trainer: Trainer, split: str, dataset: Any, progress: Progress, log: MetricsLog | None) -> None:

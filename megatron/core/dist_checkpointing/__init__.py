@@ -1,7 +1,12 @@
 """Layout-free checkpoints: tensors under global names, saved by one division among ranks and read by any other."""
 
 from megatron.core.dist_checkpointing.blocks import TensorShard
-from megatron.core.dist_checkpointing.metadata import METADATA_FILE, StoredTensor, is_distributed_checkpoint
+from megatron.core.dist_checkpointing.metadata import (
+    METADATA_FILE,
+    StoredTensor,
+    is_distributed_checkpoint,
+    lacks_files,
+)
 from megatron.core.dist_checkpointing.reader import CheckpointReader
 from megatron.core.dist_checkpointing.writer import snapshot, step_files, write_metadata, write_shards
 
@@ -11,6 +16,7 @@ __all__ = [
     "StoredTensor",
     "TensorShard",
     "is_distributed_checkpoint",
+    "lacks_files",
     "snapshot",
     "step_files",
     "write_metadata",

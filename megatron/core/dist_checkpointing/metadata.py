@@ -77,6 +77,14 @@ def is_distributed_checkpoint(folder: Path) -> bool:
     return (folder / METADATA_FILE).is_file() or any(folder.glob("rank_*.safetensors"))
 
 
+def lacks_files(folder: Path) -> bool:
+    """Whether a file of a step is absent or of another size. Raises ValueError if the metadata is damaged."""
+    files = read(folder).files
+    return any(
+        not (folder / name).is_file() or (folder / name).stat().st_size != file.size for name, file in files.items()
+    )
+
+
 def write(folder: Path, metadata: Metadata) -> None:
     """Writes `metadata.json`. Raises ValueError if a tensor is not covered exactly once."""
     check_complete(folder, metadata)

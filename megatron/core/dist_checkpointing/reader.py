@@ -143,8 +143,8 @@ class CheckpointReader:
         )
         return whole
 
-    def mismatch(self, shard: TensorShard) -> str | None:
-        """Why the checkpoint cannot fill `shard` bit for bit, None if it can."""
+    def mismatch(self, shard: TensorShard, same_type: bool = True) -> str | None:
+        """Why the checkpoint cannot fill `shard` (with `same_type`: bit for bit), None if it can."""
         tensor = self.metadata.tensors.get((shard.kind, shard.name))
         if tensor is None:
             return f"{shard.kind} of {shard.name} is missing"
@@ -152,7 +152,7 @@ class CheckpointReader:
             return f"{shard.kind} of {shard.name} has shape {tensor.shape}, not {shard.shape}"
         if (tensor.partition_dim, tensor.stride) != (shard.partition_dim, shard.stride):
             return f"{shard.kind} of {shard.name} is cut in another way"
-        if tensor.dtype != shard.data.dtype:
+        if same_type and tensor.dtype != shard.data.dtype:
             ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (shard.data.dtype, tensor.dtype))
             return f"{shard.kind} of {shard.name} is {theirs}, not {ours}"
         return None

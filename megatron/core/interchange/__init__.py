@@ -16,6 +16,7 @@ from megatron.core.interchange.layout import (
     find_checkpoint,
     rank_dir_name,
     read_tracker,
+    replace_step,
     write_tracker,
 )
 from megatron.core.interchange.torch_file import load_torch, save_torch
@@ -38,6 +39,7 @@ __all__ = [
     "model_config_from_args",
     "rank_dir_name",
     "read_tracker",
+    "replace_step",
     "save_torch",
     "write_tracker",
 ]

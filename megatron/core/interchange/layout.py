@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -132,21 +132,29 @@ def commit_step(root: Path, iteration: Step, layout: Layout) -> Path:
 
     What an earlier, killed attempt left in the folder is removed. Raises ValueError if a rank's file is missing.
     """
-    root = Path(root)
-    folder, final, previous = begin_step(root, iteration), checkpoint_dir(root, iteration), _aside(
-        root, iteration, "previous"
-    )  # fmt: skip
+    folder = begin_step(root, iteration)
     expected = {layout.folder(*ranks) for ranks in layout.ranks()}
     for name in sorted(expected):
         if not (folder / name / CHECKPOINT_FILE).is_file():
             raise ValueError(f"step {iteration} is incomplete: {folder / name / CHECKPOINT_FILE} was not written")
-    for entry in folder.iterdir():
-        if entry.name not in expected:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    for name in expected:
         for leftover in (folder / name).glob(".*.tmp"):
             leftover.unlink()
         sync_folder(folder / name)
+    return replace_step(root, iteration, expected)
+
+
+def replace_step(root: Path, iteration: Step, expected: Collection[str]) -> Path:
+    """Moves what was written since `begin_step` to its place and names it in the tracker.
+
+    Only the `expected` entries of the folder are kept.
+    """
+    root = Path(root)
+    folder, final, previous = begin_step(root, iteration), checkpoint_dir(root, iteration), _aside(
+        root, iteration, "previous"
+    )  # fmt: skip
+    for entry in folder.iterdir():
+        if entry.name not in expected:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     sync_folder(folder)
     if final.exists():
         shutil.rmtree(previous, ignore_errors=True)

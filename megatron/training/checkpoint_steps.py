@@ -1,0 +1,51 @@
+"""Which steps of a folder are complete, and the removal of those that are no longer wanted."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from megatron.core import interchange
+from megatron.core.dist_checkpointing import is_distributed_checkpoint, lacks_files
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a step's folder has all its files; their checksums are not compared."""
+    try:
+        if is_distributed_checkpoint(folder):
+            return not lacks_files(folder)
+        return bool(interchange.available_layout(folder))
+    except (ValueError, OSError):
+        return False
+
+
+def newest_complete_step(root: Path) -> int | None:
+    """The highest iteration of which everything is there, None if there is none."""
+    steps = reversed(interchange.available_iterations(root))
+    return next((step for step in steps if is_complete(interchange.checkpoint_dir(root, step))), None)
+
+
+def remove_old_steps(root: Path, newest: int, keep_last: int | None, retain_interval: int | None) -> None:
+    """Removes complete steps before `newest`, which was just saved, apart from those the two settings keep.
+
+    Kept are the last `keep_last` complete steps (1 if only the other is given) and all multiples of
+    `retain_interval`. Incomplete steps are left alone and do not count.
+    """
+    if keep_last is None and retain_interval is None:
+        return
+    steps = [step for step in interchange.available_iterations(root) if step <= newest]
+    complete = [step for step in steps if is_complete(interchange.checkpoint_dir(root, step))]
+    for step in complete[: -(keep_last or 1)]:
+        if retain_interval is None or step % retain_interval:
+            folder = interchange.checkpoint_dir(root, step)
+            hidden = folder.with_name(f".{folder.name}.removing")  # what is half removed must not look like a step
+            shutil.rmtree(hidden, ignore_errors=True)
+            os.rename(folder, hidden)
+            shutil.rmtree(hidden)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Removes what killed saves and removals left behind; only while nothing is being saved to `root`."""
+    for entry in root.iterdir():
+        if re.fullmatch(r"\.iter_[0-9]{7,}\.(saving|removing)", entry.name):
+            shutil.rmtree(entry, ignore_errors=True)

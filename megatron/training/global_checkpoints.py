@@ -1,0 +1,196 @@
+"""Training checkpoints that know nothing of the layout (`--ckpt-format torch_dist`): what a rank saves and loads.
+
+Every tensor is saved once, under its name in the whole model, by one of the ranks that hold it; whoever loads reads
+the parts it needs. Weights, masters and moments are pieces of the model's tensors, random states one row a rank.
+"""
+
+import itertools
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
+from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
+from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model
+from megatron.training.config import Arguments
+from megatron.training.initialize import together
+
+
+def checkpoint_shards(
+    model: ModelChunks, optimizer: MixedPrecisionAdamW | None, groups: ProcessGroups
+) -> list[TensorShard]:
+    """Views of this rank's weights and, with `optimizer`, of its masters and moments; writing to them sets the state.
+
+    Of the ranks that hold the same values one owns each of them, taken in turn so that all have as much to write.
+    """
+    owners = _Owners(groups)
+    shards_of = dict(_shards_by_parameter(model))
+    shards = [
+        _shard("weight", shard, shard.data.view(-1), 0, owners.owns(shard, shard.data.nbytes))
+        for named in shards_of.values()
+        for shard in named
+    ]
+    for piece in optimizer.state_pieces() if optimizer is not None else ():
+        position = 0
+        for shard in shards_of[piece.parameter]:  # the experts of a stack, or the one tensor
+            size = shard.data.numel()
+            start, end = max(piece.start - position, 0), min(piece.end - position, size)
+            for kind, tensor in piece.tensors.items() if start < end else ():
+                if kind == "master" and tensor.dtype == piece.parameter.dtype:
+                    continue  # the weights are their own masters
+                data = tensor[position + start - piece.start : position + end - piece.start]
+                sharded = optimizer is not None and optimizer.buffers.sharded
+                owned = owners.owns(shard, data.nbytes, replicated=not sharded)
+                shards.append(_shard(kind, shard, data, start, owned))
+            position += size
+    return shards
+
+
+def _shards_by_parameter(model: ModelChunks) -> Iterator[tuple[nn.Parameter, list[NamedShard]]]:
+    """Every parameter, and its tensors of the whole model in the order they lie in it."""
+    for chunk in model:
+        shards = named_shards(chunk, chunk.first_layer)
+        for parameter in chunk.parameters():
+            stacked = spec_of(parameter).first_expert is not None
+            yield parameter, list(itertools.islice(shards, parameter.shape[0] if stacked else 1))
+
+
+class _Owners:
+    """Shares out what several ranks hold, deciding the same on all of them."""
+
+    def __init__(self, groups: ProcessGroups) -> None:
+        self._groups = groups
+        self._load = {False: [0] * groups.dp_cp.size, True: [0] * groups.edp.size}
+
+    def owns(self, shard: NamedShard, size: int, *, replicated: bool = True) -> bool:
+        """Whether this rank saves the next `size` bytes, of which data-parallel ranks hold copies if `replicated`."""
+        groups, spec = self._groups, shard.spec
+        if spec.partition_dim is None and not (groups.etp if spec.is_expert else groups.tp).is_first:
+            return False
+        if not replicated:
+            return True
+        load = self._load[spec.is_expert]
+        owner = load.index(min(load))
+        load[owner] += size
+        return owner == (groups.edp if spec.is_expert else groups.dp_cp).rank
+
+
+def _shard(kind: str, shard: NamedShard, data: torch.Tensor, start: int, owned: bool) -> TensorShard:
+    spec = shard.spec
+    shape = spec.global_shape if spec.init_rows is None else (spec.init_rows, *spec.global_shape[1:])
+    cut = spec.partition_dim is not None
+    return TensorShard(
+        kind=kind,
+        name=shard.global_name,
+        shape=shape,
+        data=data,
+        start=start,
+        partition_dim=spec.partition_dim,
+        stride=spec.partition_stride,
+        rank=spec.group.rank if cut else 0,
+        size=spec.group.size if cut else 1,
+        padded_length=None if spec.init_rows is None else spec.global_shape[0],
+        owned=owned,
+    )
+
+
+def rng_shards(groups: ProcessGroups) -> list[TensorShard]:
+    """Copies of this rank's random states: a row of a table with one row a rank."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    world = groups.world
+    return [
+        TensorShard(
+            kind="rng",
+            name=name,
+            shape=(world.size, state.numel()),
+            data=state,
+            partition_dim=0,
+            rank=world.rank,
+            size=world.size,
+        )
+        for name, state in states.items()
+    ]
+
+
+def load_state(
+    source: CheckpointSource,
+    arguments: Arguments,
+    groups: ProcessGroups,
+    model: ModelChunks,
+    optimizer: MixedPrecisionAdamW,
+) -> LoadedState:
+    """Loads the weights and, as `source` says, the optimizer and the random state; collective.
+
+    Nothing changes unless the whole checkpoint fits and is undamaged. Raises SharedError on every rank otherwise.
+    """
+    shards = checkpoint_shards(model, optimizer if source.with_optimizer else None, groups)
+    reader = together(lambda: _open(source, arguments, shards), groups)
+    with reader:
+        kinds = (*sorted({shard.kind for shard in shards}), "rng")
+        together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
+        together(lambda: _read_all(reader, shards), groups)
+        if source.with_optimizer:
+            optimizer.finish_loading(reader.state["optimizer"])
+        else:
+            optimizer.reload_masters()
+        if source.with_rng:
+            together(lambda: _load_rng(reader, groups), groups)
+        return LoadedState(Namespace(**reader.arguments), reader.state["progress"])
+
+
+def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
+    """The checkpoint, once it is certain that it has all that is needed."""
+    reader = CheckpointReader(source.folder)
+    check_same_model(source.folder, Namespace(**reader.arguments), arguments)
+    expected = {rule.name for rule in mixtral_weights(arguments.model)}
+    kinds = sorted({shard.kind for shard in shards})
+    if source.with_optimizer and ("optimizer" not in reader.state or not reader.tensors("exp_avg")):
+        raise ValueError(
+            f"{source.folder} holds no optimizer state: add --no-load-optim to go on with a fresh optimizer, or "
+            "--finetune to start a new run from its weights"
+        )
+    problems = []
+    for kind in kinds:
+        found = reader.tensors(kind).keys()
+        problems += [f"{kind} of {name} is missing" for name in sorted(expected - found)]
+        problems += [f"{kind} of {name} is unexpected" for name in sorted(found - expected)]
+    if not problems:
+        same_types = source.with_optimizer
+        problems = [text for text in (reader.mismatch(shard, same_types) for shard in shards) if text is not None]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source.folder} does not fit the model: {'; '.join(problems[:5])}{more}")
+    return reader
+
+
+def _read_all(reader: CheckpointReader, shards: list[TensorShard]) -> None:
+    for shard in shards:
+        reader.read_into(shard)
+
+
+def _load_rng(reader: CheckpointReader, groups: ProcessGroups) -> None:
+    """This rank's random states; in a job of another size the first rank's, since no rank depends on its own."""
+    saved = reader.tensors("rng")
+    for name, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        if name not in saved or (name == "cuda" and not torch.cuda.is_available()):
+            continue
+        ranks = saved[name].shape[0]
+        row = reader.read(name, "rng", groups.world.rank if ranks == groups.world.size else 0, ranks)
+        setter(row.view(-1))
+
+
+def plain_state(progress: dict[str, Any], optimizer: MixedPrecisionAdamW | None) -> dict[str, Any]:
+    """What is saved beside tensors."""
+    state: dict[str, Any] = {"progress": progress}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.scalars()
+    return state

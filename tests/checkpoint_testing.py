@@ -1,0 +1,97 @@
+"""Trainers of the tiny model that save and load, and the comparison of what they saved."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_testing import step_batches, tiny_arguments
+from torch import Tensor
+
+import pretrain_gpt
+from megatron.core.dist_checkpointing import CheckpointReader
+from megatron.core.parallel_state import ProcessGroups, build_process_groups
+from megatron.training.checkpointing import Progress, load_checkpoint, locate_checkpoint, save_checkpoint
+from megatron.training.config import Arguments, CheckpointConfig
+from megatron.training.setup import Trainer, build_trainer
+from megatron.training.training import train_step
+
+
+def checkpoint_arguments(**checkpoint: Any) -> Arguments:
+    """Settings of a tiny run in bfloat16 with these checkpoint settings."""
+    return replace(tiny_arguments("bfloat16"), checkpoint=CheckpointConfig(**checkpoint))
+
+
+def tiny_trainer(arguments: Arguments, groups: ProcessGroups | None = None) -> Trainer:
+    """The tiny model, freshly drawn."""
+    return build_trainer(
+        arguments,
+        groups or ProcessGroups(),
+        torch.device("cpu"),
+        pretrain_gpt.model_provider,
+        pretrain_gpt.forward_step,
+    )
+
+
+def train(trainer: Trainer, progress: Progress, steps: int) -> list[float]:
+    """Takes some steps on the batches that come next; returns their losses."""
+    losses = []
+    for _ in range(steps):
+        dp = trainer.groups.dp
+        record, _ = train_step(trainer, iter(step_batches(progress.iteration, dp.rank, dp.size)), progress)
+        losses.append(record.lm_loss)
+    trainer.buffers.wait_for_parameters()
+    return losses
+
+
+def load(trainer: Trainer) -> tuple[Progress, str]:
+    """Loads what the trainer's arguments say."""
+    source = locate_checkpoint(trainer.arguments, trainer.groups)
+    return load_checkpoint(source, trainer.arguments, trainer.groups, trainer.model, trainer.optimizer)
+
+
+def save(trainer: Trainer, progress: Progress) -> None:
+    """Saves to the folder of the trainer's arguments."""
+    save_checkpoint(trainer.arguments, trainer.groups, trainer.model, trainer.optimizer, progress)
+
+
+def state_of(trainer: Trainer) -> list[Tensor]:
+    """Copies of the rank's weights, masters and moments."""
+    weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    return weights + [tensor.clone() for piece in trainer.optimizer.state_pieces() for tensor in piece.tensors.values()]
+
+
+def assert_same_tensors(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Both hold the same values, bit for bit."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def train_and_save(
+    rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, load_from: str, save_to: str
+) -> list[float]:
+    """A run of three steps, or the continuation of one from `load_from`, then saving, two more steps, saving."""
+    checkpoint = {"save": save_to, "load": load_from or None}
+    arguments = tiny_arguments(params_dtype, {**settings, **checkpoint})
+    groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
+    trainer = tiny_trainer(arguments, groups)
+    if load_from:
+        progress, _ = load(trainer)
+    else:
+        progress = Progress()
+        train(trainer, progress, 3)
+    assert progress.iteration == 3 and progress.consumed_samples == 24
+    save(trainer, progress)
+    losses = train(trainer, progress, 2)
+    save(trainer, progress)
+    return losses
+
+
+def saved_tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Every tensor of a step by kind and name, random states left out."""
+    with CheckpointReader(folder) as reader:
+        reader.verify()
+        return {
+            (kind, name): reader.read(name, kind) for kind, name in reader.metadata.tensors if kind != "rng"
+        }  # fmt: skip
