@@ -72,7 +72,7 @@ def train_and_save(
     rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, load_from: str, save_to: str
 ) -> list[float]:
     """A run of three steps, or the continuation of one from `load_from`, then saving, two more steps, saving."""
-    checkpoint = {"save": save_to, "load": load_from or None}
+    checkpoint = {"save": save_to, "load": load_from or None, "ckpt_format": "torch_dist"}
     arguments = tiny_arguments(params_dtype, {**settings, **checkpoint})
     groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
     trainer = tiny_trainer(arguments, groups)

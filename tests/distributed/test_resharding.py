@@ -8,7 +8,7 @@ import torch
 from checkpoint_testing import saved_tensors, train_and_save
 from distributed_testing import run_distributed
 from model_testing import relative_difference
-from test_layouts import PP2, SP, TP2, ZERO
+from test_layouts import CP2, EP2, ETP1, PP2, SP, TP2, ZERO
 
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "one": (1, {}),
@@ -19,6 +19,10 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp4": (4, {}),
     "dp2_zero": (2, ZERO),
     "pp2_dp2_zero": (4, PP2 | ZERO),
+    "ep2": (2, EP2),
+    "tp2_ep2_etp1_zero": (4, TP2 | EP2 | ETP1 | ZERO),
+    "cp2_ep2": (4, CP2 | EP2),
+    "uneven_pp2": (2, PP2 | {"decoder_first_pipeline_num_layers": 1}),
 }
 Trained = Callable[[str, str], tuple[Path, list[float]]]
 
@@ -38,10 +42,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train
 
 
-QUICK = {("tp2", "pp2", "float64"), ("dp2_zero", "one", "bfloat16"), ("one", "dp2_zero", "float64")}
+QUICK = {
+    ("ep2", "tp2", "bfloat16"),
+    ("tp2", "pp2", "float64"),
+    ("dp2_zero", "one", "bfloat16"),
+    ("one", "dp2_zero", "float64"),
+}
 PAIRS = [
     ("tp2", "pp2"), ("tp2_pp2", "dp4"), ("dp2_zero", "one"), ("one", "dp2_zero"), ("one", "tp2_sp_dp2_zero"),
     ("tp2_sp_dp2_zero", "pp2_dp2_zero"), ("pp2_dp2_zero", "tp2_pp2"), ("dp4", "dp2_zero"),
+    ("ep2", "tp2"), ("tp2_pp2", "tp2_ep2_etp1_zero"), ("tp2_ep2_etp1_zero", "cp2_ep2"), ("cp2_ep2", "uneven_pp2"),
+    ("uneven_pp2", "ep2"),
 ]  # fmt: skip
 CASES = [
     pytest.param(*pair, dtype, marks=() if (*pair, dtype) in QUICK else pytest.mark.slow)
