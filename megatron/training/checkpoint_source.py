@@ -1,8 +1,8 @@
 """The checkpoint a run starts from: which one, how much of it is taken, and whether it is of the same model."""
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from megatron.core import interchange
@@ -35,8 +35,8 @@ class CheckpointSource:
 class LoadedState:
     """What a checkpoint held beside tensors."""
 
-    arguments: Namespace
-    """Every setting of the run that saved it."""
+    arguments: Any
+    """Every setting of the run that saved it, as attributes."""
     progress: dict[str, Any]
     """How far that run had come."""
 
@@ -112,11 +112,11 @@ def checkpoint_model(load: str) -> ModelConfig:
     return interchange.model_config_from_args(stored_arguments(folder))
 
 
-def stored_arguments(folder: Path) -> Namespace:
+def stored_arguments(folder: Path) -> Any:
     """The settings of the run that saved a step. Raises ValueError if it has none."""
     if checkpoint_format(folder) == "torch_dist":
         with CheckpointReader(folder) as reader:
-            return Namespace(**reader.arguments)
+            return SimpleNamespace(**reader.arguments)
     files = sorted(folder.glob(f"*/{interchange.CHECKPOINT_FILE}"))
     if not files:
         raise ValueError(f"{folder} holds no {interchange.CHECKPOINT_FILE}")
@@ -126,7 +126,7 @@ def stored_arguments(folder: Path) -> Namespace:
     return content["args"]
 
 
-def check_same_model(path: Path, saved_arguments: Namespace, arguments: Arguments, tp_size: int | None = None) -> None:
+def check_same_model(path: Path, saved_arguments: Any, arguments: Arguments, tp_size: int | None = None) -> None:
     """Raises ValueError, listing the flags, if a checkpoint is of another model than the command line describes.
 
     The padded vocabulary is compared where `tp_size` is given.

@@ -1,7 +1,6 @@
 """Saving and resuming a run: what is written when, by whom, and what a run takes of the checkpoint it starts from."""
 
 import threading
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +35,7 @@ __all__ = [
 T = TypeVar("T")
 
 
-def checkpoint_namespace(arguments: Arguments, progress: Progress) -> Namespace:
+def checkpoint_namespace(arguments: Arguments, progress: Progress) -> Any:
     """The `args` of a checkpoint: every setting of the run, as plain values."""
     values: dict[str, object] = {}
     for section in (

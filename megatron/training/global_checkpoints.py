@@ -5,8 +5,8 @@ the parts it needs. Weights, masters and moments are pieces of the model's tenso
 """
 
 import itertools
-from argparse import Namespace
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -144,13 +144,13 @@ def load_state(
             optimizer.reload_masters()
         if source.with_rng:
             together(lambda: _load_rng(reader, groups), groups)
-        return LoadedState(Namespace(**reader.arguments), reader.state["progress"])
+        return LoadedState(SimpleNamespace(**reader.arguments), reader.state["progress"])
 
 
 def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
     """The checkpoint, once it is certain that it has all that is needed."""
     reader = CheckpointReader(source.folder)
-    check_same_model(source.folder, Namespace(**reader.arguments), arguments)
+    check_same_model(source.folder, SimpleNamespace(**reader.arguments), arguments)
     expected = {rule.name for rule in mixtral_weights(arguments.model)}
     kinds = sorted({shard.kind for shard in shards})
     if source.with_optimizer and ("optimizer" not in reader.state or not reader.tensors("exp_avg")):

@@ -1,10 +1,10 @@
 """Checkpoints of one file for each rank of a model replica (`--ckpt-format torch`), resumed at the same layout."""
 
 import re
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def rank_file_writer(
     model: ModelChunks,
     optimizer: MixedPrecisionAdamW,
     progress: Progress,
-    namespace: Namespace,
+    namespace: Any,
 ) -> Callable[[], None]:
     """What writes this rank's file, if it has one, to the folder of a step; collective, but the call itself is not."""
     layout = interchange_layout(arguments)
@@ -100,7 +100,7 @@ def load_rank_file(
         torch.set_rng_state(content["rng_state"]["cpu"])
         if torch.cuda.is_available() and "cuda" in content["rng_state"]:
             torch.cuda.set_rng_state(content["rng_state"]["cuda"])
-    return LoadedState(content.get("args", Namespace()), content.get("opt_param_scheduler", {}))
+    return LoadedState(content.get("args", SimpleNamespace()), content.get("opt_param_scheduler", {}))
 
 
 def _read(
