@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.atomic_files import error_sentence
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.config import Arguments
+from megatron.training.step_monitor import StepMonitor
 
 T = TypeVar("T")
 
@@ -58,6 +59,12 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     arguments.training.batches(arguments.parallel.data_parallel_size(environment.world_size))
     if arguments.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # sums inside the network switches come in any order
+        algorithm = os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
+        if "NVLS" in algorithm and not algorithm.startswith("^"):
+            raise ValueError(
+                f"--deterministic-mode does not allow NCCL_ALGO={algorithm}: take NVLS out of it, or unset it"
+            )
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.training.seed)
     if device.type == "cuda":
@@ -73,6 +80,19 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
         device_id=device if device.type == "cuda" else None,
     )
     return build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
+
+
+def start_monitor(arguments: Arguments, groups: ProcessGroups) -> StepMonitor | None:
+    """Watches the steps of a job of several ranks; names a stuck one before the collectives time out."""
+    if groups.world.size == 1:
+        return None
+    limit = 0.8 * 60 * arguments.training.distributed_timeout_minutes
+    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+
+    def report(text: str) -> None:
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+    return StepMonitor(store, groups.world.rank, groups.world.size, limit, report)
 
 
 class SharedError(ValueError):

@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import os
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ class StepAverages(NamedTuple):
     z_loss: float
     stop: bool
     """Whether any rank wants to stop."""
+    busy_seconds: list[float]
+    """Time in which each rank was not waiting for others."""
 
 
 def average_over_ranks(
@@ -46,12 +50,13 @@ def average_over_ranks(
     num_layers: int,
     device: torch.device,
     stop: bool = False,
+    busy_seconds: float = 0.0,
 ) -> StepAverages:
     """Averages over microbatches, data-parallel ranks and layers, in one all-reduce of the whole job.
 
     `results` are those of all `num_microbatches` microbatches in all of the rank's stages.
     """
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    totals = torch.zeros(4 + groups.world.size, dtype=torch.float64, device=device)
     if groups.tp.is_first:  # tensor-parallel ranks hold the same numbers
         microbatches = num_microbatches * groups.dp_cp.size
         for result in results:
@@ -60,10 +65,26 @@ def average_over_ranks(
             totals[1] += result.statistics.load_balancing_loss.double().sum() / (microbatches * num_layers)
             totals[2] += result.statistics.z_loss.double().sum() / (microbatches * num_layers)
     totals[3] = float(stop)
+    totals[4 + groups.world.rank] = busy_seconds
     if groups.world.size > 1:
         dist.all_reduce(totals, group=groups.world.handle)
-    loss, balance, z_loss, stops = totals.tolist()
-    return StepAverages(loss, balance, z_loss, stops > 0)
+    loss, balance, z_loss, stops, *busy = totals.tolist()
+    return StepAverages(loss, balance, z_loss, stops > 0, busy)
+
+
+def slow_ranks(records: Sequence["StepRecord"]) -> str:
+    """A sentence about ranks that worked several times longer than the others in these steps; empty without any."""
+    totals = [sum(seconds) for seconds in zip(*(record.busy_seconds for record in records), strict=True)]
+    sentences = []
+    for rank, seconds in enumerate(totals):
+        others = totals[:rank] + totals[rank + 1 :]
+        typical = statistics.median(others) if others else seconds
+        if seconds > 3 * typical and seconds - typical > 0.2:
+            sentences.append(
+                f"rank {rank} is slow: it works {seconds / len(records):.2f} s in a step, the others typically "
+                f"{typical / len(records):.2f} s"
+            )
+    return "; ".join(sentences)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +105,8 @@ class StepRecord:
     blames_scale: bool
     """Whether a lower loss scale may be the remedy, if skipped."""
     seconds: float
+    busy_seconds: list[float]
+    """Time in which each rank was not waiting for others."""
 
 
 class MetricsLog:
@@ -118,6 +141,8 @@ class MetricsLog:
         self.interval.append(record)
         if record.iteration % self.config.log_interval == 0 or record.iteration == self.total_iterations:
             print(self._line(), flush=True)
+            if slow := slow_ranks(self.interval):
+                print(f"WARNING: {slow}", flush=True)
             self._tensorboard(
                 record.iteration,
                 {

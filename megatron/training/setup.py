@@ -24,6 +24,7 @@ from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
+from megatron.training.step_monitor import StepMonitor
 
 
 class ModelProvider(Protocol):
@@ -65,6 +66,7 @@ class Trainer:
     pipeline: Pipeline
     link: StageLink
     batches: BatchSchedule
+    monitor: StepMonitor | None = None
 
     @property
     def batch_size(self) -> int:

@@ -34,6 +34,7 @@ from megatron.training.initialize import (
     print_once,
     run,
     start_distributed,
+    start_monitor,
     together,
 )
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
@@ -84,7 +85,7 @@ def _pretrain(
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
-    trainer = settle_resumed_schedule(trainer, progress)
+    trainer = replace(settle_resumed_schedule(trainer, progress), monitor=start_monitor(arguments, groups))
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
     train(trainer, datasets, progress, stop_signal)
@@ -207,6 +208,8 @@ def train_step(
 ) -> tuple[StepRecord, bool]:
     """One iteration: all microbatches, reduction, update. Returns its record and whether any rank wants to stop."""
     start = time.perf_counter()
+    if trainer.monitor is not None:
+        trainer.monitor.begin(progress.iteration + 1)
     batch_size = trainer.batches.batch_size(progress.consumed_samples)
     num_microbatches = trainer.batches.num_microbatches(progress.consumed_samples)
     trainer.buffers.start_step(num_microbatches)
@@ -215,7 +218,10 @@ def train_step(
     rates = trainer.schedule.rates(progress.scheduled_samples)
     update = trainer.optimizer.step(rates, _losses(results))
     layers = trainer.arguments.model.num_layers
-    averages = average_over_ranks(results, num_microbatches, trainer.groups, layers, trainer.device, wants_stop())
+    busy = trainer.monitor.busy_seconds() if trainer.monitor is not None else 0.0
+    averages = average_over_ranks(results, num_microbatches, trainer.groups, layers, trainer.device, wants_stop(), busy)
+    if trainer.monitor is not None:
+        trainer.monitor.end()
     progress.iteration += 1
     progress.consumed_samples += batch_size
     if update.updated:
@@ -237,6 +243,7 @@ def train_step(
         skipped=not update.updated,
         blames_scale=update.blames_scale,
         seconds=seconds,
+        busy_seconds=averages.busy_seconds,
     )
     return record, averages.stop
 

@@ -31,6 +31,7 @@ SHARDED = (
 ).split()
 
 
+@pytest.mark.slow
 def test_a_restart_with_everything_on_changes_nothing(tmp_path: Path) -> None:
     """Distributed optimizer, float16, growing batch and weight decay; the first run again gives the same bits."""
     halves = ["--save", str(tmp_path / "halves"), "--load", str(tmp_path / "halves")]
@@ -93,6 +94,21 @@ def test_float16_trains_as_float32_does(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert ours["loss_scale"] == 1024 and not ours["skipped"]
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=5e-3)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-2)
+
+
+def test_deterministic_mode_gives_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    try:
+        for name in ("first", "second"):
+            run_here(monkeypatch, "--bf16", "--deterministic-mode", "--metrics-path", str(tmp_path / name))
+            assert torch.are_deterministic_algorithms_enabled()
+        assert numbers(tmp_path / "first") == numbers(tmp_path / "second")
+        monkeypatch.setenv("NCCL_ALGO", "NVLS")
+        with pytest.raises(ValueError, match="--deterministic-mode does not allow NCCL_ALGO=NVLS"):
+            run_here(monkeypatch, "--deterministic-mode")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_ramps_that_do_not_fit_the_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
-from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks, slow_ranks
 
 LINE = re.compile(
     r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +\d+ \| "
@@ -22,7 +22,7 @@ LINE = re.compile(
 )
 
 
-def _record(iteration: int, loss: float = 2.0, skipped: bool = False) -> StepRecord:
+def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list[float] | None = None) -> StepRecord:
     return StepRecord(
         iteration=iteration,
         consumed_samples=8 * iteration,
@@ -37,6 +37,7 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False) -> StepRec
         skipped=skipped,
         blames_scale=False,
         seconds=0.5,
+        busy_seconds=busy or [0.4],
     )
 
 
@@ -97,4 +98,15 @@ def test_averages_are_over_microbatches_and_layers() -> None:
 
     results = [result(1.0, [1.0, 2.0]), result(3.0, [3.0, 6.0])]
     averages = average_over_ranks(results, 2, ProcessGroups(), 2, torch.device("cpu"), stop=True)
-    assert averages == (2.0, 3.0, 6.0, True)
+    assert averages == (2.0, 3.0, 6.0, True, [0.0])
+
+
+def test_slow_ranks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    log = _log(log_interval=2)
+    for record in (_record(1, busy=[0.1, 0.4, 0.15, 0.1]), _record(2, busy=[0.1, 0.4, 0.1, 0.3])):
+        log.step(record)
+    assert slow_ranks([_record(1, busy=[0.01, 0.1])]) == ""  # too short to mean anything
+    assert slow_ranks([_record(1, busy=[0.4])]) == ""
+    assert slow_ranks([_record(1, busy=[0.5, 0.1])]).startswith("rank 0 is slow")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert warnings == ["WARNING: rank 1 is slow: it works 0.40 s in a step, the others typically 0.12 s"]

@@ -1,0 +1,52 @@
+"""A rank that is stuck is named by those that wait for it; waiting does not count as work."""
+
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from distributed_testing import run_distributed
+
+from megatron.training.step_monitor import StepMonitor
+
+
+def _stuck_here(released: dist.Store) -> None:
+    while not released.check(["reported"]):
+        time.sleep(0.01)
+
+
+def _step(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
+    """Two ranks wait for the third; what each reports, and the share of the step in which it was not waiting."""
+    store = dist.TCPStore("localhost", port, world_size, rank == 0, timedelta(seconds=60))
+    reported: list[str] = []
+    done = threading.Event()
+
+    def report(text: str) -> None:
+        reported.append(text)
+        done.set()
+        released.set("reported", "")
+
+    released = store.clone()
+    monitor = StepMonitor(store.clone(), rank, world_size, 1.0, report)
+    monitor.begin(7)
+    start = time.monotonic()
+    if rank == 1:
+        _stuck_here(released)
+    dist.all_reduce(torch.zeros(1))
+    busy = monitor.busy_seconds() / (time.monotonic() - start)
+    monitor.end()
+    dist.barrier()
+    return reported, busy
+
+
+def test_a_stuck_rank_is_named_with_its_place() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    outcomes = run_distributed(_step, 3, port)
+    (text,) = [text for reported, _ in outcomes for text in reported]
+    assert text.startswith("step 7 has taken 1 s; rank 1 is at ") and text.endswith("; all others wait")
+    assert "test_step_monitor.py" in text and "(_stuck_here)" in text
+    assert outcomes[1][1] > 0.6 and max(outcomes[0][1], outcomes[2][1]) < 0.4
