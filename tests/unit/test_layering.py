@@ -14,6 +14,7 @@ PARALLEL = LEAVES | {"parallel_state"}
 CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
+    "communication": PARALLEL,
     "config": {"stages"},
     "atomic_files": set(),
     "parallel_state": LEAVES,
