@@ -62,7 +62,8 @@ def make_sample(tokens: NDArray, format: SampleFormat, stored_lengths: Sequence[
         begins = np.zeros(len(tokens), bool)
         begins[np.cumsum([0, *stored_lengths])[: len(stored_lengths)]] = True
         begins[0] = True
-        begins[1:] |= inputs == format.eod_token
+        if format.eod_token is not None:
+            begins[1:] |= inputs == format.eod_token
         starts = np.flatnonzero(begins[:-1])
         lengths = np.diff(starts, append=len(inputs))
         if format.reset_position_ids:
