@@ -151,7 +151,11 @@ def rank_lists(sizes: dict[str, int], axes: tuple[str, ...]) -> list[list[int]]:
 
 
 def build_process_groups(
-    config: ParallelConfig, rank: int, world_size: int, timeout: timedelta | None = None
+    config: ParallelConfig,
+    rank: int,
+    world_size: int,
+    timeout: timedelta | None = None,
+    control_backend: str = "gloo",
 ) -> ProcessGroups:
     """Creates this process's groups; collective over all ranks of an initialised torch.distributed.
 
@@ -176,7 +180,7 @@ def build_process_groups(
         for name, (grid, axes) in _GROUP_AXES.items()
     }
     world = _own_group([list(range(world_size))], rank, make)
-    handle = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    handle = dist.new_group(backend=control_backend, timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     channels = _pipeline_channels(rank_lists(dense, ("pp",)), rank, config.interleaved, timeout)
     return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), pp_channels=channels, **groups)
 

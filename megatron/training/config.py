@@ -37,6 +37,9 @@ class TrainingConfig:
     """End with an error after this many iterations in a row whose loss or gradients were not finite."""
     check_for_nan_in_loss_and_grad: bool = False
     """End with an error at the first loss or gradient that is not finite, instead of skipping the iteration."""
+    dry_run: str | None = None
+    """RANK/WORLD: build that rank of a job of WORLD ranks in one process without a device, print its shapes,
+    parameters and memory, and end."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -16,6 +16,7 @@ from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
+from megatron.training import dry_run
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
     CheckpointSaver,
@@ -66,6 +67,9 @@ def _pretrain(
     forward_step: ForwardStep,
 ) -> None:
     arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
+    if arguments.training.dry_run is not None:
+        _print_dry_run(arguments, environment, model_provider, forward_step)
+        return
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
     _check_save_folder(arguments, groups)
@@ -89,6 +93,17 @@ def _pretrain(
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
     train(trainer, datasets, progress, stop_signal)
+
+
+def _print_dry_run(
+    arguments: Arguments, environment: Environment, model_provider: ModelProvider, forward_step: ForwardStep
+) -> None:
+    if environment.world_size > 1:
+        raise ValueError("--dry-run is for one process: start it with python, without torchrun")
+    if arguments.model.vocab_size is None:
+        tokenizer = build_tokenizer(arguments.tokenizer, None)
+        arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
+    print(dry_run.table(dry_run.dry_run(arguments, model_provider, forward_step), arguments))
 
 
 def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
