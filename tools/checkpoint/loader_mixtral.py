@@ -115,9 +115,10 @@ class MegatronSource:
         model = self._with_vocabulary(model, fallback_vocab_size)
         self._parts: dict[str, dict[int, list[_Held]]] = {}
         dtypes: dict[str, torch.dtype] = {}
-        stages = self._stages(model, weights)
+        self.stages = self._stages(model, weights)
+        """Which layers each (pipeline rank, virtual stage) has."""
         for (ranks, chunk), found in weights.items():
-            dtypes |= self._check_weights(model, stages[ranks[1], chunk], ranks, files[ranks].path, found)
+            dtypes |= self._check_weights(model, self.stages[ranks[1], chunk], ranks, files[ranks].path, found)
         dtype = common_dtype(dtypes, params_dtype)
         self._description = Description(
             model=replace(model, params_dtype=config_dtype(dtype)),

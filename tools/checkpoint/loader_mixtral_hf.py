@@ -31,8 +31,8 @@ class HuggingFaceSource:
     Raises ValueError naming a tensor that is unknown, missing, there in both spellings, or of another shape.
     """
 
-    def __init__(self, folder: Path, params_dtype: str | None = None) -> None:
-        self._folder = HuggingFaceFolder(folder)
+    def __init__(self, folder: Path, params_dtype: str | None = None, opened: HuggingFaceFolder | None = None) -> None:
+        self._folder = opened or HuggingFaceFolder(folder)
         model = model_config_from_hf(self._folder.config)
         dtypes = self._check_names(model.num_layers, [s for rule in mixtral_weights(model) for s in rule.sources])
         dtype = common_dtype(dtypes, params_dtype)
@@ -61,9 +61,9 @@ class HuggingFaceSource:
         for source in sources:
             if source.name != source.fused_name and source.name in stored and source.fused_name in stored:
                 raise ValueError(f"{where} has both {source.name} and {source.fused_name}: which one counts?")
-            name, shape = (
-                (source.name, source.shape) if source.name in stored else (source.fused_name, source.fused_shape)
-            )
+            name, shape = self._name_and_shape(source)
+            if name is None:
+                continue
             if name not in stored:
                 missing.append(source.name)
             elif stored[name].shape != shape:
@@ -77,18 +77,21 @@ class HuggingFaceSource:
             raise ValueError(f"{where} has tensors that a Mixtral model does not: {list_some(unknown)}")
         return used
 
+    def _name_and_shape(self, source: HuggingFaceTensor) -> tuple[str | None, tuple[int, ...]]:
+        """Which tensor of the folder holds `source`; None if none does, and it is made up."""
+        if source.name in self._folder.tensors:
+            return source.name, source.shape
+        return source.fused_name, source.fused_shape
+
     def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
         """Some rows of one Megatron weight, in the description's type."""
-        parts = [self._read_source(source, part) for source, part in rule.source_rows(rows)]
+        parts = [self._located(source).read(part) for source, part in rule.source_rows(rows)]
         return rule.from_huggingface(parts, rows).to(self._description.dtype)
 
-    def _read_source(self, source: HuggingFaceTensor, rows: range) -> torch.Tensor:
+    def _located(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
+        """The tensor that holds `source`: under its own name, or an expert's as a part of transformers 5's stack."""
         if source.name in self._folder.tensors:
-            return self._folder.tensors[source.name].read(rows)
-        return self._fused(source).read(rows)
-
-    def _fused(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
-        """A tensor that transformers 5 keeps under another name, and an expert's as a part of a stack."""
+            return self._folder.tensors[source.name]
         stored = self._folder.tensors[source.fused_name]
         if source.expert is None:
             return stored

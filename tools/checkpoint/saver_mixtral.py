@@ -208,6 +208,7 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
             for rank in ranks:
                 rank.open(begin_step(root, "release"), content)
                 transfer(source, rank, rank.rules)
+            for rank in ranks:
                 rank.check_complete()
             source.check_complete()
             commit_step(root, "release", layout)

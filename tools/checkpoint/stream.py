@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,9 +135,14 @@ def transfer(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> Non
         for rows in writer.chunks(rule):
             writer.write(rule, rows, source.read(rule, rows))
 
+    on_all_cores(move, rules)
+
+
+def on_all_cores(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]) -> None:
+    """Calls `action` with every weight, several at once; the first error stops all."""
     threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     with ThreadPoolExecutor(threads) as pool:
-        running = [pool.submit(move, rule) for rule in rules]
+        running = [pool.submit(action, rule) for rule in rules]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
             for future in done:

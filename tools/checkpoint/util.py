@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.atomic_files import error_sentence
+from tools.checkpoint.expert_selection import SelectedExperts, chosen_experts
 from tools.checkpoint.stream import DTYPES, CheckedSource, Progress, Source, model_bytes
 
 _SHOWN_IN_HELP = {"loader": "mixtral_hf", "saver": "mixtral"}
@@ -38,7 +39,10 @@ def find_plugin(kind: str, name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
-    raise ValueError(f"no {kind} {name!r}: it would be a file {kind}_{name}.py; ours are mixtral and mixtral_hf")
+    raise ValueError(
+        f"no {kind} {name!r}: it would be a file {kind}_{name}.py on the Python path; ours are "
+        + ("mixtral, mixtral_hf and mistral_hf" if kind == "loader" else "mixtral and mixtral_hf")
+    )
 
 
 def convert(source: Source, write: Callable[[CheckedSource], None], dry_run: bool = False) -> None:
@@ -79,10 +83,20 @@ def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentPars
     """The command line, with the flags of the chosen loader and saver."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-type", choices=("GPT",), default="GPT", help="family of the model")
-    parser.add_argument("--loader", required=True, help="format to read: mixtral_hf or mixtral")
+    parser.add_argument("--loader", required=True, help="format to read: mixtral_hf, mixtral or mistral_hf")
     parser.add_argument("--saver", required=True, help="format to write: mixtral or mixtral_hf")
     parser.add_argument("--load-dir", required=True, help="folder to read")
     parser.add_argument("--save-dir", required=True, help="folder to write, new or empty")
+    parser.add_argument(
+        "--keep-experts",
+        metavar="LIST",
+        help="keep these experts of every layer, such as 0,2,5,7, or best:4: the four with most tokens in each layer",
+    )
+    parser.add_argument(
+        "--routing-stats",
+        metavar="FILE",
+        help="tokens of each expert, for best:N; training writes it",
+    )
     add_common_arguments(parser)
     for kind, plugin in (("loader", loader), ("saver", saver)):
         plugin.add_arguments(parser.add_argument_group(f"of the {kind} {plugin.__name__.rpartition('.')[2]}"))
@@ -105,7 +119,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     args = build_parser(*plugins).parse_args(argv)
     loader, saver = plugins
-    return run_tool(lambda: convert(loader.open_source(args), lambda source: saver.save(source, args), args.dry_run))
+    return run_tool(lambda: convert(_open(loader, args), lambda source: saver.save(source, args), args.dry_run))
+
+
+def _open(loader: ModuleType, args: argparse.Namespace) -> Source:
+    source: Source = loader.open_source(args)
+    if args.keep_experts is None:
+        if args.routing_stats is not None:
+            raise ValueError("--routing-stats goes with --keep-experts best:N only")
+        return source
+    model = source.description.model
+    statistics = None if args.routing_stats is None else Path(args.routing_stats)
+    return SelectedExperts(source, chosen_experts(args.keep_experts, statistics, model.num_layers, model.num_experts))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Files of tensors that are written a few rows at a time, by several threads at once.
 
 A file gets its whole size and every tensor its place before the first byte is written. Rows are appended to a tensor;
-a file is finished (trailer, checksums, sync) by whoever appends its last row.
+a file is finished (checksums, sync) as soon as its last row is there, while others are still written.
 """
 
 import json
@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class TensorFile(ABC):
         self.places = {place.plan.name: place for place in places}
         self._lock = threading.Lock()
         self._left = sum(place.plan.nbytes for place in self.places.values())
+        self._synced: Future[None] | None = None
 
     def append(self, name: str, rows: torch.Tensor) -> None:
         """Adds rows to the tensor `name`."""
@@ -70,7 +72,10 @@ class TensorFile(ABC):
         data = memoryview(rows.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
         if place.done + len(data) > place.plan.nbytes:
             raise ValueError(f"{name} in {self.path} is written twice")
-        with open(self.path, "r+b", buffering=0) as file:
+        with (
+            self._lock,
+            open(self.path, "r+b", buffering=0) as file,
+        ):  # the kernel's own lock would be waited for busily
             _write(file.fileno(), data, place.offset + place.done, self.path)
         place.checksum = self.checksum(data, place.checksum)
         place.done += len(data)
@@ -79,17 +84,18 @@ class TensorFile(ABC):
             complete = self._left == 0
         if complete:
             self._finish()
-            with open(self.path, "rb") as file:
-                os.fsync(file.fileno())
+            self._synced = _syncing.submit(_sync, self.path)
 
     def check_complete(self) -> None:
-        """Raises ValueError naming a tensor of which not every row was written."""
+        """Waits until all is on disk. Raises ValueError naming a tensor of which not every row was written."""
         for place in self.places.values():
             if place.done != place.plan.nbytes:
                 raise ValueError(
                     f"{place.plan.name} in {self.path} was not written completely: {place.done} of "
                     f"{place.plan.nbytes} bytes"
                 )
+        if self._synced is not None:
+            self._synced.result()
 
     def checksum(self, data: memoryview, start: int) -> int:
         """The checksum after `data`, for formats that have one."""
@@ -98,6 +104,15 @@ class TensorFile(ABC):
     @abstractmethod
     def _finish(self) -> None:
         """Writes what can only be known at the end."""
+
+
+# Threads that wait for the disk, so that those that move rows do not have to.
+_syncing = ThreadPoolExecutor(8, thread_name_prefix="sync")
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _write(descriptor: int, data: memoryview, offset: int, path: Path) -> None:

@@ -1,0 +1,163 @@
+"""Measures conversion both ways against `cp -r` of the same bytes on the same disk, and the memory it takes.
+
+Example:
+  PYTHONPATH=$(pwd) python tools/benchmarks/convert.py --folder /scratch --gigabytes 3 --repeats 3
+
+Makes a Mixtral of random weights in bf16 in a temporary folder, copies and converts it in turn, and prints medians. The
+cache is warm: every file was written or read just before. `sync` runs before each measurement; the tools sync their
+output, cp does not, so its time with a `sync` after it is printed too.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron.core.config import ModelConfig
+from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ModelConfig(
+    num_layers=1, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=16, num_query_groups=8, vocab_size=32000,
+    num_experts=8, rotary_base=1e6,
+)  # fmt: skip
+
+
+def make_model(folder: Path, nbytes: int) -> int:
+    """Writes a Mixtral folder of at least `nbytes` bytes of random bf16 weights; returns their size."""
+
+    def plans(layers: int) -> list[TensorPlan]:
+        model = ModelConfig(**{**vars(MODEL), "num_layers": layers})
+        return [
+            TensorPlan(source.name, source.shape, torch.bfloat16)
+            for rule in mixtral_weights(model)
+            for source in rule.sources
+        ]
+
+    layers = 4
+    while sum(plan.nbytes for plan in plans(layers)) < nbytes:
+        layers += 4
+    folder.mkdir(parents=True)
+    config = {
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_hidden_layers": layers,
+        "hidden_size": MODEL.hidden_size, "intermediate_size": MODEL.ffn_hidden_size,
+        "num_attention_heads": MODEL.num_attention_heads, "num_key_value_heads": MODEL.query_groups,
+        "max_position_embeddings": 4096, "rope_theta": MODEL.rotary_base, "rms_norm_eps": 1e-5,
+        "vocab_size": MODEL.vocab_size, "num_local_experts": MODEL.num_experts, "num_experts_per_tok": 2,
+        "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    noise = torch.randn(1 << 24).to(torch.bfloat16)
+    shards = plan_shards(plans(layers), 10**9)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        file = SafetensorsFile(folder / name, shard)
+        for number, plan in enumerate(shard):
+            size, start = torch.Size(plan.shape).numel(), 4099 * number % (1 << 16)
+            whole = noise[start : start + min(size, noise.numel() - start)]
+            rows = len(whole) // (size // plan.shape[0])
+            while file.places[plan.name].done < plan.nbytes:
+                left = plan.shape[0] - file.places[plan.name].done * plan.shape[0] // plan.nbytes
+                part = whole[: min(rows, left) * (size // plan.shape[0])]
+                file.append(plan.name, part.reshape(min(rows, left), *plan.shape[1:]))
+        file.check_complete()
+    index = {"weight_map": {plan.name: name for name, shard in zip(names, shards) for plan in shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return sum(plan.nbytes for plan in plans(layers))
+
+
+def measure(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds that a command takes and the most memory it or a child of it is resident with, in bytes.
+
+    Raises RuntimeError with its output if it fails.
+    """
+    with tempfile.TemporaryFile() as output:
+        start = time.perf_counter()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed: {output.read().decode(errors='replace')}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def to_megatron(source: Path, target: Path, sizes: Sequence[int]) -> list[str]:
+    """The command that converts to Megatron's format at (tensor, pipeline, expert) parallel sizes."""
+    return [
+        sys.executable, str(ROOT / "tools/checkpoint/util.py"), "--loader", "mixtral_hf", "--saver", "mixtral",
+        "--load-dir", str(source), "--save-dir", str(target), "--target-tensor-parallel-size", str(sizes[0]),
+        "--target-pipeline-parallel-size", str(sizes[1]), "--target-expert-parallel-size", str(sizes[2]),
+    ]  # fmt: skip
+
+
+def to_huggingface(source: Path, config: Path, target: Path) -> list[str]:
+    """The command that converts back."""
+    return [
+        sys.executable, str(ROOT / "tools/checkpoint/convert_megatron_to_hf_mixtral.py"), "--megatron-checkpoint-path",
+        str(source), "--huggingface-config-path", str(config), "--huggingface-checkpoint-path", str(target),
+    ]  # fmt: skip
+
+
+def largest_rank_file(folder: Path) -> int:
+    """Size of the largest `.pt` file of a checkpoint."""
+    return max(path.stat().st_size for path in folder.rglob("*.pt"))
+
+
+def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
+    found: dict[str, tuple[float, int]] = {}
+    for target in ("copy", "copy-synced", "megatron", "back"):
+        shutil.rmtree(work / target, ignore_errors=True)
+    for name, command in (
+        ("cp -r", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
+        ("to Megatron", to_megatron(work / "hf", work / "megatron", sizes)),
+        ("cp -r, then sync", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy-synced'}' && sync"]),
+        ("to Hugging Face", to_huggingface(work / "megatron", work / "hf", work / "back")),
+    ):
+        subprocess.run(["sync"], check=True)
+        found[name] = measure(command)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="folder on the disk to measure (default: the system's for temporary files)")
+    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the model (default: 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are printed (default: 3)")
+    parser.add_argument(
+        "--layout", type=int, nargs=3, default=[4, 2, 1], metavar=("TP", "PP", "EP"), help="sizes (default: 4 2 1)"
+    )
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        work = Path(folder)
+        size = make_model(work / "hf", int(args.gigabytes * 1e9))
+        rounds = [_round(work, args.layout) for _ in range(args.repeats)]
+        bound = 1.25 * largest_rank_file(work / "megatron") + 400e6
+    tp, pp, ep = args.layout
+    print(f"{size / 1e9:.2f} GB, TP {tp}, PP {pp}, EP {ep}, medians of {args.repeats}:")
+    copied = statistics.median(found["cp -r"][0] for found in rounds)
+    for name in rounds[0]:
+        seconds = statistics.median(found[name][0] for found in rounds)
+        peak = max(found[name][1] for found in rounds)
+        memory = f", peak memory {peak / 1e6:.0f} MB of {bound / 1e6:.0f} allowed" if name.startswith("to ") else ""
+        print(f"{name:18} {seconds:6.2f} s  {size / seconds / 1e6:6.0f} MB/s  {copied / seconds:5.2f} of cp -r{memory}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
