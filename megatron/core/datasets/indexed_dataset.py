@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron.core.atomic_files import sync_folder
-from megatron.core.datasets.description import DatasetDescription, Origin, description_path, file_sha256
+from megatron.core.datasets.description import (
+    DatasetDescription,
+    Origin,
+    description_path,
+    file_sha256,
+    read_description,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -145,13 +151,24 @@ class IndexedDatasetWriter:
         self._count(len(lengths), len(lengths), len(array))
 
     def add_file(self, prefix: str | os.PathLike[str]) -> None:
-        """Append every document of the data set at `prefix`. Raises ValueError if its token type differs."""
+        """Append every document of the data set at `prefix`.
+
+        Raises ValueError if its token type differs, or its tokens have not the checksum of its description.
+        """
         other = IndexedDataset(prefix)
         if other.dtype != self.dtype:
             raise ValueError(f"{prefix}: its tokens are {other.dtype.name}, the output's are {self.dtype.name}")
+        description = read_description(prefix)
+        digest = hashlib.sha256()
         with open(f"{other.prefix}.bin", "rb") as source:
             while block := source.read(8 * _BLOCK):
                 self._write_tokens(block)
+                if description:
+                    digest.update(block)
+        if description and digest.hexdigest() != description.sha256.get("bin"):
+            raise ValueError(
+                f"{other.prefix}.bin has changed since it was written (its SHA-256 is not the description's)"
+            )
         for part in _blocks(len(other)):
             self._idx.write(other.sequence_lengths[part].astype("<i4").tobytes())
         ends = other.document_indices[1:]

@@ -1,0 +1,62 @@
+"""tools/merge_datasets.py: one data set with the documents of several, in order."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.core.datasets.description import Origin, file_sha256, read_description
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from tools import merge_datasets
+
+ORIGIN = Origin("text", {"type": "NullTokenizer", "vocab_size": 100, "eod": 99, "bos": None}, True, False)
+
+
+def make(prefix: Path, documents: list[list[int]], origin: Origin | None = ORIGIN, dtype: str = "<u2") -> str:
+    with IndexedDatasetWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+        writer.finalize(origin)
+    return str(prefix)
+
+
+def test_documents_of_a_folder_follow_in_natural_order(tmp_path: Path) -> None:
+    parts = {10: [[5]], 2: [[3, 4], []], 1: [[1], [2, 2, 2]]}
+    for number, documents in parts.items():
+        make(tmp_path / "in" / f"p{number}", documents)
+    assert merge_datasets.main(["--input", str(tmp_path / "in"), "--output-prefix", str(tmp_path / "all")]) == 0
+    merged = IndexedDataset(tmp_path / "all")
+    assert [merged[i].tolist() for i in range(len(merged))] == [[1], [2, 2, 2], [3, 4], [], [5]]
+    assert merged.document_indices.tolist() == [0, 1, 2, 3, 4, 5]
+    together = make(tmp_path / "together", [[1], [2, 2, 2], [3, 4], [], [5]])
+    for end in ("bin", "idx", "json"):
+        assert (tmp_path / f"all.{end}").read_bytes() == Path(f"{together}.{end}").read_bytes()
+    description = read_description(tmp_path / "all")
+    assert description is not None
+    assert description.sha256 == {end: file_sha256(tmp_path / f"all.{end}") for end in ("bin", "idx")}
+
+
+def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = make(tmp_path / "a", [[1]])
+    others = {
+        "differ in their append_eod": make(tmp_path / "b", [[1]], ORIGIN._replace(append_eod=False)),
+        "differ in their tokenizer": make(tmp_path / "c", [[1]], ORIGIN._replace(tokenizer={"eod": 3})),
+        "its tokens are int32": make(tmp_path / "d", [[1]], ORIGIN, "<i4"),
+        "e.idx does not exist": str(tmp_path / "e"),
+        "is one of the inputs": str(tmp_path / "out"),
+        "f.bin has changed": make(tmp_path / "f", [[1, 2, 3]]),
+        "has no data sets": str(tmp_path / "empty"),
+    }
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "f.bin").write_bytes(np.array([1, 2, 4], "<u2").tobytes())
+    for message, other in others.items():
+        assert merge_datasets.main(["--input", a, other, "--output-prefix", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_a_data_set_from_elsewhere_is_merged_without_a_description(tmp_path: Path, capsys) -> None:
+    command = ["--input", make(tmp_path / "a", [[1]]), make(tmp_path / "b", [[2]], None), "--output-prefix"]
+    assert merge_datasets.main([*command, str(tmp_path / "out")]) == 0
+    assert "has no description" in capsys.readouterr().err
+    assert len(IndexedDataset(tmp_path / "out")) == 2 and not (tmp_path / "out.json").exists()

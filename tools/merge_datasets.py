@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Merge indexed data sets into one, in natural order of their names; memory does not grow with their size."""
+
+import argparse
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron.core.atomic_files import error_sentence
+from megatron.core.datasets.description import Origin, read_description
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from tools.preprocessing.inputs import natural_order
+
+EXAMPLES = """examples:
+  python tools/merge_datasets.py --input encoded/parts --output-prefix encoded/corpus_text_document
+  python tools/merge_datasets.py --input a_text_document b_text_document --output-prefix ab_text_document
+The first takes every data set of a folder, the second those named, in the order given."""
+
+
+def find_data_sets(patterns: list[str], output: str) -> list[str]:
+    """Prefixes of the data sets in folders and of those named. Raises ValueError or FileNotFoundError."""
+    found: list[str] = []
+    for pattern in patterns:
+        if Path(pattern).is_dir():
+            stems = {str(path.with_suffix("")) for end in ("bin", "idx") for path in Path(pattern).glob(f"*.{end}")}
+            if not stems:
+                raise ValueError(f"--input {pattern} has no data sets (.bin and .idx) in it")
+            found += sorted(stems, key=natural_order)
+        else:
+            found.append(pattern.removesuffix(".bin").removesuffix(".idx"))
+    if Path(output).absolute() in [Path(prefix).absolute() for prefix in found]:
+        raise ValueError(f"--output-prefix {output} is one of the inputs: choose another name, or move it away")
+    return found
+
+
+def common_origin(prefixes: list[str]) -> Origin | None:
+    """What all descriptions say of their making; None, with a warning, if one is missing. Raises ValueError."""
+    descriptions = [read_description(prefix) for prefix in prefixes]
+    origins: list[Origin] = []
+    for prefix, description in zip(prefixes, descriptions):
+        if description is None:
+            print(f"warning: {prefix} has no description (.json), so the result gets none", file=sys.stderr)
+            return None
+        origins.append(Origin(**{name: asdict(description)[name] for name in Origin._fields}))
+    first = origins[0]
+    for prefix, origin in zip(prefixes, origins):
+        for name in ("tokenizer", "append_eod", "append_bos"):
+            if getattr(origin, name) != getattr(first, name):
+                raise ValueError(f"{prefix} and {prefixes[0]} differ in their {name} (see their .json): not merged")
+    return first if all(origin.key == first.key for origin in origins) else first._replace(key=None)
+
+
+def merge(patterns: list[str], output: str) -> None:
+    """Write the merged data set. Raises ValueError or OSError with a sentence for the user."""
+    prefixes = find_data_sets(patterns, output)
+    origin = common_origin(prefixes)
+    with IndexedDatasetWriter(output, IndexedDataset(prefixes[0]).dtype) as writer:
+        for number, prefix in enumerate(prefixes, start=1):
+            writer.add_file(prefix)
+            print(f"{number} of {len(prefixes)}: {prefix}, {writer.token_count} tokens so far", file=sys.stderr)
+        writer.finalize(origin)
+    print(f"{output}.bin and .idx: {writer.document_count} documents, {writer.token_count} tokens")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", required=True, metavar="PATH", nargs="+", action="extend",
+                        help="folders of data sets, or prefixes of single ones")  # fmt: skip
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the merged data set without .bin")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        merge(args.input, args.output_prefix)
+    except (ValueError, OSError) as error:
+        print(f"error: {error_sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
