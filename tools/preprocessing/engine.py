@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,19 +69,18 @@ class GigatokenEngine:
     def encode_batch(self, texts: list[str]) -> list[Any]:
         """See `Engine`."""
         if self._is_byte_level:
-            return [
-                self._encode(text) if text.isascii() or self._is_settled(text) else self._reference.tokenize(text)
-                for text in texts
-            ]
+            return [self._encode(text) if is_settled(text) else self._reference.tokenize(text) for text in texts]
         return [self._encode(text) for text in texts]
 
-    def _is_settled(self, text: str) -> bool:
-        """Whether all characters have been in Unicode for long: libraries class newer ones differently."""
-        return not self._unassigned[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any()
 
-    @cached_property
-    def _unassigned(self) -> Any:
-        return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
+def is_settled(text: str) -> bool:
+    """Whether all characters have been in Unicode for long: libraries class newer ones differently."""
+    return text.isascii() or not _unassigned()[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any()
+
+
+@cache
+def _unassigned() -> Any:
+    return np.array([unicodedata.category(chr(code)) == "Cn" for code in range(0x110000)])
 
 
 class TokenizersEngine:
@@ -89,14 +88,23 @@ class TokenizersEngine:
 
     name = "hf"
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, reference: Tokenizer) -> None:
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_str(source)
+        self._reference = reference
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(source)
+        except Exception as error:  # the library raises bare Exception
+            raise EngineUnavailable(f"tokenizers cannot run this tokenizer ({error})") from None
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
         """See `Engine`."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            self._tokenizer.encode(text, add_special_tokens=False).ids
+            if is_settled(text)
+            else self._reference.tokenize(text)
+            for text in texts
+        ]
 
 
 def reference_name(tokenizer: Tokenizer) -> str:
@@ -113,7 +121,7 @@ def make_engine(name: str, reference: Tokenizer, source: str | None) -> Engine:
     if name == "gigatoken":
         return GigatokenEngine(source, reference)
     if name == "hf":
-        return TokenizersEngine(source)
+        return TokenizersEngine(source, reference)
     from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
     return ReferenceEngine(SentencePieceTokenizer(source))
@@ -172,7 +180,7 @@ def _gpt2_json(vocab_file: Path, merge_file: Path) -> str:
     }  # fmt: skip
     content: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": None, "decoder": {"type": "ByteLevel"}, "model": model,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
     }  # fmt: skip
     return json.dumps(content)
 

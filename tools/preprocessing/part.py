@@ -125,10 +125,17 @@ class PartRun:
         part, journal = self._part, self._journal
         dtype = token_type(part.tokenizer)
         for key, state in zip(part.settings.json_keys, journal.writers):
-            if not self._is_finished(part.data_set(key), state):
+            if self._is_finished(part.data_set(key), state):
+                Path(f"{part.data_set(key)}.doc.tmp").unlink(missing_ok=True)
+            else:
                 writer = IndexedDatasetWriter(part.data_set(key), dtype, state)
                 self._writers.append(stack.enter_context(writer))
+        temporary, final = self._quarantine_temporary, quarantine_path(part.prefix)
+        if journal.quarantine_bytes and not temporary.exists() and final.exists():
+            os.replace(final, temporary)  # killed after it had been given its name
         self._quarantine = stack.enter_context(open(self._quarantine_temporary, "ab"))  # noqa: SIM115
+        if os.path.getsize(temporary) < journal.quarantine_bytes:
+            raise ValueError(f"{temporary} is shorter than it was: start anew without --resume")
         self._quarantine.truncate(journal.quarantine_bytes)
 
     @staticmethod

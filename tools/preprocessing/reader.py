@@ -173,7 +173,7 @@ def _parquet_blocks(part: Input, keys: list[str]) -> Iterator[Block]:
 def lines_of(block: Block) -> tuple[list[bytes | None], int]:
     """Lines of a block of text, line ends included or not, and how many; None stands for one that is too long."""
     if block.lines is not None:
-        lines: list[bytes | None] = list(block.lines.split(b"\n"))
+        lines: list[bytes | None] = [_bounded(line) for line in block.lines.split(b"\n")]
         if lines and not lines[-1]:
             lines.pop()
         return lines, len(lines)
@@ -202,8 +202,10 @@ def _complete(begun: bytes, file: IO[bytes]) -> bytes | None:
     while piece := file.readline(inputs.CHUNK_BYTES):
         pieces.append(piece)
         size += len(piece)
-        if size > LONGEST_LINE:
-            return None
-        if piece.endswith(b"\n"):
+        if size > LONGEST_LINE or piece.endswith(b"\n"):
             break
-    return b"".join(pieces)
+    return _bounded(b"".join(pieces))
+
+
+def _bounded(line: bytes) -> bytes | None:
+    return line if len(line) <= LONGEST_LINE else None

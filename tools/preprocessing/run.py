@@ -122,12 +122,12 @@ def _write_part(part: Part, place: Place) -> tuple[Report, str]:
 def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
     """Write the data set of each key. Raises WorkerDied, ValueError or OSError with a sentence for the user."""
     started = time.monotonic()
-    everything = find_inputs(settings.input)
-    tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
-    for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
-        if getattr(settings, f"append_{flag}") and token is None:
-            raise ValueError(f"--append-{flag}: this tokenizer has no such token")
     with Ranks(settings.output_prefix, place, rank_timeout) as ranks:
+        everything = find_inputs(settings.input)
+        tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
+        for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
+            if getattr(settings, f"append_{flag}") and token is None:
+                raise ValueError(f"--append-{flag}: this tokenizer has no such token")
         mine = share(everything, *place)
         check_columns(mine, settings.json_keys)
         plan = choose_engine(settings, tokenizer, mine, place.label)
@@ -138,16 +138,14 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
             report, engine = _write_part(part, place)
             statistics = report.statistics
         else:
-            finished = finished_report(settings.output_prefix, place, part.fingerprint)
-            report = finished or _write_part(part, place)[0]
+            report = finished_report(settings.output_prefix, place, part.fingerprint) or _write_part(part, place)[0]
             ranks.done(part.fingerprint, report)
             if place.rank:
                 print(f"{place.label}done: {report.statistics.lines} lines")
                 return
             statistics = _merge(settings, place, ranks, everything, tokenizer)
-    _tell(
-        settings, statistics, tokenizer, f"{len(everything)} file{'s' * (len(everything) > 1)}", engine, place, started
-    )
+    files = f"{len(everything)} file{'s' * (len(everything) > 1)}"
+    _tell(settings, statistics, tokenizer, files, engine, place, started)
 
 
 def _merge(settings: Settings, place: Place, ranks: Ranks, everything: list[Input], tokenizer: Tokenizer) -> Statistics:

@@ -105,6 +105,9 @@ class IndexedDatasetWriter:
             "doc": 8 * (start.documents + 1),
         }
         fresh = start == NOTHING
+        if not fresh and not Path(f"{self.prefix}.idx").exists() and not Path(f"{self.prefix}.bin.tmp").exists():
+            # Killed within `finalize`: the tokens have their name, the index has not.
+            os.replace(f"{self.prefix}.bin", f"{self.prefix}.bin.tmp")
         self._files: dict[str, BinaryIO] = {}
         try:
             for suffix, size in sizes.items():

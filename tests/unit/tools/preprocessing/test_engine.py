@@ -1,0 +1,179 @@
+"""Engines give exactly the reference's ids, and one that does not is not taken."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from tools import preprocess_data
+from tools.preprocessing import engine, inputs, run
+from tools.preprocessing.engine import EngineUnavailable, engine_source, first_difference, make_engine, reference_name
+from tools.preprocessing.settings import TokenizerFlags
+
+pytest.importorskip("gigatoken")
+
+
+def build(kind: str, request: pytest.FixtureRequest) -> Tokenizer:
+    if kind == "mixtral":
+        model = request.getfixturevalue("mixtral_model")
+        return build_tokenizer(TokenizerFlags(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(model)))
+    if kind == "sentencepiece":
+        folder = request.getfixturevalue("sentencepiece_model")
+        return build_tokenizer(TokenizerFlags(tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(folder)))
+    folder = request.getfixturevalue("byte_level_folder")
+    if kind == "gpt2":
+        files = {"vocab_file": str(folder / "vocab.json"), "merge_file": str(folder / "merges.txt")}
+        return build_tokenizer(TokenizerFlags(tokenizer_type="GPT2BPETokenizer", **files))
+    return build_tokenizer(TokenizerFlags(tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("mixtral", "gigatoken"), ("sentencepiece", "gigatoken"), ("byte level", "gigatoken"), ("gpt2", "gigatoken"),
+     ("gpt2", "hf")],
+)  # fmt: skip
+def test_ids_are_the_references(kind: str, name: str, nasty_strings: list[str], request) -> None:
+    tokenizer = build(kind, request)
+    # The library's Unicode tables differ on letters that became letters in 2025: these must be in what is compared.
+    assert any("\U000331ff's" in text for text in nasty_strings)
+    fast = make_engine(name, tokenizer, engine_source(name, tokenizer))
+    expected = tokenizer.tokenize_batch(nasty_strings)
+    found = fast.encode_batch(nasty_strings)
+    wrong = [text for text, a, b in zip(nasty_strings, expected, found) if a != [int(token) for token in b]]
+    assert wrong == []
+    assert first_difference(fast, tokenizer, engine.PROBES) is None
+
+
+def test_a_restarted_engine_gives_the_same_ids(nasty_strings: list[str], request) -> None:
+    tokenizer = build("sentencepiece", request)
+    fast = make_engine("gigatoken", tokenizer, engine_source("gigatoken", tokenizer))
+    before = [ids.tolist() for ids in fast.encode_batch(nasty_strings[:100])]
+    fast.restart()  # type: ignore[attr-defined]
+    assert [ids.tolist() for ids in fast.encode_batch(nasty_strings[:100])] == before
+
+
+def test_what_cannot_run_says_why(request) -> None:
+    for kind, name, reason in (
+        ("sentencepiece", "hf", "gives other ids"),
+        ("byte level", "sentencepiece", "no tokenizer.model"),
+        ("gpt2", "sentencepiece", "no tokenizer.model"),
+    ):
+        with pytest.raises(EngineUnavailable, match=reason):
+            engine_source(name, build(kind, request))
+    null = build_tokenizer(TokenizerFlags(tokenizer_type="NullTokenizer"), 10)
+    with pytest.raises(EngineUnavailable, match="cannot run a tokenizer of type NullTokenizer"):
+        engine_source("gigatoken", null)
+    assert [reference_name(build(kind, request)) for kind in ("sentencepiece", "byte level", "gpt2")] == [
+        "sentencepiece", "hf", "reference",
+    ]  # fmt: skip
+
+
+def corpus(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def command(tmp_path: Path, sentencepiece_model: Path) -> Callable[..., list[str]]:
+    def build_command(source: Path, *more: str) -> list[str]:
+        return [
+            "--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "Llama2Tokenizer",
+            "--tokenizer-model", str(sentencepiece_model / "tokenizer.model"), "--workers", "1", *more,
+        ]  # fmt: skip
+
+    return build_command
+
+
+class Wrong:
+    """An engine that is right but for texts with "zebra" in them."""
+
+    name = "gigatoken"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        return [
+            ids[::-1] if "zebra" in text else ids for text, ids in zip(texts, self._tokenizer.tokenize_batch(texts))
+        ]
+
+
+@pytest.fixture
+def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, reference: Tokenizer, source: str | None) -> engine.Engine:
+        return Wrong(reference) if name == "gigatoken" else make_engine(name, reference, source)
+
+    monkeypatch.setattr(run, "make_engine", make)
+    monkeypatch.setattr("tools.preprocessing.worker.make_engine", make)
+
+
+def stored(tmp_path: Path) -> list[list[int]]:
+    indexed = IndexedDataset(tmp_path / "out_text_document")
+    return [indexed[i].tolist() for i in range(len(indexed))]
+
+
+def test_a_wrong_engine_is_not_taken(tmp_path: Path, command, wrong_engine, capsys, request) -> None:
+    texts = ["one zebra", "two horses"]
+    source = corpus(tmp_path / "a.jsonl", texts)
+    assert preprocess_data.main(command(source, "--tokenizer-backend", "gigatoken")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --tokenizer-backend gigatoken: it gives other ids than the reference on a sample")
+    assert not list(tmp_path.glob("out*"))
+    assert preprocess_data.main(command(source)) == 0
+    output = capsys.readouterr().out
+    assert "not using gigatoken: it gives other ids" in output and "(engine sentencepiece," in output
+    assert stored(tmp_path) == build("sentencepiece", request).tokenize_batch(texts)
+
+
+def test_a_difference_on_the_way_stops_or_starts_again(
+    tmp_path: Path, command, wrong_engine, capsys, request, monkeypatch
+) -> None:
+    """The sample sees the beginnings of a few documents; here every document goes wrong only late."""
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 30_000)
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(["a", "horse", "of", "course"], k=2000)) + " zebra" * 2000 for _ in range(40)]
+    source = corpus(tmp_path / "a.jsonl", texts)
+    assert preprocess_data.main(command(source, "--tokenizer-backend", "gigatoken")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "a.jsonl, bytes " in error and "the reference" in error and "nothing that gigatoken wrote" in error
+    assert not list(tmp_path.glob("out*"))
+    assert preprocess_data.main(command(source)) == 0
+    output = capsys.readouterr().out
+    assert "warning:" in output and "starting again from the beginning with the reference tokenizer" in output
+    assert "(engine sentencepiece," in output
+    assert stored(tmp_path) == build("sentencepiece", request).tokenize_batch(texts)
+
+
+def test_every_backend_writes_the_same_bytes(tmp_path: Path, byte_level_folder: Path, nasty_strings) -> None:
+    source = corpus(tmp_path / "a.jsonl", nasty_strings[:3000])
+    written = []
+    for backend in ("gigatoken", "hf", "auto"):
+        prefix = tmp_path / backend
+        command = [
+            "--input", str(source), "--output-prefix", str(prefix), "--tokenizer-type", "PretrainedTokenizerFromHF",
+            "--tokenizer-model", str(byte_level_folder), "--workers", "1", "--append-eod", "--append-bos",
+            "--tokenizer-backend", backend,
+        ]  # fmt: skip
+        assert preprocess_data.main(command) == 0
+        written.append([Path(f"{prefix}_text_document.{end}").read_bytes() for end in ("bin", "idx", "json")])
+    assert written[0] == written[1] == written[2]
+
+
+def test_bos_and_eod_never_double(tmp_path: Path, byte_level_folder: Path) -> None:
+    """`<s>` and `</s>` in a text are read as these tokens by this tokenizer."""
+    source = corpus(tmp_path / "a.jsonl", ["<s>a</s>", "a", "<s>", "</s>", "a</s>b"])
+    command = [
+        "--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type",
+        "PretrainedTokenizerFromHF", "--tokenizer-model", str(byte_level_folder), "--workers", "1", "--append-eod",
+        "--append-bos",
+    ]  # fmt: skip
+    assert preprocess_data.main(command) == 0
+    a, b = (build_tokenizer(TokenizerFlags(
+        tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(byte_level_folder))).tokenize(text)[0]
+        for text in "ab")  # fmt: skip
+    assert stored(tmp_path) == [[1, a, 2], [1, a, 2], [1, 2], [1, 2], [1, a, 2, b, 2]]
