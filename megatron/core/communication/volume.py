@@ -27,11 +27,13 @@ class Traffic(NamedTuple):
     """Bytes that a rank gives to one kind of collective in a step."""
 
     kind: str
-    """TP, CP, PP, EP, DP, or control."""
+    """TP, CP, PP, experts (of EP and ETP, and tokens gathered for experts that TP splits), DP, or control."""
     purpose: str
     operation: str
     group: str
     """Name of the group in ProcessGroups; messages between stages are `pp_forward_out` and `pp_backward_out`."""
+    ranks: int
+    """Ranks of the group."""
     bytes: float
 
 
@@ -84,8 +86,9 @@ class _Account:
 
     def add(self, kind: str, purpose: str, operation: str, group: str, size: float) -> None:
         """Notes `size` bytes, unless nothing is sent."""
-        if size and self.sizes.get(group, 2) > 1:
-            self.found.append(Traffic(kind, purpose, operation, group, size))
+        ranks = self.sizes.get(group, 2)  # two at the ends of a connection between stages
+        if size and ranks > 1:
+            self.found.append(Traffic(kind, purpose, operation, group, ranks, size))
 
     def entries(self) -> list[Traffic]:
         self._dense_layers()
@@ -128,12 +131,12 @@ class _Account:
         model, group = self.model, "tp_cp" if self.sequence_parallel else "cp"
         sets = self.step.micro_batch_size if model.moe_router_load_balancing_type == "seq_aux_loss" else 1
         statistics = 2 * model.num_experts * sets + 1
-        self.add("EP", "router statistics", "all-reduce", group, self._routings * statistics * self.w)
+        self.add("experts", "router statistics", "all-reduce", group, self._routings * statistics * self.w)
         if model.moe_expert_capacity_factor is not None:
             probs = self.w * model.moe_router_topk if model.moe_token_drop_policy == "probs" else 0
             tokens = self.sizes[group] * self.T
             size = self._routings * tokens * (8 * model.moe_router_topk + 8 + probs)
-            self.add("EP", "capacity", "all-gather", group, size)
+            self.add("experts", "capacity", "all-gather", group, size)
 
     def _experts(self) -> None:
         """Tokens to their experts and back."""
@@ -147,22 +150,24 @@ class _Account:
         replicated = sizes["tp"] > 1 and not self.sequence_parallel
         if n == 1 or replicated:
             x, probs = self.T * row, pairs * self.w
-            self.add("EP", "experts", "all-reduce", "etp", (backward + combined) * x + backward * probs)
+            self.add("experts", "experts", "all-reduce", "etp", (backward + combined) * x + backward * probs)
         elif sizes["ep"] == 1 or model.moe_token_dispatcher_type == "allgather":
             x, probs = n * self.T * row, n * pairs * self.w
             if sizes["ep"] > 1:
-                self.add("EP", "counts", "all-gather", "ep_etp", forward * n * 8 * (1 + model.num_experts))
+                self.add("experts", "counts", "all-gather", "ep_etp", forward * n * 8 * (1 + model.num_experts))
             gathered = forward * (x + probs + n * pairs * 8) + backward * x
-            self.add("EP", "experts", "all-gather", "ep_etp", gathered)
-            self.add("EP", "experts", "reduce-scatter", "ep_etp", combined * x + backward * (x + probs))
+            self.add("experts", "experts", "all-gather", "ep_etp", gathered)
+            self.add("experts", "experts", "reduce-scatter", "ep_etp", combined * x + backward * (x + probs))
         else:
             # the tokens' way back is followed by a sum that keeps tensors, so that recomputation goes that far
             x, probs = pairs * row, pairs * self.w
-            self.add("EP", "counts", "all-gather", "ep_etp", forward * n * 8 * model.num_experts)
-            self.add("EP", "experts", "all-to-all", "ep", 2 * (forward + backward) * x + (forward + backward) * probs)
+            self.add("experts", "counts", "all-gather", "ep_etp", forward * n * 8 * model.num_experts)
+            self.add(
+                "experts", "experts", "all-to-all", "ep", 2 * (forward + backward) * x + (forward + backward) * probs
+            )
             if sizes["etp"] > 1:
                 size = sizes["etp"] * ((forward + backward) * (2 * x + probs))
-                self.add("EP", "experts", "exchange", "etp", size)
+                self.add("experts", "experts", "exchange", "etp", size)
 
     def _ends(self) -> None:
         """Embedding, output layer and loss."""
