@@ -12,6 +12,7 @@ from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.mappings import all_reduce
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.config import Arguments
 from megatron.training.metrics import MicrobatchResult
 from megatron.training.training import pretrain
@@ -37,7 +38,7 @@ def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], t
 
 
 def forward_step(
-    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, auxiliary_loss_scale: float
+    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, microbatch: MicrobatchInfo
 ) -> tuple[Tensor, MicrobatchResult]:
     """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1.
 
@@ -52,16 +53,16 @@ def forward_step(
         batch.get("tokens"),
         hidden,
         batch.get("labels"),
-        auxiliary_loss_scale * model.cp.size,
+        microbatch._replace(auxiliary_loss_scale=microbatch.auxiliary_loss_scale * model.cp.size),
         batch.get("position_ids"),
         documents,
     )
     if model.output_layer is None:
-        return output, MicrobatchResult(None, statistics)
+        return output, MicrobatchResult(None, statistics, model.first_layer)
     mask = batch["loss_mask"]
     tokens = all_reduce(mask.sum(), model.cp).clamp(min=1)
     loss = (output * mask).sum() * (model.cp.size / tokens)
-    return loss, MicrobatchResult(loss.detach(), statistics)
+    return loss, MicrobatchResult(loss.detach(), statistics, model.first_layer)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class ModelConfig:
     """Which tokens an expert over its capacity drops: those of lowest probability, or the last of the microbatch."""
     moe_pad_expert_input_to_capacity: bool = False
     """Fill up every expert's input to its capacity, so that its shape does not depend on the routing."""
+    moe_input_jitter_eps: float | None = None
+    """In training, the router sees its input multiplied by uniform noise of 1 plus or minus this; off if not given."""
     moe_z_loss_coeff: float = 0.0
     """Weight of the router z-loss, the mean of logsumexp(logits)^2."""
     params_dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -96,6 +98,8 @@ class ModelConfig:
         _require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
+        if self.moe_input_jitter_eps is not None and not 0 <= self.moe_input_jitter_eps < 1:
+            raise ValueError(f"--moe-input-jitter-eps must be in [0, 1), got {self.moe_input_jitter_eps}")
         if self.moe_pad_expert_input_to_capacity and self.moe_expert_capacity_factor is None:
             raise ValueError("--moe-pad-expert-input-to-capacity needs --moe-expert-capacity-factor, for instance 1.25")
         if min(self.moe_aux_loss_coeff, self.moe_z_loss_coeff, self.init_method_std) < 0:

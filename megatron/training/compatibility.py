@@ -43,7 +43,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "cross-entropy-loss-fusion", "tp-comm-overlap", "manual-gc",
         "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
         "log-memory-to-tensorboard", "log-validation-ppl-to-tensorboard",
-        "no-async-tensor-model-parallel-allreduce", "no-save-rng", "moe-per-layer-logging", "no-mmap-bin-files",
+        "no-async-tensor-model-parallel-allreduce", "no-save-rng", "no-mmap-bin-files",
     ),
     **_flags(
         "no effect", "one", "transformer-impl", "wandb-project", "wandb-exp-name", "wandb-save-dir",
@@ -74,7 +74,6 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "optimizer": CompatibilityFlag("only", "one", ("adam",)),
     "dataset-impl": CompatibilityFlag("only", "one", ("mmap",)),
     "dataloader-type": CompatibilityFlag("only", "one", ("single",)),
-    "moe-input-jitter-eps": CompatibilityFlag("refused", "one"),
     "window-size": CompatibilityFlag("refused", "many"),
 }  # fmt: skip
 

@@ -141,6 +141,8 @@ class LoggingConfig:
     """Folder for TensorBoard event files."""
     metrics_path: str | None = None
     """File that gets one JSON line an iteration, with numbers in full precision."""
+    moe_per_layer_logging: bool = False
+    """Record the load of every layer's experts in TensorBoard and the metrics file, not only the whole model's."""
 
     def __post_init__(self) -> None:
         if self.log_interval <= 0:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core.atomic_files import atomic_writer
+from megatron.core.config import ModelConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
+from megatron.training.expert_load import layer_load, model_load
 
 
 class MicrobatchResult(NamedTuple):
@@ -28,6 +30,8 @@ class MicrobatchResult(NamedTuple):
     """Mean loss of its tokens; on the last stage only."""
     statistics: RouterStatistics
     """Router statistics of the stage's layers."""
+    first_layer: int = 0
+    """Number of the stage's first layer in the whole model."""
 
 
 class StepAverages(NamedTuple):
@@ -37,6 +41,8 @@ class StepAverages(NamedTuple):
     load_balancing_loss: float
     """Mean over layers and microbatches, without coefficient; 1 when balanced."""
     z_loss: float
+    tokens_per_expert: list[list[int]]
+    """How often each expert of each layer of the model was chosen, in all microbatches of all ranks."""
     stop: bool
     """Whether any rank wants to stop."""
     busy_seconds: list[float]
@@ -47,7 +53,7 @@ def average_over_ranks(
     results: list[MicrobatchResult],
     num_microbatches: int,
     groups: ProcessGroups,
-    num_layers: int,
+    model: ModelConfig,
     device: torch.device,
     stop: bool = False,
     busy_seconds: float = 0.0,
@@ -56,20 +62,30 @@ def average_over_ranks(
 
     `results` are those of all `num_microbatches` microbatches in all of the rank's stages.
     """
-    totals = torch.zeros(4 + groups.world.size, dtype=torch.float64, device=device)
+    chosen = model.num_layers * model.num_experts
+    totals = torch.zeros(4 + chosen + groups.world.size, dtype=torch.float64, device=device)
+    chosen_LE = totals[4 : 4 + chosen].view(model.num_layers, model.num_experts)
     if groups.tp.is_first:  # tensor-parallel ranks hold the same numbers
         microbatches = num_microbatches * groups.dp_cp.size
         for result in results:
             if result.loss is not None:
                 totals[0] += result.loss.double() / microbatches
-            totals[1] += result.statistics.load_balancing_loss.double().sum() / (microbatches * num_layers)
-            totals[2] += result.statistics.z_loss.double().sum() / (microbatches * num_layers)
+            totals[1] += result.statistics.load_balancing_loss.double().sum() / (microbatches * model.num_layers)
+            totals[2] += result.statistics.z_loss.double().sum() / (microbatches * model.num_layers)
+            counts = result.statistics.tokens_per_expert
+            # context-parallel ranks hold the same counts, those of the whole microbatch
+            chosen_LE[result.first_layer : result.first_layer + len(counts)] += counts / groups.cp.size
     totals[3] = float(stop)
-    totals[4 + groups.world.rank] = busy_seconds
+    totals[4 + chosen + groups.world.rank] = busy_seconds
     if groups.world.size > 1:
         dist.all_reduce(totals, group=groups.world.handle)
-    loss, balance, z_loss, stops, *busy = totals.tolist()
-    return StepAverages(loss, balance, z_loss, stops > 0, busy)
+    totals = totals.cpu()  # waits for the device once
+    loss, balance, z_loss, stops = totals[:4].tolist()
+    counts_by_layer = [
+        [round(count) for count in counts]
+        for counts in totals[4 : 4 + chosen].view(model.num_layers, model.num_experts).tolist()
+    ]
+    return StepAverages(loss, balance, z_loss, counts_by_layer, stops > 0, totals[4 + chosen :].tolist())
 
 
 def slow_ranks(records: Sequence["StepRecord"]) -> str:
@@ -96,6 +112,8 @@ class StepRecord:
     lm_loss: float
     load_balancing_loss: float
     z_loss: float
+    tokens_per_expert: list[list[int]]
+    """How often each expert of each layer was chosen."""
     grad_norm: float
     loss_scale: float
     learning_rate: float
@@ -123,6 +141,8 @@ class MetricsLog:
 
     def step(self, record: StepRecord) -> None:
         """Records one iteration; prints the line of an interval at its end."""
+        load = model_load(record.tokens_per_expert)
+        by_layer = self.config.moe_per_layer_logging
         self._write_json(
             {
                 "iteration": record.iteration,
@@ -131,6 +151,10 @@ class MetricsLog:
                 "load_balancing_loss": record.load_balancing_loss,
                 "z_loss": record.z_loss,
                 "grad_norm": record.grad_norm,
+                "max_expert_load": load.largest,
+                "expert_load_entropy": load.entropy,
+                "dead_experts": load.dead,
+                **({"tokens_per_expert": record.tokens_per_expert} if by_layer else {}),
                 "learning_rate": record.learning_rate,
                 "loss_scale": record.loss_scale,
                 "global_batch_size": record.global_batch_size,
@@ -148,6 +172,10 @@ class MetricsLog:
                 {
                     "lm loss": record.lm_loss,
                     "load_balancing_loss": record.load_balancing_loss,
+                    "z_loss": record.z_loss,
+                    "max-expert-load": load.largest,
+                    "expert-load-entropy": load.entropy,
+                    "dead-experts": load.dead,
                     "grad-norm": record.grad_norm,
                     "learning-rate": record.learning_rate,
                     "loss-scale": record.loss_scale,
@@ -155,6 +183,16 @@ class MetricsLog:
                     "tokens-per-second": record.tokens_per_second,
                 },
             )
+            for number, counts in enumerate(record.tokens_per_expert if by_layer else ()):
+                layer = layer_load(counts)
+                self._tensorboard(
+                    record.iteration,
+                    {
+                        f"max-expert-load/layer {number}": layer.largest,
+                        f"expert-load-entropy/layer {number}": layer.entropy,
+                        f"dead-experts/layer {number}": layer.dead,
+                    },
+                )
             self.interval = []
 
     def evaluation(self, split: str, iteration: int, consumed_samples: int, loss: float) -> None:
@@ -175,7 +213,7 @@ class MetricsLog:
             self.tensorboard.close()
 
     def _line(self) -> str:
-        """Megatron-LM's line: averages over the interval's steps, the last step's learning rate and gradient norm."""
+        """Megatron-LM's line: averages over the interval's steps; rate, gradient norm and expert load of the last."""
         records, last = self.interval, self.interval[-1]
         finite = [record for record in records if math.isfinite(record.lm_loss)]
 
@@ -183,6 +221,7 @@ class MetricsLog:
             return sum(getattr(record, name) for record in finite) / len(finite) if finite else math.nan
 
         seconds = sum(record.seconds for record in records) / len(records)
+        load = model_load(last.tokens_per_expert)
         samples = sum(record.global_batch_size for record in records) / len(records)
         throughput = f" throughput per GPU (TFLOP/s/GPU): {self.flops * samples / seconds / 1e12:.1f} |"
         return (
@@ -195,6 +234,7 @@ class MetricsLog:
             f" loss scale: {last.loss_scale:.1f} | grad norm: {last.grad_norm:.3f} |"
             f" number of skipped iterations: {sum(record.skipped for record in records):3d} |"
             f" number of nan iterations: {len(records) - len(finite):3d} |"
+            f" max expert load: {load.largest:.2f} | dead experts: {load.dead:3d} |"
         )
 
     def _write_json(self, values: dict[str, Any]) -> None:

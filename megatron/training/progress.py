@@ -16,6 +16,9 @@ class Progress:
     """Samples that updates were made from, which is the position in the learning-rate schedule."""
     skipped_iterations: int = 0
     """Steps without an update, because gradients were not finite."""
+    tokens_per_expert: list[list[int]] | None = None
+    """How often each expert of each layer was chosen in the last step, for --moe-router-load-balancing-type
+    global_aux_loss."""
     schedule: dict[str, Any] = field(default_factory=dict)
     """Settings of learning rate and weight decay over the run, which a resumed run must share."""
     data_fingerprints: dict[str, str] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.batch_schedule import BatchSchedule
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
@@ -47,7 +48,7 @@ class ForwardStep(Protocol):
     """Runs one microbatch through a stage; `batch` is None on stages between the first and the last."""
 
     def __call__(
-        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, auxiliary_loss_scale: float
+        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: MicrobatchInfo
     ) -> tuple[Tensor, MicrobatchResult]: ...
 
 

@@ -16,6 +16,7 @@ from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training import dry_run
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
@@ -182,11 +183,15 @@ def _run_microbatches(
     trainer: Trainer,
     source: Iterator[Batch | None],
     num_microbatches: int,
+    first_sample: int = 0,
     loss_scale: float = 1.0,
     forward_only: bool = False,
 ) -> list[MicrobatchResult]:
-    """Runs a step's microbatches through this rank's stages; returns a result for each of them in each stage."""
-    chunks = list(trainer.model)
+    """Runs a step's microbatches through this rank's stages; returns a result for each of them in each stage.
+
+    `first_sample` is the number of the first of the step's samples, of all ranks.
+    """
+    chunks, dp, training = list(trainer.model), trainer.groups.dp, trainer.arguments.training
     held: dict[int, Batch | None] = {}
 
     def forward_step(microbatch: int, chunk: int, hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
@@ -195,7 +200,9 @@ def _run_microbatches(
         batch = held[microbatch]
         if chunk == len(chunks) - 1:
             del held[microbatch]
-        output, result = trainer.forward_step(chunks[chunk], batch, hidden, loss_scale / num_microbatches)
+        sample = first_sample + (microbatch * dp.size + dp.rank) * training.micro_batch_size
+        info = MicrobatchInfo(loss_scale / num_microbatches, sample, training.seed)
+        output, result = trainer.forward_step(chunks[chunk], batch, hidden, info)
         return output * loss_scale if result.loss is not None and loss_scale != 1 else output, result
 
     return forward_backward(
@@ -215,6 +222,15 @@ def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
     return torch.stack(losses).sum() if losses else None
 
 
+def _set_expert_share(trainer: Trainer, progress: Progress) -> None:
+    """Tells routers with `global_aux_loss` how the last step's tokens were shared out."""
+    if progress.tokens_per_expert is None:
+        return
+    counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
+    for chunk in trainer.model:
+        chunk.set_expert_share(counts_LE / counts_LE.sum(dim=1, keepdim=True))
+
+
 def train_step(
     trainer: Trainer,
     source: Iterator[Batch | None],
@@ -228,15 +244,19 @@ def train_step(
     batch_size = trainer.batches.batch_size(progress.consumed_samples)
     num_microbatches = trainer.batches.num_microbatches(progress.consumed_samples)
     trainer.buffers.start_step(num_microbatches)
-    results = _run_microbatches(trainer, source, num_microbatches, trainer.optimizer.scaler.scale)
+    _set_expert_share(trainer, progress)
+    scale = trainer.optimizer.scaler.scale
+    results = _run_microbatches(trainer, source, num_microbatches, progress.consumed_samples, scale)
     trainer.buffers.finalize()
     rates = trainer.schedule.rates(progress.scheduled_samples)
     update = trainer.optimizer.step(rates, _losses(results))
-    layers = trainer.arguments.model.num_layers
+    model = trainer.arguments.model
     busy = trainer.monitor.busy_seconds() if trainer.monitor is not None else 0.0
-    averages = average_over_ranks(results, num_microbatches, trainer.groups, layers, trainer.device, wants_stop(), busy)
+    averages = average_over_ranks(results, num_microbatches, trainer.groups, model, trainer.device, wants_stop(), busy)
     if trainer.monitor is not None:
         trainer.monitor.end()
+    if model.moe_router_load_balancing_type == "global_aux_loss":
+        progress.tokens_per_expert = averages.tokens_per_expert
     progress.iteration += 1
     progress.consumed_samples += batch_size
     if update.updated:
@@ -250,6 +270,7 @@ def train_step(
         lm_loss=averages.lm_loss,
         load_balancing_loss=averages.load_balancing_loss,
         z_loss=averages.z_loss,
+        tokens_per_expert=averages.tokens_per_expert,
         grad_norm=update.grad_norm,
         loss_scale=update.loss_scale,
         learning_rate=rates.learning_rate,
@@ -266,12 +287,12 @@ def train_step(
 def evaluate(trainer: Trainer, dataset: Any) -> float:
     """Mean loss over the first `eval_iters` global batches of a data set; always the same samples."""
     trainer.model.eval()
-    layers = trainer.arguments.model.num_layers
+    model = trainer.arguments.model
     source = batches(trainer, dataset, 0)
     total = 0.0
     for _ in range(trainer.arguments.training.eval_iters):
         results = _run_microbatches(trainer, source, trainer.num_microbatches, forward_only=True)
-        averages = average_over_ranks(results, trainer.num_microbatches, trainer.groups, layers, trainer.device)
+        averages = average_over_ranks(results, trainer.num_microbatches, trainer.groups, model, trainer.device)
         total += averages.lm_loss
     trainer.model.train()
     return total / trainer.arguments.training.eval_iters

@@ -51,6 +51,8 @@ ETP2 = {"expert_tensor_parallel_size": 2}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 PADDED = {"moe_pad_expert_input_to_capacity": True}
 BY_SEQUENCE = {"moe_router_load_balancing_type": "seq_aux_loss"}
+BY_STEP = {"moe_router_load_balancing_type": "global_aux_loss"}
+JITTER = {"moe_input_jitter_eps": 0.1}
 DROP_BY_PROBS = {"moe_expert_capacity_factor": 0.7}
 DROP_BY_POSITION = {"moe_expert_capacity_factor": 0.7, "moe_token_drop_policy": "position"}
 
@@ -94,6 +96,9 @@ LAYOUTS = {
     "tp2_sp_ep2_etp1_seq_aux_loss": Layout(2, TP2 | SP | EP2 | ETP1, shared_settings=BY_SEQUENCE, quick=True),
     "cp2_ep2_seq_aux_loss": Layout(4, CP2 | EP2, shared_settings=BY_SEQUENCE),
     "tp2_sp_ep2_etp1_capacity": Layout(2, TP2 | SP | EP2 | ETP1, shared_settings=DROP_BY_PROBS, quick=True),
+    "tp2_sp_ep2_dp2_global_aux_loss_jitter": Layout(4, TP2 | SP | EP2, shared_settings=BY_STEP | JITTER, quick=True),
+    "pp2_cp2_jitter_recompute": Layout(4, CP2 | PP2 | MOE, shared_settings=JITTER),
+    "pp2_dp2_global_aux_loss": Layout(4, PP2, shared_settings=BY_STEP),
     "tp2_capacity": Layout(2, TP2, shared_settings=DROP_BY_PROBS),
     "cp2_tp2_sp_capacity": Layout(4, CP2 | TP2 | SP | PADDED, shared_settings=DROP_BY_POSITION),
     "ep2_allgather_capacity": Layout(2, EP2 | ALLGATHER | PADDED, shared_settings=DROP_BY_PROBS),

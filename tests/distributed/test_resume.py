@@ -76,6 +76,7 @@ CASES = {
     "pp2_v2_rank_files": f"{INTERLEAVED} --ckpt-format torch",
     "pp2_v2": f"{INTERLEAVED} --ckpt-format torch_dist",
     "ep2_rank_files": f"{EP2} --ckpt-format torch",
+    "ep2_global_aux_loss_jitter": f"{EP2} --moe-router-load-balancing-type global_aux_loss --moe-input-jitter-eps 0.1",
     "ep2_async": f"{EP2} --ckpt-format torch_dist --async-save --save-interval 1",
     "zero2_async": f"{ZERO} --ckpt-format torch_dist --async-save --save-interval 2",
 }

@@ -12,7 +12,7 @@ from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed
 from megatron.core.stages import Stage
-from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -42,9 +42,14 @@ class TransformerBlock(nn.Module):
         self.sequence_shards = groups.tp.size if sequence_parallel else 1
         self.layers = nn.ModuleList(
             TransformerLayer(
-                config, groups=groups, sequence_parallel=sequence_parallel, recompute=recompute, device=device
+                config,
+                layer_number=number,
+                groups=groups,
+                sequence_parallel=sequence_parallel,
+                recompute=recompute,
+                device=device,
             )
-            for _ in stage.layers
+            for number in stage.layers
         )
         self.units = recompute.units(len(self.layers))
         self.final_layernorm = (
@@ -62,7 +67,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        auxiliary_loss_scale: float,
+        microbatch: MicrobatchInfo,
         position_ids: Tensor | None = None,
         documents: Documents | None = None,
     ) -> BlockOutput:
@@ -77,7 +82,7 @@ class TransformerBlock(nn.Module):
         rotary = rotary_tables(position_ids, config.head_dim, config.rotary_base, x.dtype)
         statistics: list[RouterStatistics] = []
         for layers, again in self.units:
-            arguments = (layers, x, rotary, auxiliary_loss_scale, documents)
+            arguments = (layers, x, rotary, microbatch, documents)
             x, unit_statistics = recomputed(self._run, *arguments) if again else self._run(*arguments)
             statistics += unit_statistics
         if self.final_layernorm is not None:
@@ -89,11 +94,11 @@ class TransformerBlock(nn.Module):
         layers: range,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        auxiliary_loss_scale: float,
+        microbatch: MicrobatchInfo,
         documents: Documents | None,
     ) -> tuple[Tensor, list[RouterStatistics]]:
         statistics = []
         for number in layers:
-            x, layer_statistics = self.layers[number](x, rotary, auxiliary_loss_scale, documents)
+            x, layer_statistics = self.layers[number](x, rotary, microbatch, documents)
             statistics.append(layer_statistics)
         return x, statistics

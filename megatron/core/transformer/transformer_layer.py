@@ -13,7 +13,7 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed, without_keeping
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 
 
@@ -24,6 +24,7 @@ class TransformerLayer(nn.Module):
         self,
         config: ModelConfig,
         *,
+        layer_number: int,
         groups: ProcessGroups,
         sequence_parallel: bool,
         recompute: RecomputeConfig,
@@ -57,6 +58,7 @@ class TransformerLayer(nn.Module):
         self.pre_mlp_layernorm = norm()
         self.mlp = MoELayer(
             config,
+            layer_number=layer_number,
             output_std=output_std,
             groups=groups,
             sequence_parallel=sequence_parallel,
@@ -68,17 +70,17 @@ class TransformerLayer(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        auxiliary_loss_scale: float,
+        microbatch: MicrobatchInfo,
         documents: Documents | None = None,
     ) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""
         with self._norm(self.input_layernorm, x) as normalized:
             x = x + self.self_attention(normalized, rotary, documents)
         if self.recompute_moe:
-            y, statistics = recomputed(self._experts, x, auxiliary_loss_scale)
+            y, statistics = recomputed(self._experts, x, microbatch)
         else:
             with self._norm(self.pre_mlp_layernorm, x) as normalized:
-                y, statistics = self.mlp(normalized, auxiliary_loss_scale)
+                y, statistics = self.mlp(normalized, microbatch)
         return x + y, statistics
 
     @contextmanager
@@ -88,5 +90,5 @@ class TransformerLayer(nn.Module):
         with without_keeping(normalized, norm, x) if self.recompute_norm else nullcontext():
             yield normalized
 
-    def _experts(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
-        return self.mlp(self.pre_mlp_layernorm(x), auxiliary_loss_scale)
+    def _experts(self, x: Tensor, microbatch: MicrobatchInfo) -> tuple[Tensor, RouterStatistics]:
+        return self.mlp(self.pre_mlp_layernorm(x), microbatch)

@@ -3,14 +3,17 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from model_testing import TINY_MODEL
 
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
+from megatron.training.expert_load import layer_load, model_load
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks, slow_ranks
 
 LINE = re.compile(
@@ -18,7 +21,8 @@ LINE = re.compile(
     r"elapsed time per iteration \(ms\): [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): ([\d.]+) \| "
     r"learning rate: ([\d.E+-]+) \| global batch size: +(\d+) \| lm loss: ([\d.E+-]+) \| "
     r"load_balancing_loss: ([\d.E+-]+) \| loss scale: 1.0 \| grad norm: ([\d.]+) \| "
-    r"number of skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \|$"
+    r"number of skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \| "
+    r"max expert load: 2.50 \| dead experts:   1 \|$"
 )
 
 
@@ -29,6 +33,7 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list
         lm_loss=loss,
         load_balancing_loss=1.0625,
         z_loss=3.0,
+        tokens_per_expert=[[4, 4, 4, 4], [0, 10, 4, 2]],
         grad_norm=0.5,
         loss_scale=1.0,
         learning_rate=1e-3,
@@ -80,7 +85,7 @@ def test_json_lines_are_exact_and_taken_up_again_after_a_restart(tmp_path: Path)
 
 def test_tensorboard_gets_every_logged_number(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = _log(log_interval=1, tensorboard_dir=str(tmp_path))
+    log = _log(log_interval=1, tensorboard_dir=str(tmp_path), moe_per_layer_logging=True)
     log.step(_record(1))
     log.evaluation("validation", 1, 8, 2.5)
     log.close()
@@ -89,16 +94,30 @@ def test_tensorboard_gets_every_logged_number(tmp_path: Path) -> None:
     assert events.Scalars("lm loss")[0].value == 2.0
     assert events.Scalars("lm loss validation")[0].value == 2.5
     assert events.Scalars("load_balancing_loss")[0].value == 1.0625
+    assert events.Scalars("max-expert-load")[0].value == 2.5
+    assert events.Scalars("max-expert-load/layer 0")[0].value == 1.0
+    assert events.Scalars("dead-experts/layer 1")[0].value == 1
 
 
 def test_averages_are_over_microbatches_and_layers() -> None:
     def result(loss: float, balance: list[float]) -> MicrobatchResult:
         values = torch.tensor(balance)
-        return MicrobatchResult(torch.tensor(loss), RouterStatistics(values, 2 * values, torch.zeros(2, 4)))
+        counts = torch.tensor([[1.0, 0.0, 2.0, 3.0], [loss, 0.0, 0.0, 0.0]])
+        return MicrobatchResult(torch.tensor(loss), RouterStatistics(values, 2 * values, counts), first_layer=1)
 
     results = [result(1.0, [1.0, 2.0]), result(3.0, [3.0, 6.0])]
-    averages = average_over_ranks(results, 2, ProcessGroups(), 2, torch.device("cpu"), stop=True)
-    assert averages == (2.0, 3.0, 6.0, True, [0.0])
+    model = replace(TINY_MODEL, num_layers=3)
+    averages = average_over_ranks(results, 2, ProcessGroups(), model, torch.device("cpu"), stop=True)
+    load = [[0, 0, 0, 0], [2, 0, 4, 6], [4, 0, 0, 0]]
+    assert averages == (2.0, 2.0, 4.0, load, True, [0.0])  # the first of the three layers is on another stage
+
+
+def test_loads_are_relative_to_an_even_share() -> None:
+    assert layer_load([5, 5, 5, 5]) == (1.0, pytest.approx(1.0), 0)
+    assert layer_load([8, 8, 0, 0]) == (2.0, pytest.approx(0.5), 2)
+    assert layer_load([0, 0, 0, 7]) == (4.0, 0.0, 3)
+    assert layer_load([0, 0]).dead == 2
+    assert model_load([[5, 5], [0, 2]]) == (2.0, pytest.approx(0.5), 1)
 
 
 def test_slow_ranks_are_named(capsys: pytest.CaptureFixture[str]) -> None:

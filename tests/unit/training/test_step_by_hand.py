@@ -7,6 +7,7 @@ from model_testing import step_batches
 
 import pretrain_gpt
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import Progress
 from megatron.training.setup import build_trainer
@@ -44,7 +45,7 @@ def test_steps_equal_the_formulas() -> None:
         loss = torch.zeros((), dtype=torch.float64)
         for batch in step_batches(step, 0, 1):
             # the model attaches its auxiliary losses at this scale, a quarter for each of four microbatches
-            per_token = model(batch["tokens"], labels=batch["labels"], auxiliary_loss_scale=0.25).tensor
+            per_token = model(batch["tokens"], labels=batch["labels"], microbatch=MicrobatchInfo(0.25)).tensor
             loss = loss + (per_token * batch["loss_mask"]).sum() / batch["loss_mask"].sum() / 4
         model.zero_grad()
         loss.backward()

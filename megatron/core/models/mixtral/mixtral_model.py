@@ -15,8 +15,9 @@ from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
-from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.transformer.moe.router import DEFAULT_MICROBATCH, MicrobatchInfo, RouterStatistics
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 class ModelOutput(NamedTuple):
@@ -95,7 +96,7 @@ class MixtralModel(nn.Module):
         tokens: Tensor | None,
         hidden: Tensor | None = None,
         labels: Tensor | None = None,
-        auxiliary_loss_scale: float = 1.0,
+        microbatch: MicrobatchInfo = DEFAULT_MICROBATCH,
         position_ids: Tensor | None = None,
         documents: Documents | None = None,
     ) -> ModelOutput:
@@ -105,7 +106,7 @@ class MixtralModel(nn.Module):
             tokens: [B, S] int64; read by the first stage only.
             hidden: the previous stage's output; None on the first stage.
             labels: [B, S] int64, the tokens to predict; read by the last stage.
-            auxiliary_loss_scale: what the gradient of this rank's part of the auxiliary losses is multiplied by.
+            microbatch: what routers are told of it.
             position_ids: [B, S] int64, where they do not just count the tokens of a sample; read by every stage.
             documents: those of the microbatch if they must not see each other; read by every stage.
         """
@@ -113,7 +114,7 @@ class MixtralModel(nn.Module):
             assert tokens is not None, "the first stage needs tokens"
             hidden = self.embedding["word_embeddings"](tokens)
         assert hidden is not None, "a later stage needs the hidden states of the one before"
-        hidden, statistics = self.decoder(hidden, auxiliary_loss_scale, position_ids, documents)
+        hidden, statistics = self.decoder(hidden, microbatch, position_ids, documents)
         if self.output_layer is None:
             return ModelOutput(hidden, statistics)
         logits = self.output_layer(hidden)
@@ -122,6 +123,11 @@ class MixtralModel(nn.Module):
             return ModelOutput(whole.transpose(0, 1), statistics)
         loss = vocab_parallel_cross_entropy(logits, labels.t(), self.vocab_size, self.tp)
         return ModelOutput(loss.t(), statistics)
+
+    def set_expert_share(self, share_LE: Tensor) -> None:
+        """Gives routers the part of all tokens that chose each expert: [layers of the whole model, experts]."""
+        for number, layer in zip(self.stage.layers, self.decoder.layers, strict=True):
+            cast(TransformerLayer, layer).mlp.router.expert_share = share_LE[number]
 
 
 class ModelChunks(nn.ModuleList):

@@ -8,7 +8,7 @@ from megatron.core.context_parallel.zigzag import positions
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel.mappings import split_first
 from megatron.core.transformer.moe.experts import Experts
-from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
+from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
 
 
@@ -19,6 +19,7 @@ class MoELayer(nn.Module):
         self,
         config: ModelConfig,
         *,
+        layer_number: int,
         output_std: float,
         groups: ProcessGroups,
         sequence_parallel: bool,
@@ -29,6 +30,7 @@ class MoELayer(nn.Module):
         self.cp, self.sequence_group = groups.cp, groups.tp if sequence_parallel else Group()
         self.router = TopKRouter(
             config,
+            layer_number=layer_number,
             token_group=groups.tp_cp if sequence_parallel else groups.cp,
             sequence_parallel=sequence_parallel,
             device=device,
@@ -45,10 +47,10 @@ class MoELayer(nn.Module):
             config, groups, tokens_are_replicated=groups.tp.size > 1 and not sequence_parallel
         )
 
-    def forward(self, x: Tensor, auxiliary_loss_scale: float) -> tuple[Tensor, RouterStatistics]:
+    def forward(self, x: Tensor, microbatch: MicrobatchInfo) -> tuple[Tensor, RouterStatistics]:
         """Returns the experts' output and what the router did."""
         whole = positions(x.shape[0] * self.sequence_group.size, self.cp, x.device)
-        routing, statistics = self.router(x, split_first(whole, self.sequence_group), auxiliary_loss_scale)
+        routing, statistics = self.router(x, split_first(whole, self.sequence_group), microbatch)
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.offsets_E)
         return self.dispatcher.combine(rows, dispatched).view_as(x), statistics

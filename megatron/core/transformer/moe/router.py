@@ -14,10 +14,25 @@ from torch.autograd import Function
 
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.capacity import within_capacity
+from megatron.core.fusions.jitter import jittered, mixed
 from megatron.core.fusions.router import Routing, top_k_routing
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.mappings import all_gather_first, all_reduce, split_first
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+
+
+class MicrobatchInfo(NamedTuple):
+    """What routers are told of a microbatch."""
+
+    auxiliary_loss_scale: float = 1.0
+    """What the gradient of this rank's part of the auxiliary losses is multiplied by."""
+    first_sample: int = 0
+    """Number, in the run, of the first of its samples; the others follow."""
+    seed: int = 0
+    """Seed of the run."""
+
+
+DEFAULT_MICROBATCH = MicrobatchInfo()
 
 
 class RouterStatistics(NamedTuple):
@@ -64,13 +79,22 @@ class TopKRouter(nn.Module):
     An expert takes at most ceil(capacity factor * K T / E) pairs of a microbatch. Pairs beyond it are left out, which
     is decided over the whole microbatch, so neither does that depend on the layout; their tokens keep their other
     experts, with unchanged weights, or only the residual connection.
+
+    With jitter (arXiv:2101.03961, section 2.2), what the router sees in training, but not the experts, is multiplied by
+    noise.
     """
 
     expert_share: Tensor | None = None
     """[E], float: see `global_aux_loss`."""
 
     def __init__(
-        self, config: ModelConfig, *, token_group: Group, sequence_parallel: bool, device: torch.device
+        self,
+        config: ModelConfig,
+        *,
+        layer_number: int,
+        token_group: Group,
+        sequence_parallel: bool,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.moe_router_topk
@@ -78,6 +102,7 @@ class TopKRouter(nn.Module):
         self.aux_loss_coeff = config.moe_aux_loss_coeff if self.balancing != "none" else 0.0
         self.z_loss_coeff = config.moe_z_loss_coeff
         self.capacity_factor, self.drop_policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
+        self.jitter_eps, self.layer_number = config.moe_input_jitter_eps or 0.0, layer_number
         self.token_group = token_group
         spec = ParameterSpec(
             global_shape=(config.num_experts, config.hidden_size),
@@ -87,25 +112,36 @@ class TopKRouter(nn.Module):
         self.weight = new_parameter(spec, config.dtype, device)
 
     def forward(
-        self, x_SBH: Tensor, positions_S: Tensor, auxiliary_loss_scale: float
+        self, x_SBH: Tensor, positions_S: Tensor, microbatch: MicrobatchInfo
     ) -> tuple[Routing, RouterStatistics]:
         """Routes in float32 or wider; tokens of the result are numbered s * B + b.
 
         Args:
             x_SBH: this rank's tokens.
             positions_S: int64, where they stand in their sequences.
-            auxiliary_loss_scale: what the gradient of this rank's part of the auxiliary losses is multiplied by.
+            microbatch: the one they belong to.
         """
         x_TH, batch = x_SBH.flatten(0, 1), x_SBH.shape[1]
         wide = torch.promote_types(x_TH.dtype, torch.float32)
-        routing = top_k_routing(F.linear(x_TH.to(wide), self.weight.to(wide)), self.top_k)
+        x_TH = x_TH.to(wide)
+        if self.jitter_eps and self.training:
+            x_TH = jittered(x_TH, self._keys(positions_S, batch, microbatch), self.jitter_eps)
+        routing = top_k_routing(F.linear(x_TH, self.weight.to(wide)), self.top_k)
         loss, statistics = self._auxiliary_losses(routing, batch)
         if loss is not None and torch.is_grad_enabled():
-            routing = routing._replace(probs_TK=_AttachLoss.apply(routing.probs_TK, loss, auxiliary_loss_scale))
+            scale = microbatch.auxiliary_loss_scale
+            routing = routing._replace(probs_TK=_AttachLoss.apply(routing.probs_TK, loss, scale))
         if self.capacity_factor is not None:
             order_T = (positions_S.unsqueeze(1) * batch + torch.arange(batch, device=x_TH.device)).flatten()
             routing = self._within_capacity(routing, order_T, self.capacity_factor)
         return routing, statistics
+
+    def _keys(self, positions_S: Tensor, batch: int, microbatch: MicrobatchInfo) -> Tensor:
+        """A number for each token that depends on the seed, the layer, the sample and the position alone."""
+        samples_B = microbatch.first_sample + torch.arange(batch, device=positions_S.device)
+        run = torch.tensor(microbatch.seed, device=positions_S.device)
+        keys_B = mixed(mixed(mixed(run) + self.layer_number) + samples_B)
+        return (mixed(keys_B) + positions_S.unsqueeze(1)).flatten()
 
     def _auxiliary_losses(self, routing: Routing, batch: int) -> tuple[Tensor | None, RouterStatistics]:
         """The weighted loss of this rank's tokens (None without coefficients), and the microbatch's statistics."""
