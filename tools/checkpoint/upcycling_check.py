@@ -10,6 +10,7 @@ from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from tools.checkpoint.stream import Source
@@ -42,6 +43,7 @@ def check_logits(source: Source) -> float:
     with torch.device("meta"):
         layer = TransformerLayer(
             model,
+            layer_number=0,
             groups=ProcessGroups(),
             sequence_parallel=False,
             recompute=NO_RECOMPUTE,
@@ -59,7 +61,7 @@ def check_logits(source: Source) -> float:
             new = torch.nn.Parameter(value, requires_grad=False)
             new.__dict__.update(parameter.__dict__)
             setattr(layer.get_submodule(owner), leaf, new)
-        sparse, _ = layer(sparse, rotary, 1.0)
+        sparse, _ = layer(sparse, rotary, MicrobatchInfo())
         attended = dense + layer.self_attention(layer.input_layernorm(dense), rotary, None)
         gate, up = F.linear(layer.pre_mlp_layernorm(attended), gate_up).chunk(2, dim=-1)
         dense = attended + F.linear(F.silu(gate) * up, down)

@@ -6,6 +6,7 @@ from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training import training
 from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
@@ -78,7 +79,7 @@ def test_activations_are_those_of_the_real_model() -> None:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) is None or tensor, lambda t: t
     ):
-        output = pretrain_gpt.forward_step(model, step_batches(0, 0, 1)[0], None, 1.0)
+        output = pretrain_gpt.forward_step(model, step_batches(0, 0, 1)[0], None, MicrobatchInfo())
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
     assert output[0].ndim == 0
     assert _run(arguments).activations == pytest.approx(real, rel=0.02)
