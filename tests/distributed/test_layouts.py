@@ -130,6 +130,8 @@ LAYOUTS = {
     "pp2_dp2_zero": Layout(4, PP2 | ZERO_OVERLAP),
     "pp2_v2_dp2_zero": Layout(4, PP2 | V2 | ZERO_OVERLAP),
     "tp2_sp_dp2_zero": Layout(4, TP2 | SP | ZERO_OVERLAP, quick=True),
+    "tp2_sp_ep2_etp1_zero_recompute": Layout(4, TP2 | SP | EP2 | ETP1 | ZERO_OVERLAP | FULL),
+    "ep2_zero_grads_overlap": Layout(2, EP2 | ZERO_OVERLAP, quick=True),
 }
 QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
 

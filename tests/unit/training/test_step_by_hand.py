@@ -19,15 +19,16 @@ FLAGS = (
     "--init-method-std 0.2 --moe-aux-loss-coeff 0.1 --params-dtype float64 --seq-length 16 --micro-batch-size 2 "
     "--global-batch-size 8 --train-iters 50 --mock-data --tokenizer-type NullTokenizer --device cpu "
     "--lr 0.01 --min-lr 0.002 --lr-decay-style linear --lr-decay-iters 9 --lr-warmup-iters 4 --lr-warmup-init 0.003 "
-    "--adam-beta1 0.8 --adam-beta2 0.95 --adam-eps 1e-3 --weight-decay 0.3 --clip-grad 0.5"
+    "--adam-beta1 0.8 --adam-beta2 0.95 --adam-eps 1e-3 --clip-grad 0.5 --decoupled-lr 0.02 --decoupled-min-lr 0.005 "
+    "--weight-decay-incr-style linear --start-weight-decay 0.1 --end-weight-decay 0.6"
 ).split()
 
 
-def learning_rate(iteration: int) -> float:
-    """Warm-up over iterations 0-4 from 0.003 to 0.01, linear decay to 0.002 until iteration 9."""
+def learning_rate(iteration: int, highest: float = 0.01, lowest: float = 0.002) -> float:
+    """Warm-up over iterations 0-4 from 0.003, linear decay until iteration 9."""
     if iteration < 4:
-        return 0.003 + 0.007 * iteration / 4
-    return 0.01 - 0.008 * min(1.0, (iteration - 4) / 5)
+        return 0.003 + (highest - 0.003) * iteration / 4
+    return highest - (highest - lowest) * min(1.0, (iteration - 4) / 5)
 
 
 def test_steps_equal_the_formulas() -> None:
@@ -60,8 +61,9 @@ def test_steps_equal_the_formulas() -> None:
             second.mul_(0.95).add_(0.05 * gradient.square())
             corrected = first / (1 - 0.8 ** (step + 1))
             denominator = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-3
-            decay = 0.0 if name.endswith("layernorm.weight") else 0.3
-            parameter.data.mul_(1 - rate * decay).sub_(rate * corrected / denominator)
+            decay = 0.0 if name.endswith("layernorm.weight") else 0.1 + 0.5 * step / 50
+            own = learning_rate(step, 0.02, 0.005) if "embedding" in name or "output_layer" in name else rate
+            parameter.data.mul_(1 - own * decay).sub_(own * corrected / denominator)
         assert math.isclose(record.lm_loss, loss.item(), rel_tol=1e-10)
         assert math.isclose(record.grad_norm, norm, rel_tol=1e-10) and norm > 0.5
         assert math.isclose(record.learning_rate, rate, rel_tol=1e-12)
