@@ -131,14 +131,13 @@ class GradientBuffers:
         return bucket.own if self.sharded else slice(0, bucket.weights.numel())
 
     def start_step(self, num_microbatches: int) -> None:
-        """Zeroes the gradients; every parameter will receive at most one from each microbatch."""
+        """Forgets the gradients; every parameter will receive at most one from each microbatch."""
         self._microbatches, self._launched = num_microbatches, 0
         for parameter in self._arrivals:
             self._arrivals[parameter] = 0
         for bucket in self.buckets:
             bucket.wait()
             bucket.complete = 0
-            bucket.grads.zero_()
 
     def _accumulate(self, parameter: Tensor) -> None:
         assert parameter.grad is not None and isinstance(parameter, nn.Parameter)
@@ -146,7 +145,10 @@ class GradientBuffers:
         assert self._arrivals[parameter] <= self._microbatches, (
             f"{self.names[parameter]} received more gradients than there are microbatches"
         )
-        main_grad(parameter).add_(parameter.grad)
+        if self._arrivals[parameter] == 1:
+            main_grad(parameter).copy_(parameter.grad)  # cheaper than to zero it first
+        else:
+            main_grad(parameter).add_(parameter.grad)
         parameter.grad = None
         if self._arrivals[parameter] == self._microbatches:
             self._bucket_of[parameter].complete += 1
@@ -167,6 +169,9 @@ class GradientBuffers:
             self._launched += 1
 
     def _reduce(self, bucket: Bucket) -> None:
+        for parameter in bucket.parameters:
+            if not self._arrivals[parameter]:
+                main_grad(parameter).zero_()
         replicas = self.groups.dp_cp.size
         if replicas > 1:
             bucket.grads.div_(replicas)
