@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.checkpoint.hf_files import read_config
-from tools.checkpoint.loader_mixtral import MegatronSource, step
+from tools.checkpoint.loader_mixtral import open_megatron, step
 from tools.checkpoint.saver_mixtral_hf import save_huggingface
 from tools.checkpoint.stream import byte_size
 from tools.checkpoint.util import add_common_arguments, convert, run_tool
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _convert(args: argparse.Namespace) -> None:
     config_folder = Path(args.huggingface_config_path)
     vocab_size = read_config(config_folder).get("vocab_size")
-    source = MegatronSource(
+    source = open_megatron(
         Path(args.megatron_checkpoint_path),
         iteration=args.iteration,
         fallback_vocab_size=vocab_size if isinstance(vocab_size, int) else None,

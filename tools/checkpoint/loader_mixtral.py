@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from megatron.core.config import ModelConfig
+from megatron.core.dist_checkpointing import is_distributed_checkpoint
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
     Step,
@@ -23,6 +24,7 @@ from megatron.core.models.mixtral.hf_weights import WeightRule, pad_rows, stage_
 from megatron.core.stages import Stage
 from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
 from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some
+from tools.checkpoint.training_source import TrainingSource
 
 
 def step(text: str) -> Step:
@@ -46,11 +48,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_source(args: argparse.Namespace) -> Source:
     """The checkpoint `args.load_dir`."""
-    return MegatronSource(
+    return open_megatron(
         Path(args.load_dir),
         iteration=args.iteration,
         true_vocab_size=args.true_vocab_size,
         params_dtype=args.params_dtype,
+    )
+
+
+def open_megatron(
+    path: Path,
+    *,
+    iteration: Step | None = None,
+    true_vocab_size: int | None = None,
+    fallback_vocab_size: int | None = None,
+    params_dtype: str | None = None,
+    layout: tuple[int | None, int | None, int | None] = (None, None, None),
+) -> "MegatronSource | TrainingSource":
+    """The step that `path` and `iteration` name, of either format; see `MegatronSource` for the rest.
+
+    A training checkpoint knows its vocabulary size and fits every layout, so that it needs neither.
+    """
+    folder, found = find_checkpoint(path, iteration)
+    if is_distributed_checkpoint(folder):
+        return TrainingSource(folder, iteration=found, params_dtype=params_dtype)
+    return MegatronSource(
+        path,
+        iteration=iteration,
+        true_vocab_size=true_vocab_size,
+        fallback_vocab_size=fallback_vocab_size,
+        params_dtype=params_dtype,
+        layout=layout,
     )
 
 

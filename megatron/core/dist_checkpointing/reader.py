@@ -1,8 +1,10 @@
 """Reading a step in any division among ranks, in one process or many; needs no torch.distributed."""
 
 import os
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from megatron.core.dist_checkpointing import metadata as md
 from megatron.core.dist_checkpointing.blocks import Block, TensorShard, view_of
 
 CHUNK_BYTES = 1 << 25
+# Files kept open; any beyond that are opened for each use.
+_MOST_OPEN = 256
 
 
 class CheckpointReader:
     """An opened step. Lists whole tensors, and reads any part of any of them without reading the rest.
+
+    Threads may read at the same time.
 
     To read a trained model's weights in one process:
 
@@ -26,6 +32,7 @@ class CheckpointReader:
                 tensor.shape, tensor.dtype, reader.arguments["num_layers"]
                 whole = reader.read(name)
                 part = reader.read(name, rank=1, size=4)  # as tensor-parallel rank 1 of 4 holds it
+                some = reader.read_rows(name, range(0, 10))
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,6 +40,7 @@ class CheckpointReader:
         self.folder = Path(folder)
         self.metadata = md.read(self.folder)
         self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "CheckpointReader":
         return self
@@ -143,6 +151,24 @@ class CheckpointReader:
         )
         return whole
 
+    def read_rows(self, name: str, rows: range, kind: str = "weight") -> Tensor:
+        """Consecutive rows (along the first dimension) of a whole tensor, on the CPU."""
+        tensor = self.metadata.tensors[kind, name]
+        assert rows.step == 1 and 0 <= rows.start <= rows.stop <= tensor.shape[0], (name, rows)
+        target = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype)
+        self.read_into(
+            TensorShard(
+                kind=kind,
+                name=name,
+                shape=tensor.shape,
+                data=target.view(-1),
+                start=rows.start * target[0].numel() if len(rows) else 0,
+                partition_dim=tensor.partition_dim,
+                stride=tensor.stride,
+            )
+        )
+        return target
+
     def mismatch(self, shard: TensorShard, same_type: bool = True) -> str | None:
         """Why the checkpoint cannot fill `shard` (with `same_type`: bit for bit), None if it can."""
         tensor = self.metadata.tensors.get((shard.kind, shard.name))
@@ -190,15 +216,27 @@ class CheckpointReader:
                 view.copy_(buffer)
 
     def _read_bytes(self, name: str, buffer: memoryview, offset: int) -> None:
-        if name not in self._descriptors:
-            if len(self._descriptors) >= 64:
-                self.close()
-            self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY)
-        while buffer:
-            count = os.preadv(self._descriptors[name], [buffer], offset)
-            if count == 0:
-                raise ValueError(f"{self.folder / name} is cut short: restore it, or use another step")
-            buffer, offset = buffer[count:], offset + count
+        with self._open(name) as descriptor:
+            while buffer:
+                count = os.preadv(descriptor, [buffer], offset)
+                if count == 0:
+                    raise ValueError(f"{self.folder / name} is cut short: restore it, or use another step")
+                buffer, offset = buffer[count:], offset + count
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[int]:
+        with self._lock:
+            descriptor = self._descriptors.get(name)
+            if descriptor is None:
+                descriptor = os.open(self.folder / name, os.O_RDONLY)
+            kept = name in self._descriptors or len(self._descriptors) < _MOST_OPEN
+            if kept:
+                self._descriptors[name] = descriptor
+        try:
+            yield descriptor
+        finally:
+            if not kept:
+                os.close(descriptor)
 
 
 def _pieces(part: Block, limit: int) -> Iterator[Block]:

@@ -1,0 +1,302 @@
+"""Layout-free checkpoints in a run: damage, full disks, background writing and kills lose nothing."""
+
+import errno
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_testing import (
+    assert_same_tensors,
+    checkpoint_arguments,
+    load,
+    save,
+    saved_tensors,
+    state_of,
+    tiny_trainer,
+    train,
+)
+from distributed_testing import run_distributed
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import writer
+from megatron.training.checkpointing import CheckpointSaver, Progress
+from megatron.training.setup import Trainer
+
+Saved = tuple[Path, Trainer, Progress]
+SHARD = "iter_0000001/rank_00000.safetensors"
+METADATA = "iter_0000001/metadata.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Saved:
+    """A checkpoint after a step, the trainer that made it, and its progress."""
+    trainer = tiny_trainer(checkpoint_arguments(save=str(tmp_path / "run"), ckpt_format="torch_dist"))
+    progress = Progress()
+    train(trainer, progress, 1)
+    save(trainer, progress)
+    return tmp_path / "run", trainer, progress
+
+
+def _flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
+    (SHARD, _flip, r"rank_00000.safetensors was altered: the checksum of \w+ of [\w.]+ does not match"),
+    (SHARD, lambda content: content[:-1], "rank_00000.safetensors has [0-9]+ bytes, not [0-9]+"),
+    (SHARD, lambda content: b"", "rank_00000.safetensors has 0 bytes"),
+    (SHARD, None, "rank_00000.safetensors is missing"),
+    (METADATA, lambda content: content[: len(content) // 2], "metadata.json is damaged or cut short"),
+    (METADATA, lambda content: content.replace(b"exp_avg_sq", b"exp_avg_s9", 1), "metadata.json was altered"),
+    (METADATA, None, "metadata.json is missing"),
+    (TRACKER, lambda content: b"", "must hold an iteration"),
+    (TRACKER, lambda content: b"-1", "must hold an iteration"),
+    (TRACKER, lambda content: b"one", "must hold an iteration"),
+    (TRACKER, lambda content: b"7", "has no step 7; it has: 1"),
+]
+
+
+def test_damage_is_refused_and_nothing_changes(saved: Saved) -> None:
+    root, _, _ = saved
+    trainer = tiny_trainer(checkpoint_arguments(load=str(root)))
+    before = state_of(trainer)
+    for name, spoil, message in DAMAGE:
+        content = (root / name).read_bytes()
+        (root / name).unlink() if spoil is None else (root / name).write_bytes(spoil(content))
+        for same_folder in (False, True):
+            checkpoint = replace(trainer.arguments.checkpoint, save=str(root) if same_folder else None)
+            with pytest.raises(ValueError, match=message):
+                load(replace(trainer, arguments=replace(trainer.arguments, checkpoint=checkpoint)))
+            assert_same_tensors(state_of(trainer), before)
+        (root / name).write_bytes(content)
+    load(trainer)
+
+
+def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path) -> None:
+    _, trainer, _ = saved
+    shards = dist_checkpointing.snapshot(_shards(trainer))
+    state = {"progress": {}, "optimizer": {}}
+    arguments = vars(_namespace(trainer))
+    dropped = next(shard for shard in shards if shard.kind == "exp_avg" and "router" in shard.name)
+    others = [shard for shard in shards if shard is not dropped]
+    others.append(replace(dropped, kind="weight", name="decoder.surprise"))
+    step = tmp_path / "iter_0000001"
+
+    def write(content: list[Any]) -> None:
+        step.mkdir(exist_ok=True)
+        written = dist_checkpointing.write_shards(step, 0, content)
+        dist_checkpointing.write_metadata(step, [written], iteration=1, arguments=arguments, state=state)
+
+    write(others)
+    fresh = tiny_trainer(checkpoint_arguments(load=str(step)))
+    with pytest.raises(ValueError, match=rf"exp_avg of {dropped.name} is missing; weight of decoder.surprise is un"):
+        load(fresh)
+    write([shard for shard in shards if shard.kind == "weight"])
+    with pytest.raises(ValueError, match="holds no optimizer state: add --no-load-optim"):
+        load(fresh)
+    load(tiny_trainer(checkpoint_arguments(load=str(step), finetune=True)))
+
+
+def _shards(trainer: Trainer) -> list[Any]:
+    from megatron.training.global_checkpoints import checkpoint_shards
+
+    return checkpoint_shards(trainer.model, trainer.optimizer, trainer.groups)
+
+
+def _namespace(trainer: Trainer) -> Any:
+    from megatron.training.checkpointing import checkpoint_namespace
+
+    return checkpoint_namespace(trainer.arguments, Progress())
+
+
+def test_another_type_is_refused_unless_only_weights_are_taken(saved: Saved) -> None:
+    root, trainer, _ = saved
+    arguments = checkpoint_arguments(load=str(root))
+    wide = replace(arguments, model=replace(arguments.model, params_dtype="float32"))
+    with pytest.raises(ValueError, match="is bfloat16, not float32"):
+        load(tiny_trainer(wide))
+    second = tiny_trainer(replace(wide, checkpoint=replace(wide.checkpoint, finetune=True)))
+    load(second)
+    for ours, theirs in zip(second.model.parameters(), trainer.model.parameters(), strict=True):
+        assert (ours == theirs.float()).all()
+
+
+def test_a_full_disk_leaves_the_older_step(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, trainer, progress = saved
+    whole = writer._write_block
+
+    def full_disk(file: Any, data: Any, block: Any) -> int:
+        if file.tell() > 20000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(file, data, block)
+
+    monkeypatch.setattr(writer, "_write_block", full_disk)
+    with pytest.raises(ValueError, match=r"rank_00000.safetensors: No space left"):
+        save(trainer, replace(progress, iteration=2))
+    assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", TRACKER]
+
+
+class _SlowDisk:
+    """Holds back the background writer until told to go on, or makes it fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.error = threading.Event(), ""
+        write = dist_checkpointing.write_shards
+
+        def wait_and_write(*args: Any) -> Any:
+            assert self.go.wait(60)
+            if self.error:
+                raise OSError(errno.EIO, self.error)
+            return write(*args)
+
+        monkeypatch.setattr(dist_checkpointing, "write_shards", wait_and_write)
+
+
+def test_a_background_save_holds_what_was_there_when_it_began(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, trainer, progress = saved
+    disk = _SlowDisk(monkeypatch)
+    arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
+    saver = CheckpointSaver(arguments, trainer.groups)
+    saver.save(trainer.model, trainer.optimizer, progress)
+    train(trainer, progress, 1)
+    saver.poll()
+    assert not (root / "iter_0000002").exists()
+    before = saved_tensors(root / "iter_0000001")
+    disk.go.set()
+    saver.save(trainer.model, trainer.optimizer, progress)  # waits for the one before
+    again = saved_tensors(root / "iter_0000001")
+    assert all(again[key].equal(before[key]) for key in before)
+    saver.finish()
+    later = saved_tensors(root / "iter_0000002")
+    assert not any(later[key].equal(before[key]) for key in before if key[0] == "exp_avg")
+    assert (root / TRACKER).read_text() == "2"
+
+
+def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, trainer, progress = saved
+    disk = _SlowDisk(monkeypatch)
+    arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
+    saver = CheckpointSaver(arguments, trainer.groups)
+    saver.save(trainer.model, trainer.optimizer, replace(progress, iteration=2))
+    saver.poll()
+    disk.error = "the disk is on fire"
+    disk.go.set()
+    assert saver._writer is not None
+    saver._writer.join()
+    with pytest.raises(ValueError, match="iteration 2 could not be saved: the disk is on fire"):
+        saver.poll()
+    assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", TRACKER]
+    saver.finish()
+
+
+def _die_at(folder: str, operation: int) -> None:
+    """Kills this process at the given file operation in `folder`: opening, writing, syncing, renaming, removing."""
+    count = 0
+
+    def step(path: object) -> None:
+        nonlocal count
+        if str(path).startswith(folder):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            step(args[0])
+
+    sys.addaudithook(audit)
+    sync, write = os.fsync, writer._write_block
+
+    def counted_sync(descriptor: int) -> None:
+        step(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def counted_write(file: Any, data: Any, block: Any) -> int:
+        if block.row_begin == 0 and block.column_begin == 0 and data.numel() > 1000:
+            file.flush()
+            step(folder)
+        return write(file, data, block)
+
+    os.fsync = counted_sync
+    writer._write_block = counted_write
+
+
+def _run(folder: str, operation: int, async_save: bool) -> None:
+    """Trains to the third step, saving each and the second one twice; resumes what is there."""
+    settings = {"save": folder, "load": folder, "ckpt_format": "torch_dist", "keep_last_checkpoints": 1}
+    trainer = tiny_trainer(checkpoint_arguments(**settings, async_save=async_save))
+    progress, _ = load(trainer)
+    if operation:
+        _die_at(folder, operation)
+    saver = CheckpointSaver(trainer.arguments, trainer.groups)
+    while progress.iteration < 3:
+        train(trainer, progress, 1)
+        saver.save(trainer.model, trainer.optimizer, progress)
+        if progress.iteration == 2:
+            saver.save(trainer.model, trainer.optimizer, progress)
+        saver.poll()
+    saver.finish()
+
+
+def _outcome(folder: Path, operation: int, async_save: bool) -> int:
+    """Runs in a process of its own; returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _run(str(folder), operation, async_save)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def _kill_and_restart(rank: int, world_size: int, root: str, operations: Iterable[int], async_save: bool) -> int:
+    """Kills a run at each of `operations` in turn, restarts it and compares; returns how many kills there were."""
+    assert _outcome(Path(root) / "whole", 0, async_save) == 0
+    whole = saved_tensors(Path(root) / "whole" / "iter_0000003")
+    kills = 0
+    for operation in operations:
+        folder = Path(root) / f"killed_{operation}"
+        status = _outcome(folder, operation, async_save)
+        if status == 0:
+            break
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, operation
+        kills += 1
+        assert _outcome(folder, 0, async_save) == 0, operation
+        ours = saved_tensors(folder / "iter_0000003")
+        assert all(ours[key].equal(whole[key]) for key in whole), operation
+        leftovers = [path.name for path in folder.iterdir() if path.name not in ("iter_0000003", TRACKER)]
+        assert leftovers in ([], ["iter_0000002"]), (operation, leftovers)
+        shutil.rmtree(folder)
+    return kills
+
+
+# one process that has imported everything and has no threads, and forks
+def test_a_killed_save_loses_nothing(tmp_path: Path) -> None:
+    assert run_distributed(_kill_and_restart, 1, str(tmp_path), (5, 40, 64), False) == [3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_save_killed_at_any_operation_loses_nothing(tmp_path: Path, async_save: bool) -> None:
+    total, batch = 0, 10
+    while total % batch == 0:  # the last batch has fewer: the run ends before the operation
+        folder = tmp_path / str(total)
+        folder.mkdir()
+        operations = range(total + 1, total + batch + 1)
+        (kills,) = run_distributed(_kill_and_restart, 1, str(folder), operations, async_save)
+        total += kills
+        if kills == 0:
+            break
+    assert total > 50

@@ -1,0 +1,65 @@
+"""Weights of a training checkpoint (`--ckpt-format torch_dist`), which is the same for every layout."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from megatron.core.dist_checkpointing import CheckpointReader
+from megatron.core.interchange import Layout, model_config_from_args
+from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, pad_rows
+from megatron.core.stages import whole_model
+from tools.checkpoint.stream import Description, common_dtype, config_dtype, list_some
+
+
+class TrainingSource:
+    """A step's folder, whose checksums of weights, names and shapes have all been checked.
+
+    Raises ValueError naming the file or the tensor that is damaged, unknown, missing or of another shape.
+    """
+
+    layout = Layout()
+
+    def __init__(self, folder: Path, *, iteration: int | str | None = None, params_dtype: str | None = None) -> None:
+        self.folder, self.iteration = folder, iteration
+        self._reader = CheckpointReader(folder)
+        args = SimpleNamespace(**self._reader.arguments)
+        model = model_config_from_args(args)  # type: ignore[arg-type]
+        self.stages = {(0, 0): whole_model(model.num_layers)}
+        rules = {rule.name: rule for rule in mixtral_weights(model)}
+        found = self._reader.tensors("weight")
+        missing, unknown = sorted(rules.keys() - found.keys()), sorted(found.keys() - rules.keys())
+        if missing or unknown:
+            problem = f"lacks {list_some(missing)}" if missing else f"has tensors unknown here: {list_some(unknown)}"
+            raise ValueError(f"{folder} {problem}")
+        for name, rule in rules.items():
+            if found[name].shape != rule.shape:
+                raise ValueError(f"{folder}: {name} is of shape {found[name].shape}, expected {rule.shape}")
+        self._reader.verify(("weight",))
+        dtype = common_dtype({name: tensor.dtype for name, tensor in found.items()}, params_dtype)
+        self._description = Description(
+            model=replace(model, params_dtype=config_dtype(dtype)),
+            dtype=dtype,
+            folder=folder,
+            seq_length=getattr(args, "seq_length", None) or model.max_position_embeddings,
+            sliding_window=getattr(args, "sliding_window", None),
+            tokenizer_type=getattr(args, "tokenizer_type", None),
+            tokenizer_model=getattr(args, "tokenizer_model", None),
+        )
+
+    @property
+    def description(self) -> Description:
+        """What the checkpoint holds."""
+        return self._description
+
+    def origin(self, rule: WeightRule) -> list[str]:
+        """Where a weight comes from."""
+        return sorted({f"{stored.file}: {rule.name}" for stored in self._reader.tensors("weight")[rule.name].blocks})
+
+    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+        """Some rows of one Megatron weight, in the description's type; vocabulary padding is zero."""
+        length = self._reader.metadata.tensors["weight", rule.name].shape[0]
+        real = range(min(rows.start, length), min(rows.stop, length))
+        tensor = self._reader.read_rows(rule.name, real).to(self._description.dtype)
+        return pad_rows(tensor, len(rows))
