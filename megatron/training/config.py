@@ -107,7 +107,7 @@ class CheckpointConfig:
     """Do not save the optimizer's state; such a checkpoint cannot be resumed exactly."""
     use_checkpoint_args: bool = False
     """Take the model's shape from the checkpoint instead of the command line."""
-    ckpt_format: Literal["torch_dist", "torch"] = "torch"
+    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
     """Format of saved checkpoints: torch_dist is resumed at any layout, torch is Megatron's one file a rank."""
     async_save: bool = False
     """Copy checkpoints to host memory and write them while training goes on."""

@@ -21,13 +21,16 @@ FLAGS = (
 ).split()
 
 
-def pretrain(processes: int, *flags: str) -> subprocess.CompletedProcess:
-    """Runs pretrain_gpt.py under torchrun."""
+def pretrain(
+    processes: int, *flags: str, script: Path = REPOSITORY / "pretrain_gpt.py", restarts: int = 0
+) -> subprocess.CompletedProcess:
+    """Runs pretrain_gpt.py, or a script that takes one more argument before its flags, under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-        str(REPOSITORY / "pretrain_gpt.py"),
+        *("--max-restarts", str(restarts), str(script)),
+        *flags[:1],
         *FLAGS,
-        *flags,
+        *flags[1:],
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -102,3 +105,37 @@ def test_a_restart_changes_nothing(tmp_path: Path, case: str) -> None:
     assert len(numbers("whole.jsonl")) == 6
     assert numbers("whole.jsonl") == numbers("halves.jsonl")
     assert_same_step(tmp_path / "halves" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
+
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+import pretrain_gpt
+from megatron.training import training
+
+step, marker = training.train_step, Path(sys.argv.pop(1))
+
+def train_step(trainer, source, progress, *rest):
+    if progress.iteration == 4 and trainer.groups.world.rank == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, source, progress, *rest)
+
+training.train_step = train_step
+training.pretrain(pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tp2_bf16", "zero2_async"])
+def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path, case: str) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    flags = [*CASES[case].split(), "--save-interval", "2"]
+    result = pretrain(2, *flags, "--save", str(tmp_path / "whole"))
+    assert result.returncode == 0, result.stderr
+    own = ["--save", str(tmp_path / "killed"), "--load", str(tmp_path / "killed")]
+    result = pretrain(2, str(tmp_path / "marker"), *flags, *own, script=script, restarts=1)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "marker").exists() and "resumed at iteration" in result.stdout
+    assert_same_step(tmp_path / "killed" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
