@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron.core.atomic_files import error_sentence
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -29,6 +30,8 @@ class Environment:
     world_size: int
     local_rank: int
     local_world_size: int
+    restarts: int = 0
+    """How often torchrun has started the job's processes again (--max-restarts)."""
 
 
 def read_environment() -> Environment:
@@ -38,6 +41,7 @@ def read_environment() -> Environment:
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
 
 
@@ -72,8 +76,11 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     if environment.world_size == 1:
         return ProcessGroups()
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
+    # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
+    store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"restart {environment.restarts}", store),
         rank=environment.rank,
         world_size=environment.world_size,
         timeout=timeout,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,14 @@ FLAGS = (
 
 
 def pretrain(
-    processes: int, *flags: str, script: Path = REPOSITORY / "pretrain_gpt.py", restarts: int = 0
+    processes: int, *flags: str, script: Sequence[str] = (str(REPOSITORY / "pretrain_gpt.py"),), restarts: int = 0
 ) -> subprocess.CompletedProcess:
-    """Runs pretrain_gpt.py, or a script that takes one more argument before its flags, under torchrun."""
+    """Runs pretrain_gpt.py, or a script with arguments of its own, under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
-        *("--max-restarts", str(restarts), str(script)),
-        *flags[:1],
+        *("--max-restarts", str(restarts), *script),
         *FLAGS,
-        *flags[1:],
+        *flags,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -135,7 +135,7 @@ def test_a_killed_rank_is_started_again_and_changes_nothing(tmp_path: Path, case
     result = pretrain(2, *flags, "--save", str(tmp_path / "whole"))
     assert result.returncode == 0, result.stderr
     own = ["--save", str(tmp_path / "killed"), "--load", str(tmp_path / "killed")]
-    result = pretrain(2, str(tmp_path / "marker"), *flags, *own, script=script, restarts=1)
+    result = pretrain(2, *flags, *own, script=[str(script), str(tmp_path / "marker")], restarts=1)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "marker").exists() and "resumed at iteration" in result.stdout
     assert_same_step(tmp_path / "killed" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
