@@ -19,7 +19,7 @@ from megatron.core.datasets.description import DatasetDescription, description_p
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 
-BLOCK_TOKENS = 1 << 23
+BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 23, 1 << 20
 SECONDS_BETWEEN_LINES = 10
 EXAMPLE = """examples (a DATASET is the path of a .bin and .idx without these suffixes):
   python tools/data.py info encoded/corpus_text_document
@@ -79,6 +79,26 @@ class Progress:
             self._next = now + SECONDS_BETWEEN_LINES
 
 
+def document_of_token(indexed: IndexedDataset, token: int) -> int:
+    """The document that holds token number `token` of all."""
+    ends = np.cumsum(indexed.document_lengths(0, indexed.document_count), dtype=np.int64)
+    return int(np.searchsorted(ends, token, side="right"))
+
+
+def document_not_ending_with(indexed: IndexedDataset, token: int) -> int | None:
+    """The first document with tokens whose last one is not `token`, if there is one."""
+    begin = 0
+    for start in range(0, indexed.document_count, BLOCK_DOCUMENTS):
+        lengths = indexed.document_lengths(start, min(start + BLOCK_DOCUMENTS, indexed.document_count))
+        ends = begin + np.cumsum(lengths, dtype=np.int64)
+        last = indexed.tokens(0, indexed.token_count)[np.maximum(ends - 1, 0)]
+        wrong = np.flatnonzero((lengths > 0) & (last != token))
+        if len(wrong):
+            return start + int(wrong[0])
+        begin = int(ends[-1])
+    return None
+
+
 def check_tokens(indexed: IndexedDataset, vocab_size: int | None) -> None:
     """Raises ValueError, naming a document, if a token is negative or not below `vocab_size`."""
     if indexed.dtype.kind not in "iu":
@@ -90,7 +110,7 @@ def check_tokens(indexed: IndexedDataset, vocab_size: int | None) -> None:
         if block.min() < 0 or block.max() >= limit:
             place = int(np.flatnonzero((block < 0) | (block >= limit))[0])
             raise ValueError(
-                f"{indexed.prefix}.bin: document {indexed.document_of_token(start + place)} has the token id "
+                f"{indexed.prefix}.bin: document {document_of_token(indexed, start + place)} has the token id "
                 f"{block[place]}, outside the vocabulary of {limit}: it was made with another tokenizer"
             )
         progress.show(start + len(block))
@@ -110,7 +130,7 @@ def check_description(indexed: IndexedDataset, description: DatasetDescription) 
             raise ValueError(f"{indexed.prefix}.{suffix} has another SHA-256 than {path} states: it was changed since")
     eod = description.tokenizer.get("eod")
     if description.append_eod and eod is not None:
-        without = indexed.document_not_ending_with(eod)
+        without = document_not_ending_with(indexed, eod)
         if without is not None:
             raise ValueError(f"{indexed.prefix}.bin: document {without} does not end with {eod}, as {path} states")
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """How long opening a data set and building its training index take, in what memory, and how fast samples are read.
 
-Each measurement is a process of its own. The data set is synthetic: real lengths, and tokens that are a hole in a file.
+Each measurement is a process of its own; its memory is what it holds beside mapped files. For building, the data set
+has lengths and offsets, but its tokens are a hole in a file; for reading, a small one has random tokens.
 """
 
 import argparse
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, SampleFormat
-from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset
+from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset, IndexedDatasetWriter
 
 BLOCK = 1 << 22
 SEQ_LENGTH = 4096
@@ -44,34 +45,62 @@ def write_synthetic(prefix: Path, documents: int) -> None:
         file.truncate(2 * begin)
 
 
-def measure(what: str, prefix: Path, cache: Path, epochs: float) -> str:
-    """One measurement in this process: its seconds, or samples a second, and the process's peak memory."""
+def write_random(prefix: Path) -> None:
+    """A data set of 20,000 documents of 20 to 999 random tokens, small enough to stay in memory."""
+    random = np.random.RandomState(1)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for _ in range(20_000):
+            writer.add_document(random.randint(0, 32_000, random.randint(20, 1000)))
+        writer.finalize()
+
+
+def measure(what: str, folder: Path, epochs: float) -> str:
+    """One measurement in this process: seconds and the process's own peak memory, or samples a second."""
+    if what in ("read", "documents"):
+        return _read(folder, what == "documents")
     if what == "numpy":
         helpers.helpers_cpp = None
+    memory = _PeakMemory()
     start = time.perf_counter()
-    indexed = IndexedDataset(prefix)
-    fingerprint = indexed.fingerprint
-    if what == "open":
-        return _result(time.perf_counter() - start, fingerprint[:8])
-    samples = int(epochs * indexed.token_count) // SEQ_LENGTH
+    indexed = IndexedDataset(folder / "synthetic", random_access=True)
+    assert indexed.fingerprint
+    if what != "open":
+        start = time.perf_counter()
+        samples = int(epochs * indexed.token_count) // SEQ_LENGTH
+        cache = folder / ("cache_numpy" if what == "numpy" else "cache")
+        GPTDataset(indexed, (0, indexed.document_count), samples, SEQ_LENGTH, 1, "train", cache)
+    return f"{time.perf_counter() - start:.1f} s, {memory.peak() / 2**30:.2f} GiB"
+
+
+def _read(folder: Path, documents: bool) -> str:
+    indexed = IndexedDataset(folder / "random", random_access=True)
+    form = SampleFormat(eod_token=0, reset_attention_mask=documents, reset_position_ids=documents)
+    count = 4 * indexed.token_count // SEQ_LENGTH
+    dataset = GPTDataset(indexed, (0, indexed.document_count), count, SEQ_LENGTH, 1, "train", None, form, 32_000)
     start = time.perf_counter()
-    form = SampleFormat(eod_token=1, reset_attention_mask=what == "documents")
-    folder = cache / "numpy" if what == "numpy" else cache
-    dataset = GPTDataset(indexed, (0, indexed.document_count), samples, SEQ_LENGTH, 1, "train", folder, form)
-    if what in ("build", "numpy", "reuse"):
-        return _result(time.perf_counter() - start, f"{dataset.num_epochs} epochs")
-    count, start = 20_000, time.perf_counter()
     for index in range(count):
-        dataset[index % samples]
+        dataset[index]
     return f"{count / (time.perf_counter() - start):,.0f} samples/s"
 
 
-def _result(seconds: float, note: str) -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    with open("/proc/self/smaps_rollup") as file:
-        fields = dict(line.split(":", 1) for line in file if ":" in line)
-    anonymous = int(fields["Anonymous"].split()[0]) / 2**20
-    return f"{seconds:.1f} s, peak {peak:.2f} GiB with mapped files, {anonymous:.2f} GiB of its own left ({note})"
+class _PeakMemory:
+    """Watches the memory of this process that is not the mapping of a file."""
+
+    def __init__(self) -> None:
+        self._peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            self._peak = max(self._peak, *(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon")))
+
+    def peak(self) -> int:
+        """Bytes."""
+        self._done.set()
+        self._thread.join()
+        return self._peak
 
 
 def main() -> int:
@@ -84,12 +113,14 @@ def main() -> int:
     parser.add_argument("--only", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        print(measure(args.only, args.folder / "synthetic", args.folder / "cache", args.epochs))
+        print(measure(args.only, args.folder, args.epochs))
         return 0
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_synthetic(Path(folder) / "synthetic", args.documents)
+        write_random(Path(folder) / "random")
         for _ in range(args.repeat):
-            shutil.rmtree(Path(folder) / "cache", ignore_errors=True)
+            for cache in ("cache", "cache_numpy"):
+                shutil.rmtree(Path(folder) / cache, ignore_errors=True)
             for what in ("open", "build", "reuse", "numpy", "read", "documents"):
                 command = [sys.executable, __file__, "--only", what, "--folder", folder, "--epochs", str(args.epochs)]
                 result = subprocess.run(command, capture_output=True, text=True, check=True)

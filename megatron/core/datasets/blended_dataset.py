@@ -64,7 +64,7 @@ class BlendedDataset:
 
 def _open(prefix: str, vocabulary: Vocabulary | None) -> IndexedDataset:
     """Open a data set and check, as far as can be seen without reading all, that it was made for the vocabulary."""
-    indexed = IndexedDataset(prefix)
+    indexed = IndexedDataset(prefix, random_access=True)
     if indexed.dtype.kind not in "iu":
         raise ValueError(f"{prefix}.idx: tokens of type {indexed.dtype.name} cannot be trained on")
     if vocabulary is None:

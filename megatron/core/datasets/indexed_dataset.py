@@ -7,6 +7,7 @@ i32, byte offsets i64, document indices i64 (starting with 0, ending with the se
 import fcntl
 import hashlib
 import logging
+import mmap
 import os
 import shutil
 import struct
@@ -275,12 +276,13 @@ class IndexedDatasetWriter:
 class IndexedDataset:
     """Read-only, memory-mapped view of `<prefix>.bin` and `<prefix>.idx`; indexing gives one sequence.
 
+    With `random_access` the operating system is told not to read ahead in `.bin`, where that would be read in vain.
     Raises FileNotFoundError if a file is missing and ValueError, naming the file, if the two are not whole and
     consistent.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]) -> None:
-        self.prefix = os.fspath(prefix)
+    def __init__(self, prefix: str | os.PathLike[str], random_access: bool = False) -> None:
+        self.prefix, self._random_access = os.fspath(prefix), random_access
         self._idx_path, self._bin_path = f"{self.prefix}.idx", f"{self.prefix}.bin"
         for path in (self._idx_path, self._bin_path):
             if not os.path.isfile(path):
@@ -293,11 +295,17 @@ class IndexedDataset:
         self._offsets: NDArray[np.int64] = self._index[lengths_end:offsets_end].view("<i8")
         self.document_indices: NDArray[np.int64] = self._index[offsets_end:].view("<i8")
         self.token_count = self._check_index(sequences)
-        self._tokens = np.asarray(self._map(self._bin_path)).view(self.dtype)
+        self._tokens = np.asarray(self._map(self._bin_path, random_access)).view(self.dtype)
 
     @staticmethod
-    def _map(path: str) -> NDArray[np.uint8]:
-        return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    def _map(path: str, random_access: bool = False) -> NDArray[np.uint8]:
+        if not os.path.getsize(path):
+            return np.empty(0, np.uint8)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if random_access:
+            mapped.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(mapped, np.uint8)
 
     def _suggestion(self) -> str:
         matches = sorted(Path(self.prefix).parent.glob(f"{Path(self.prefix).name}*_document.idx"))
@@ -352,8 +360,8 @@ class IndexedDataset:
     def __getitem__(self, index: int) -> NDArray:
         return self.get(index)
 
-    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
-        return IndexedDataset, (self.prefix,)
+    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str, bool]]:
+        return IndexedDataset, (self.prefix, self._random_access)
 
     @property
     def document_count(self) -> int:
@@ -402,22 +410,6 @@ class IndexedDataset:
         """The tokens `[start, stop)` of all sequences laid end to end."""
         return self._tokens[start:stop]
 
-    def document_of_token(self, token: int) -> int:
-        """The document that holds token number `token` of all."""
-        sequence = int(np.searchsorted(self._offsets, token * self.dtype.itemsize, side="right")) - 1
-        return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
-
-    def document_not_ending_with(self, token: int) -> int | None:
-        """The first document with tokens whose last one is not `token`, if there is one."""
-        for block in _blocks(self.document_count):
-            lengths = self.document_lengths(block.start, block.stop)
-            first = self._byte_offset(int(self.document_indices[block.start])) // self.dtype.itemsize
-            ends = first + np.cumsum(lengths, dtype=np.int64)[lengths > 0]
-            wrong = np.flatnonzero(self._tokens[ends - 1] != token)
-            if len(wrong):
-                return block.start + int(np.flatnonzero(lengths > 0)[wrong[0]])
-        return None
-
     def token_blocks(self, size: int) -> Iterator[NDArray]:
         """Up to `size` tokens each from the beginning, the middle and the end, for a quick look at the contents."""
         last = max(self.token_count - size, 0)
@@ -428,8 +420,7 @@ class IndexedDataset:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the whole `.idx`, and of the `.bin` or, if it is large, of pieces all over it.
 
-        It changes with the number, lengths and type of the sequences, and if other text takes the place of theirs;
-        tools/data.py verify finds a single changed byte.
+        It changes with the number, lengths and type of the sequences, and if other text takes the place of theirs.
         """
         digest = hashlib.sha256(self._index.data)
         content = self._tokens.view(np.uint8)
