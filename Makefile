@@ -33,7 +33,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) $(wildcard $(HELPE
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.10 or newer is needed: name one with PYTHON=..." % v[:2])'
 	@[ "$(INSTALLED_AT)" = "$(CURDIR)" ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	$(PIP_INSTALL) setuptools wheel pybind11
-	$(PIP_INSTALL) --no-build-isolation -e '.[dev,demo,tensorboard]'
+	$(PIP_INSTALL) --no-build-isolation -e '.[dev,data,demo,tensorboard]'
 	@printf %s "$(CURDIR)" > $@
 
 demo: $(STAMP) ## the whole road on real text: data, model, training, back to Hugging Face (ARGS='--help')
