@@ -36,7 +36,7 @@ class RecomputeConfig:
     """Short for --recompute-granularity selective."""
     recompute_modules: tuple[str, ...] = ()
     """What selective recomputation computes again: core_attn (rotary positions and attention), moe_act (the experts'
-    SwiGLU), layernorm, moe (router, dispatch and experts); core_attn if not given."""
+    SwiGLU, which always is), layernorm, moe (router, dispatch and experts); core_attn if not given."""
     recompute_method: Literal["uniform", "block"] | None = None
     """With full: keep the input of every --recompute-num-layers layers (uniform, if not given), or compute only the
     first that many layers of each stage again (block)."""

@@ -76,13 +76,12 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
         probe = _activation_probe(arguments, groups, model_provider)
         try:
             chunks = tuple(_run_chunk(plain, model, chunk) for model, chunk in zip(probe, plain.model, strict=True))
-        except NotImplementedError as error:  # values were asked for, as by loops over experts of sizes no kernel takes
-            raise ValueError(
-                f"this model cannot be run without values: {error} Use --bf16, and sizes that are multiples of 8"
-            ) from error
+        except NotImplementedError as error:  # values were asked for, such as how many tokens are dropped
+            raise ValueError(f"this model cannot be run without values: {error}") from error
         single = replace(arguments, parallel=ParallelConfig())
+        assert arguments.model.vocab_size is not None
         whole = model_provider(single, ProcessGroups(), META, whole_model(arguments.model.num_layers))
-        padding = 2 * (arguments.model.padded_vocab_size(1) - whole.vocab_size) * arguments.model.hidden_size
+        padding = 2 * (arguments.model.padded_vocab_size(1) - arguments.model.vocab_size) * arguments.model.hidden_size
         activations, live = _peak(plain, chunks)
         return DryRun(
             groups=groups,
@@ -181,23 +180,10 @@ class _FlashAttention(Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-class _GroupedProduct(Function):
-    """x W_e of the rows of each expert, of which the factors are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x.new_empty(x.shape[0], weight.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
-
-
 class _AcceleratorKernels(TorchFunctionMode):
     """What kernels do that torch has no meta form of.
 
-    There, it would write attention out as products that keep S x S probabilities, and multiply groups in bfloat16 only.
+    There, it would write attention out as products that keep S x S probabilities.
     """
 
     def __torch_function__(
@@ -205,8 +191,6 @@ class _AcceleratorKernels(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             return _FlashAttention.apply(*args[:3])
-        if getattr(func, "__name__", "") == "_grouped_mm":  # what F.grouped_mm calls
-            return _GroupedProduct.apply(*args[:2])
         return func(*args, **(kwargs or {}))
 
 

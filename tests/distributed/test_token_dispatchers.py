@@ -74,7 +74,7 @@ def _outcome(
     counts = (chosen.unsqueeze(-1) == torch.arange(EXPERTS)).sum(dim=(0, 1)).double()
     unused = torch.empty(0)
     dispatched = dispatcher.dispatch(x, Routing(probs, chosen, unused, unused, counts))
-    y = dispatcher.combine(experts(dispatched.rows_RH, dispatched.probs_R, dispatched.offsets_E), dispatched)
+    y = dispatcher.combine(experts(dispatched.tokens_TH, dispatched.probs_TK, dispatched.index), dispatched)
     experts.zero_grad()
     y.backward(grad)
     assert x.grad is not None and probs.grad is not None

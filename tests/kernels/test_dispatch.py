@@ -8,11 +8,13 @@ from kernel_testing import assert_close, drawn
 from torch import Tensor
 
 from megatron.core.fusions import backend
-from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
+from megatron.core.fusions.expert_mlp import expert_mlp
+from megatron.core.fusions.permute import combine_rows, gather_rows, permutation_map
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import apply_rotary, rotary_tables
 from megatron.core.fusions.router import top_k_routing
-from megatron.core.fusions.swiglu import weighted_swiglu
+from megatron.core.parallel_state import Group
+from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
 
 
 def _norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -26,18 +28,32 @@ def _rotary(x: Tensor) -> tuple[Tensor, ...]:
     return apply_rotary(x, *shared), apply_rotary(x, *own)
 
 
-def _experts(x_TH: Tensor, logits_TE: Tensor) -> tuple[Tensor, ...]:
+def _experts(x_TH: Tensor, logits_TE: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
     routing = top_k_routing(logits_TE, 2)
     index = permutation_map(routing.experts_TK, logits_TE.shape[1])
-    rows = gather_rows(x_TH, index)
-    y = combine_rows(weighted_swiglu(rows, gather_probs(routing.probs_TK, index)), index)
+    y = expert_mlp(x_TH, routing.probs_TK, index, gate_up, down)
     return y, routing.softmax_TE, routing.logsumexp_T, routing.tokens_per_expert_E
+
+
+def _some_pairs_elsewhere(x_TH: Tensor, scores_TE: Tensor) -> tuple[Tensor, ...]:
+    experts = scores_TE.topk(2).indices - 1
+    here = (experts >= 0) & (experts < 3)
+    index = permutation_map(experts, 3, int(here.sum()))
+    rows = gather_rows(x_TH, index)
+    return rows, combine_rows(rows * 2, index)
+
+
+def _loss(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    targets = torch.arange(x.shape[0], device=x.device) * 3
+    return (output_cross_entropy(x, weight, targets, 40, Group(), False),)
 
 
 CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[tuple[int, ...], ...]]] = {
     "rms_norm": (_norm, ((5, 3, 24), (24,))),
     "rotary": (_rotary, ((2, 3, 5, 8),)),
-    "experts": (_experts, ((13, 24), (13, 5))),
+    "experts": (_experts, ((13, 24), (13, 5), (5, 16, 24), (5, 24, 8))),
+    "some pairs elsewhere": (_some_pairs_elsewhere, ((13, 24), (13, 5))),
+    "output layer": (_loss, ((13, 24), (48, 24))),
 }
 
 

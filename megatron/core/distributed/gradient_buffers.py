@@ -6,7 +6,7 @@ shard of it, wherever that cuts a parameter.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -106,6 +106,8 @@ class GradientBuffers:
         self._launched = 0
         for parameter in self.names:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
+            # for operations that write the gradient themselves, see megatron.core.fusions.weight_gradient
+            parameter.gradient_sink = functools.partial(self._receive, parameter)  # type: ignore[attr-defined]
         if self.sharded and self.config.overlap_param_gather:
             self._wait_before_use(model)
 
@@ -140,16 +142,20 @@ class GradientBuffers:
             bucket.complete = 0
 
     def _accumulate(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None and isinstance(parameter, nn.Parameter)
+        assert isinstance(parameter, nn.Parameter)
+        grad = parameter.grad
+        if grad is None:
+            return  # the sink has it already: autograd calls this hook even so
+        self._receive(parameter, lambda out, beta: out.add_(grad) if beta else out.copy_(grad))
+        parameter.grad = None
+
+    def _receive(self, parameter: nn.Parameter, write: Callable[[Tensor, float], object]) -> None:
+        """Lets `write` make main_grad = beta * main_grad + gradient; the first of a step has beta 0."""
+        write(main_grad(parameter), 1.0 if self._arrivals[parameter] else 0.0)
         self._arrivals[parameter] += 1
         assert self._arrivals[parameter] <= self._microbatches, (
             f"{self.names[parameter]} received more gradients than there are microbatches"
         )
-        if self._arrivals[parameter] == 1:
-            main_grad(parameter).copy_(parameter.grad)  # cheaper than to zero it first
-        else:
-            main_grad(parameter).add_(parameter.grad)
-        parameter.grad = None
         if self._arrivals[parameter] == self._microbatches:
             self._bucket_of[parameter].complete += 1
             if self.config.overlap_grad_reduce:

@@ -1,47 +1,60 @@
-"""The products of all experts in one call."""
+"""The products of all experts in one call, and the gradient of their weights.
+
+R rows sorted by expert, E experts, I and O the widths of the product's input and output.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.core.fusions import backend, weight_gradient
+
 _grouped_mm = getattr(F, "grouped_mm", None)
 
 
 def _library_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped_mm accepts these operands: no float64, and rows aligned to 16 bytes."""
-    if _grouped_mm is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Whether torch's grouped_mm is used: on CUDA, for rows aligned to 16 bytes.
+
+    On a CPU it is a loop as well, one that cannot write into a given tensor.
+    """
+    if _grouped_mm is None or not x.is_cuda or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0):
-        return False  # there the weight gradient of an expert without rows is not zero (pytorch issue 172439)
     return all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
 
 
-def grouped_gemm(x_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """x W_e^T for the rows of each expert e: x [R, I], weight [E, O, I] -> [R, O].
+def _rows_of_experts(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
-    `offsets_E` (int32) holds the end of each expert's rows, and its last entry must be R. Experts without rows are
-    allowed; the gradient of their weights is zero.
+
+def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, transpose: bool) -> Tensor:
+    """x_r W_e^T with `transpose`, else x_r W_e, for the rows r of each expert e: [R, I] -> [R, O], or [R, O] -> [R, I].
+
+    `ends_E` (int32) holds the end of each expert's rows, and its last entry must be R. Experts without rows are
+    allowed. Not differentiable by itself.
     """
-    if _library_takes(x_RI, weight_EOI):
+    matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI
+    if x.is_meta:
+        return x.new_empty(x.shape[0], matrices.shape[2])  # torch's own has no such form for float32
+    if _library_takes(x, weight_EOI):
         assert _grouped_mm is not None
-        y = _grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=offsets_E)
-        # grouped_mm's backward refuses a gradient with zero strides, which a later sum() or expand() would hand it
-        return _ContiguousGradient.apply(y)
-    ends = offsets_E.tolist()
-    rows = x_RI.split([end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
-    return torch.cat([F.linear(part, weight) for part, weight in zip(rows, weight_EOI, strict=True)])
+        return _grouped_mm(x, matrices, offs=ends_E)
+    y = x.new_empty(x.shape[0], matrices.shape[2])
+    for rows, matrix in zip(_rows_of_experts(ends_E), matrices, strict=True):
+        torch.mm(x[rows], matrix, out=y[rows])
+    return y
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, y: Tensor) -> Tensor:
-        return y.view_as(y)
+def add_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_EOI: Tensor, beta: float) -> None:
+    """out_e = beta * out_e + sum over the rows of expert e of grad_r^T x_r; exactly beta * out_e without rows."""
+    if out_EOI.is_meta:
+        return  # there are no values, and no rows to be looped over
+    if out_EOI.dtype == torch.float32 and backend.runs_triton(grad_RO, x_RI):
+        from megatron.core.fusions.kernels import grouped_gemm as kernels
 
-    @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> Tensor:
-        # an empty tensor counts as contiguous whatever its strides
-        return (
-            grads[0].contiguous()
-            if grads[0].numel()
-            else torch.empty_like(grads[0], memory_format=torch.contiguous_format)
-        )
+        if beta == 0:
+            out_EOI.zero_()
+        kernels.accumulate_weight_gradient(grad_RO, x_RI, ends_E, out_EOI)
+        return
+    for rows, out in zip(_rows_of_experts(ends_E), out_EOI, strict=True):
+        weight_gradient.product(grad_RO[rows], x_RI[rows], out, beta)

@@ -73,7 +73,8 @@ def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) ->
     return PermutationMap(row_to_pair[:total], torch.where(has_row, rows, -1), offsets, bijective=False)
 
 
-def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
+def gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
+    """The token of each row, zero for empty rows: [T, H] -> [R, H]; not differentiable."""
     if backend.runs_triton(x_TH):
         from megatron.core.fusions.kernels import permute as kernels
 
@@ -85,7 +86,8 @@ def _gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
     return rows if index.bijective else rows.masked_fill_((pairs < 0).unsqueeze(-1), 0)
 
 
-def _combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
+def combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
+    """The sum of each token's rows, in float32 or wider: [R, H] -> [T, H]; not differentiable."""
     if backend.runs_triton(y_RH):
         from megatron.core.fusions.kernels import permute as kernels
 
@@ -116,22 +118,22 @@ class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, index: PermutationMap) -> Tensor:
         _keep(ctx, index)
-        return _gather(x_TH, index)
+        return gather(x_TH, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _combine(grads[0], _kept(ctx)), None
+        return combine(grads[0], _kept(ctx)), None
 
 
 class _CombineRows(Function):
     @staticmethod
     def forward(ctx: Any, y_RH: Tensor, index: PermutationMap) -> Tensor:
         _keep(ctx, index)
-        return _combine(y_RH, index)
+        return combine(y_RH, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], _kept(ctx)), None
+        return gather(grads[0], _kept(ctx)), None
 
 
 def gather_rows(x_TH: Tensor, index: PermutationMap) -> Tensor:
@@ -144,24 +146,33 @@ def combine_rows(y_RH: Tensor, index: PermutationMap) -> Tensor:
     return _CombineRows.apply(y_RH, index)
 
 
+def gather_weights(probs_TK: Tensor, index: PermutationMap) -> Tensor:
+    """The probability of each row, zero for empty rows: [T, K] -> [R]; not differentiable."""
+    pairs = index.row_to_pair_R
+    if probs_TK.shape[0] == 0:
+        return probs_TK.new_zeros(pairs.shape)
+    probs_R = probs_TK.reshape(-1)[pairs]
+    return probs_R if index.bijective else probs_R.masked_fill_(pairs < 0, 0)
+
+
+def scatter_weights(probs_R: Tensor, index: PermutationMap) -> Tensor:
+    """The number of each pair's row, zero for pairs without one: [R] -> [T, K]; not differentiable."""
+    rows = index.pair_to_row_TK
+    if probs_R.shape[0] == 0:
+        return probs_R.new_zeros(rows.shape)
+    probs_TK = probs_R[rows]
+    return probs_TK if index.bijective else probs_TK.masked_fill_(rows < 0, 0)
+
+
 class _GatherProbs(Function):
     @staticmethod
     def forward(ctx: Any, probs_TK: Tensor, index: PermutationMap) -> Tensor:
         _keep(ctx, index)
-        pairs = index.row_to_pair_R
-        if probs_TK.shape[0] == 0:
-            return probs_TK.new_zeros(pairs.shape)
-        probs_R = probs_TK.reshape(-1)[pairs]
-        return probs_R if index.bijective else probs_R.masked_fill_(pairs < 0, 0)
+        return gather_weights(probs_TK, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        index = _kept(ctx)
-        rows = index.pair_to_row_TK
-        if grads[0].shape[0] == 0:
-            return grads[0].new_zeros(rows.shape), None
-        grad_TK = grads[0][rows]
-        return grad_TK if index.bijective else grad_TK.masked_fill_(rows < 0, 0), None
+        return scatter_weights(grads[0], _kept(ctx)), None
 
 
 def gather_probs(probs_TK: Tensor, index: PermutationMap) -> Tensor:

@@ -1,53 +1,59 @@
-"""SwiGLU (arXiv:2002.05202) with the routing probability multiplied in."""
+"""SwiGLU (arXiv:2002.05202) with the routing probability multiplied in, and its gradient.
 
-from typing import Any
+R rows, F width. Multiplying by p here equals multiplying the expert's output by it, since the second product has no
+bias, and saves keeping that output for the backward pass. Neither function is differentiable by itself.
+"""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from megatron.core.fusions import backend
 
-
-class _WeightedSwiGLU(Function):
-    """Keeps only its inputs for the backward pass; autograd would keep every float32 step in between."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, probs: Tensor) -> Tensor:
-        gate_up, probs = gate_up.contiguous(), probs.contiguous()
-        ctx.save_for_backward(gate_up, probs)
-        if backend.runs_triton(gate_up, probs):
-            from megatron.core.fusions.kernels import swiglu as kernels
-
-            return kernels.forward(gate_up, probs)
-        gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
-        return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate_up, probs = ctx.saved_tensors
-        if backend.runs_triton(gate_up, probs):
-            from megatron.core.fusions.kernels import swiglu as kernels
-
-            grad_gate_up, grad_probs, _ = kernels.backward(grads[0].contiguous(), gate_up, probs)
-            return grad_gate_up, grad_probs.to(probs.dtype)
-        wide = torch.promote_types(gate_up.dtype, torch.float32)
-        gate, up = gate_up.to(wide).chunk(2, dim=-1)
-        grad = grads[0].to(wide)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        grad_probs = (grad * silu * up).sum(dim=-1).to(probs.dtype)
-        grad = grad * probs.unsqueeze(-1)
-        # d silu(g) / dg = s + g s (1 - s)
-        grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-        return torch.cat((grad_gate, grad * silu), dim=-1).to(gate_up.dtype), grad_probs
+# Rows are worked on in blocks of about this many elements, whose intermediate results stay in the processor's cache.
+BLOCK_ELEMENTS = 2**17
 
 
-def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """silu(gate) * up * p in float32 or wider: gate_up [R, 2F] (gate, then up), probs [R] -> [R, F] in gate_up's type.
+def _blocks(gate_up: Tensor) -> Iterator[slice]:
+    rows = max(1, BLOCK_ELEMENTS // max(1, gate_up.shape[1]))
+    return (slice(start, start + rows) for start in range(0, gate_up.shape[0], rows))
 
-    Multiplying by p here equals multiplying the expert's output by it, since the second product has no bias, and saves
-    keeping that output for the backward pass.
-    """
-    return _WeightedSwiGLU.apply(gate_up, probs)
+
+def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """silu(gate) * up * p in float32 or wider: gate_up [R, 2F] (gate, then up), probs [R] -> [R, F] like gate_up."""
+    if backend.runs_triton(gate_up, probs):
+        from megatron.core.fusions.kernels import swiglu as kernels
+
+        return kernels.forward(gate_up, probs)
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    y = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+    for rows in _blocks(gate_up):
+        gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
+        y[rows] = F.silu(gate).mul_(up).mul_(probs[rows].unsqueeze(-1))
+    return y
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the output's gradient [R, F]: those of gate_up [R, 2F] and probs [R], and the output itself [R, F]."""
+    if backend.runs_triton(grad, gate_up, probs):
+        from megatron.core.fusions.kernels import swiglu as kernels
+
+        grad_gate_up, grad_probs, y = kernels.backward(grad.contiguous(), gate_up, probs)
+        return grad_gate_up, grad_probs.to(probs.dtype), y
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    grad_gate_up, y, grad_probs = torch.empty_like(gate_up), torch.empty_like(grad), torch.empty_like(probs)
+    width = grad.shape[1]
+    for rows in _blocks(gate_up):
+        gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
+        silu, prob = F.silu(gate), probs[rows].unsqueeze(-1)
+        upstream = grad[rows].to(wide)
+        unweighted = silu * up
+        grad_probs[rows] = (upstream * unweighted).sum(dim=-1)
+        y[rows] = unweighted.mul_(prob)
+        upstream = upstream * prob
+        grad_gate_up[rows, width:] = silu.mul_(upstream)
+        # d silu(g) / dg = s + g s (1 - s), s the sigmoid
+        grad_gate_up[rows, :width] = torch.ops.aten.silu_backward(upstream.mul_(up), gate)
+    return grad_gate_up, grad_probs, y

@@ -1,53 +1,102 @@
-"""Cross entropy over a vocabulary that is split between tensor-parallel ranks."""
+"""The output layer and its cross entropy as one operation, over a vocabulary split between tensor-parallel ranks.
 
-from typing import Any
+Logits are made for some tokens at a time. Where all fit into one piece they are kept and become their own gradient in
+the backward pass; otherwise they are made again there, at the price of a third product, so that a long sequence times
+the vocabulary never exists at once. N tokens, H hidden, V columns of the padded vocabulary on this rank.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core.fusions import weight_gradient
+from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron.core.parallel_state import Group
-from megatron.core.tensor_parallel.mappings import all_reduce
+from megatron.core.tensor_parallel import mappings
+
+MAX_LOGITS = 2**27
+"""Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
 
 
-class _VocabParallelCrossEntropy(Function):
+class _Vocabulary(NamedTuple):
+    group: Group
+    columns: int
+    """Columns of this rank that are not padding."""
+    first: int
+    """The first column's entry in the whole vocabulary."""
+
+
+def _losses(logits_NV: Tensor, ids_N: Tensor, vocabulary: _Vocabulary) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[target] and log sum exp of each token; collective over the group."""
+    largest, total, target = softmax_statistics(logits_NV, ids_N, vocabulary.columns)
+    everywhere = mappings.all_reduce(largest, vocabulary.group, dist.ReduceOp.MAX)
+    total, target = mappings.all_reduce(torch.stack((total * (largest - everywhere).exp(), target)), vocabulary.group)
+    logsumexp = everywhere + total.log()
+    return logsumexp - target, logsumexp
+
+
+class _OutputLoss(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, group: Group) -> Tensor:
-        columns = logits.shape[-1]
-        first = columns * group.rank
-        # float32 at least, whatever the logits' type; always a copy, which becomes the softmax in place
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        x[..., min(max(vocab_size - first, 0), columns) :] = float("-inf")
-        x -= all_reduce(x.amax(dim=-1), group, dist.ReduceOp.MAX).unsqueeze(-1)
-
-        ids = targets - first
-        elsewhere = (ids < 0) | (ids >= columns)
-        ids = ids.masked_fill(elsewhere, 0).unsqueeze(-1)
-        target_logit = x.gather(-1, ids).squeeze(-1).masked_fill(elsewhere, 0)
-        exp_sum = x.exp_().sum(dim=-1)
-        target_logit, exp_sum = all_reduce(torch.stack((target_logit, exp_sum)), group)
-
-        softmax = x.div_(exp_sum.unsqueeze(-1))
-        ctx.save_for_backward(softmax, ids, elsewhere)
-        ctx.dtype = logits.dtype
-        return exp_sum.log() - target_logit
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocabulary: _Vocabulary, sequence_parallel: bool
+    ) -> Tensor:
+        whole = mappings.all_gather_first(x, vocabulary.group) if sequence_parallel else x
+        x_NH, ids_N = whole.reshape(-1, whole.shape[-1]), targets.reshape(-1) - vocabulary.first
+        piece = max(1, MAX_LOGITS // weight.shape[0])
+        kept, losses, logsumexps = None, [], []
+        for part_NH, part_ids in zip(x_NH.split(piece), ids_N.split(piece), strict=True):
+            logits_NV = part_NH @ weight.t()
+            loss, logsumexp = _losses(logits_NV, part_ids, vocabulary)
+            losses.append(loss)
+            logsumexps.append(logsumexp)
+            kept = logits_NV if x_NH.shape[0] <= piece else None
+        ctx.save_for_backward(x, ids_N, torch.cat(logsumexps), kept)
+        ctx.weight, ctx.vocabulary, ctx.sequence_parallel, ctx.piece = weight, vocabulary, sequence_parallel, piece
+        return torch.cat(losses).view(targets.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        softmax, ids, elsewhere = ctx.saved_tensors
-        one_hot = torch.where(elsewhere, 0.0, -1.0).to(softmax.dtype).unsqueeze(-1)
-        grad = softmax.scatter_add(-1, ids, one_hot).mul_(grads[0].unsqueeze(-1))
-        return grad.to(ctx.dtype), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        x, ids_N, logsumexp_N, kept = ctx.saved_tensors
+        weight, vocabulary = ctx.weight, ctx.vocabulary
+        whole = mappings.all_gather_first(x, vocabulary.group) if ctx.sequence_parallel else x
+        x_NH = whole.reshape(-1, whole.shape[-1])
+        grad_N = grads[0].reshape(-1).to(logsumexp_N.dtype)
+        grad_x_NH = torch.empty_like(x_NH)
+
+        def write(grad_weight: Tensor, beta: float) -> None:
+            for start in range(0, x_NH.shape[0], ctx.piece):
+                rows = slice(start, start + ctx.piece)
+                logits = x_NH[rows] @ weight.t() if kept is None else kept
+                softmax_gradient_(logits, ids_N[rows], logsumexp_N[rows], grad_N[rows], vocabulary.columns)
+                torch.mm(logits, weight, out=grad_x_NH[rows])
+                weight_gradient.product(logits, x_NH[rows], grad_weight, beta)
+                beta = 1.0
+
+        grad_weight = weight_gradient.deliver(weight, write)
+        grad_x = grad_x_NH.view_as(whole)
+        if ctx.sequence_parallel:
+            grad_x = mappings.reduce_scatter_first(grad_x, vocabulary.group)
+        else:
+            grad_x = mappings.all_reduce(grad_x, vocabulary.group)
+        return grad_x, grad_weight, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, group: Group) -> Tensor:
-    """-log softmax(logits)[target] for each token, in float32 (float64 for float64 logits).
+def output_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Group, sequence_parallel: bool
+) -> Tensor:
+    """-log softmax(x W^T)[target] for each token, in float32 (float64 for float64 inputs).
 
     Args:
-        logits: [..., V/tp] this rank's columns of the padded vocabulary.
-        targets: [...] int64 global token ids below `vocab_size`.
-        vocab_size: entries that are real; padding columns carry no probability and get no gradient.
+        x: [S, B, H], or this rank's slice of it along the sequence with `sequence_parallel`.
+        weight: [V, H], this rank's rows of the padded vocabulary; gradients of padding rows are zero.
+        targets: [S, B] int64 token ids below `vocab_size`.
+        vocab_size: entries that are real; padding carries no probability.
         group: ranks that split the vocabulary.
     """
-    return _VocabParallelCrossEntropy.apply(logits, targets, vocab_size, group)
+    first = weight.shape[0] * group.rank
+    columns = min(max(vocab_size - first, 0), weight.shape[0])
+    vocabulary = _Vocabulary(group, columns, first)
+    return _OutputLoss.apply(x, weight, targets, vocabulary, sequence_parallel and group.size > 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.column_parallel import column_parallel_linear
+from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 
 
@@ -39,6 +40,40 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns this rank's output columns."""
         return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel)
+
+
+class VocabParallelOutput(ColumnParallelLinear):
+    """The output layer, split by vocabulary entry: logits, or straight to each token's loss."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        padded_vocab_size: int,
+        hidden_size: int,
+        *,
+        init_std: float,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(
+            hidden_size,
+            padded_vocab_size,
+            init_std=init_std,
+            init_rows=vocab_size,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+        self.vocab_size = vocab_size
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """x [S, B, H] (or [S/tp, B, H]) -> loss of int64 `targets` [S, B]; without them logits [S, B, vocabulary]."""
+        if targets is not None:
+            return output_cross_entropy(x, self.weight, targets, self.vocab_size, self.group, self.sequence_parallel)
+        return mappings.gather_last(super().forward(x), self.group)[..., : self.vocab_size]
 
 
 class RowParallelLinear(nn.Module):

@@ -62,7 +62,6 @@ class TransformerLayer(nn.Module):
             output_std=output_std,
             groups=groups,
             sequence_parallel=sequence_parallel,
-            recompute_activation=recompute.includes("moe_act"),
             device=device,
         )
 

@@ -11,9 +11,7 @@ from megatron.core.fusions.attention import Documents
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE, RecomputeConfig
 from megatron.core.stages import Stage, whole_model
-from megatron.core.tensor_parallel import mappings
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding, VocabParallelOutput
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
 from megatron.core.transformer.moe.router import DEFAULT_MICROBATCH, MicrobatchInfo, RouterStatistics
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -46,8 +44,7 @@ class MixtralModel(nn.Module):
         super().__init__()
         self.stage = stage = stage or whole_model(config.num_layers)
         assert config.vocab_size is not None, "the vocabulary size is not known yet"
-        self.vocab_size = config.vocab_size
-        self.tp, self.cp = groups.tp, groups.cp
+        self.cp = groups.cp
         self.sequence_parallel = sequence_parallel = sequence_parallel and groups.tp.size > 1
         padded = config.padded_vocab_size(groups.tp.size)
         self.embedding: nn.ModuleDict | None = None
@@ -72,11 +69,11 @@ class MixtralModel(nn.Module):
             device=device,
         )
         self.output_layer = (
-            ColumnParallelLinear(
-                config.hidden_size,
+            VocabParallelOutput(
+                config.vocab_size,
                 padded,
+                config.hidden_size,
                 init_std=config.init_method_std,
-                init_rows=config.vocab_size,
                 group=groups.tp,
                 sequence_parallel=sequence_parallel,
                 dtype=config.dtype,
@@ -117,12 +114,9 @@ class MixtralModel(nn.Module):
         hidden, statistics = self.decoder(hidden, microbatch, position_ids, documents)
         if self.output_layer is None:
             return ModelOutput(hidden, statistics)
-        logits = self.output_layer(hidden)
         if labels is None:
-            whole = mappings.gather_last(logits, self.tp)[..., : self.vocab_size]
-            return ModelOutput(whole.transpose(0, 1), statistics)
-        loss = vocab_parallel_cross_entropy(logits, labels.t(), self.vocab_size, self.tp)
-        return ModelOutput(loss.t(), statistics)
+            return ModelOutput(self.output_layer(hidden).transpose(0, 1), statistics)
+        return ModelOutput(self.output_layer(hidden, labels.t()).t(), statistics)
 
     def set_expert_share(self, share_LE: Tensor) -> None:
         """Gives routers the part of all tokens that chose each expert: [layers of the whole model, experts]."""

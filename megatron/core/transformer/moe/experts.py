@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.grouped_gemm import grouped_gemm
-from megatron.core.fusions.swiglu import weighted_swiglu
+from megatron.core.fusions.expert_mlp import expert_mlp
+from megatron.core.fusions.permute import PermutationMap
 from megatron.core.parallel_state import Group
-from megatron.core.recompute import without_keeping
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 
 
@@ -20,7 +19,7 @@ class _StackedWeight(nn.Module):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts: rows sorted by expert [R, H] -> [R, H] (a part of the sum over `group`)."""
+    """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over `group`)."""
 
     def __init__(
         self,
@@ -29,11 +28,9 @@ class Experts(nn.Module):
         output_std: float,
         ep_group: Group,
         group: Group,
-        recompute_activation: bool,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.recompute_activation = recompute_activation
         experts = config.num_experts // ep_group.size
         first_expert = experts * ep_group.rank
         gate_up = ParameterSpec(
@@ -56,11 +53,6 @@ class Experts(nn.Module):
         self.linear_fc1 = _StackedWeight(gate_up, experts, config.dtype, device)
         self.linear_fc2 = _StackedWeight(down, experts, config.dtype, device)
 
-    def forward(self, rows_RH: Tensor, probs_R: Tensor, offsets_E: Tensor) -> Tensor:
-        """`probs_R` weights each row; `offsets_E` (int32) holds the end of each expert's rows."""
-        gate_up_RF = grouped_gemm(rows_RH, self.linear_fc1.weight, offsets_E)
-        activation_RF = weighted_swiglu(gate_up_RF, probs_R)
-        if not self.recompute_activation:
-            return grouped_gemm(activation_RF, self.linear_fc2.weight, offsets_E)
-        with without_keeping(activation_RF, weighted_swiglu, gate_up_RF, probs_R):
-            return grouped_gemm(activation_RF, self.linear_fc2.weight, offsets_E)
+    def forward(self, x_TH: Tensor, probs_TK: Tensor, index: PermutationMap) -> Tensor:
+        """`probs_TK` weights each token's choices; `index` knows which of them are for experts here."""
+        return expert_mlp(x_TH, probs_TK, index, self.linear_fc1.weight, self.linear_fc2.weight)

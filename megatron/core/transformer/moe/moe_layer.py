@@ -23,7 +23,6 @@ class MoELayer(nn.Module):
         output_std: float,
         groups: ProcessGroups,
         sequence_parallel: bool,
-        recompute_activation: bool,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -40,7 +39,6 @@ class MoELayer(nn.Module):
             output_std=output_std,
             ep_group=groups.ep,
             group=groups.etp,
-            recompute_activation=recompute_activation,
             device=device,
         )
         self.dispatcher = build_token_dispatcher(
@@ -52,5 +50,5 @@ class MoELayer(nn.Module):
         whole = positions(x.shape[0] * self.sequence_group.size, self.cp, x.device)
         routing, statistics = self.router(x, split_first(whole, self.sequence_group), microbatch)
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
-        rows = self.experts(dispatched.rows_RH, dispatched.probs_R, dispatched.offsets_E)
-        return self.dispatcher.combine(rows, dispatched).view_as(x), statistics
+        y_TH = self.experts(dispatched.tokens_TH, dispatched.probs_TK, dispatched.index)
+        return self.dispatcher.combine(y_TH, dispatched).view_as(x), statistics

@@ -28,16 +28,16 @@ from megatron.core.transformer.moe import exchange
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatched:
-    """Rows sorted by local expert: the input of the experts, and the way back."""
+    """What this rank's experts work on, and the way back."""
 
-    rows_RH: Tensor
-    probs_R: Tensor
-    offsets_E: Tensor
-    """int32: end of each local expert's rows."""
+    tokens_TH: Tensor
+    """Tokens that have come here, from this rank and from others."""
+    probs_TK: Tensor
+    """Weights of their choices."""
     index: PermutationMap
-    """Between (token, choice) pairs and the rows that leave this rank, or stay on it."""
-    arrivals: PermutationMap | None = None
-    """Between the rows that arrived, in the order of their senders, and those sorted by expert."""
+    """The rows, sorted by local expert, of those (token, choice) pairs whose expert is here."""
+    departures: PermutationMap | None = None
+    """The rows, sorted by expert, of this rank's own pairs, if each is sent by itself."""
     sent: tuple[int, ...] = ()
     """Rows sent to each expert-parallel rank."""
     received: tuple[int, ...] = ()
@@ -50,11 +50,11 @@ class TokenDispatcher(Protocol):
     """Brings tokens to their experts; the same result under every implementation."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
-        """Copies of this rank's and other ranks' tokens for the experts here, sorted by expert."""
+        """Brings this rank's and other ranks' tokens to the experts here: x [T, H]."""
         ...
 
-    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
-        """The sum of the experts' (already weighted) outputs for each of this rank's tokens: [R, H] -> [T, H]."""
+    def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
+        """From the experts' sums for `tokens_TH` to the sums of all experts for this rank's own tokens [T, H]."""
         ...
 
 
@@ -82,7 +82,7 @@ class LocalTokenDispatcher:
         self.num_experts, self.group, self.padding = num_experts, group, padding
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
-        """Sorts copies of the tokens by expert: x [T, H] -> rows [T*K, H]."""
+        """The tokens are here already."""
         # each rank's gradient of the tokens and of the probabilities is a part of a sum
         x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
         probs_TK = mappings.copy_to_tensor_parallel(routing.probs_TK, self.group)
@@ -91,15 +91,14 @@ class LocalTokenDispatcher:
         index = permutation_map(routing.experts_TK, self.num_experts, num_rows)
         index = _padded(index, routing.experts_TK, routing, self.padding)
         return Dispatched(
-            rows_RH=gather_rows(x_TH, index),
-            probs_R=gather_probs(probs_TK, index),
-            offsets_E=index.offsets_E,
+            tokens_TH=x_TH,
+            probs_TK=probs_TK,
             index=index,
         )
 
-    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sums over each token's K rows, then over the group."""
-        return mappings.reduce_from_tensor_parallel(combine_rows(y_RH, dispatched.index), self.group)
+    def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums over the group."""
+        return mappings.reduce_from_tensor_parallel(y_TH, self.group)
 
 
 class AllGatherTokenDispatcher:
@@ -115,7 +114,7 @@ class AllGatherTokenDispatcher:
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
-        """x [T, H] -> rows [R, H], where R counts the pairs of all ranks whose expert is here."""
+        """x [T, H] -> all ranks' tokens."""
         first = self.ep.rank * self.local_experts
         lengths, num_rows = [x_TH.shape[0]] * self.ep_etp.size, None
         if self.ep.size > 1 or routing.capacity is not None:
@@ -131,16 +130,14 @@ class AllGatherTokenDispatcher:
         index = permutation_map(experts_TK, self.local_experts, num_rows)
         index = _padded(index, experts_TK, routing, self.padding)
         return Dispatched(
-            rows_RH=gather_rows(x_TH, index),
-            probs_R=gather_probs(probs_TK, index),
-            offsets_E=index.offsets_E,
+            tokens_TH=x_TH,
+            probs_TK=probs_TK,
             index=index,
             lengths=tuple(lengths),
         )
 
-    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sums the rows of every rank's tokens here, then over ranks; each keeps its own tokens."""
-        y_TH = combine_rows(y_RH, dispatched.index)
+    def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums over ranks; each keeps its own tokens."""
         return exchange.sum_rows_to_ranks(y_TH, dispatched.lengths, self.ep_etp)
 
 
@@ -159,7 +156,7 @@ class AllToAllTokenDispatcher:
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
-        """x [T, H] -> rows [R, H], where R counts the pairs of all ranks whose expert is here."""
+        """x [T, H] -> one row for every pair, of any rank, whose expert is here."""
         counts = exchange.gather_counts(routing.tokens_per_expert_E.to(torch.int64), self.ep_etp)
         # sender's ep and etp rank, receiver's ep rank, expert there
         counts = counts.view(self.ep.size, self.etp.size, self.ep.size, self.local_experts)
@@ -168,19 +165,18 @@ class AllToAllTokenDispatcher:
         arriving = counts[:, :, self.ep.rank].transpose(0, 1)  # [etp, ep, local expert], the order of arrival
         lengths = arriving.sum(dim=(1, 2)).tolist()
 
-        index = permutation_map(routing.experts_TK, self.num_experts, sum(sent))
-        rows = exchange.all_to_all(gather_rows(x_TH, index), sent, received, self.ep)
+        departures = permutation_map(routing.experts_TK, self.num_experts, sum(sent))
+        rows = exchange.all_to_all(gather_rows(x_TH, departures), sent, received, self.ep)
         rows = exchange.gather_rows_of_ranks(rows, lengths, self.etp)
-        probs = exchange.all_to_all(gather_probs(routing.probs_TK, index), sent, received, self.ep)
+        probs = exchange.all_to_all(gather_probs(routing.probs_TK, departures), sent, received, self.ep)
         probs = exchange.gather_rows_of_ranks(probs, lengths, self.etp)
         experts = self._experts_of(arriving, rows.device).unsqueeze(1)
-        arrivals = _padded(permutation_map(experts, self.local_experts), experts, routing, self.padding)
+        index = _padded(permutation_map(experts, self.local_experts), experts, routing, self.padding)
         return Dispatched(
-            rows_RH=gather_rows(rows, arrivals),
-            probs_R=gather_probs(probs.unsqueeze(1), arrivals),
-            offsets_E=arrivals.offsets_E,
+            tokens_TH=rows,
+            probs_TK=probs.unsqueeze(1),
             index=index,
-            arrivals=arrivals,
+            departures=departures,
             sent=tuple(sent),
             received=tuple(received),
             lengths=tuple(lengths),
@@ -191,13 +187,12 @@ class AllToAllTokenDispatcher:
         experts = torch.arange(self.local_experts).expand(arriving.shape)
         return experts.reshape(-1).repeat_interleave(arriving.reshape(-1)).to(device, non_blocking=True)
 
-    def combine(self, y_RH: Tensor, dispatched: Dispatched) -> Tensor:
+    def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
         """Sends every row back to its token's rank and sums there."""
-        assert dispatched.arrivals is not None
-        rows = combine_rows(y_RH, dispatched.arrivals)
-        rows = exchange.sum_rows_to_ranks(rows, dispatched.lengths, self.etp)
+        assert dispatched.departures is not None
+        rows = exchange.sum_rows_to_ranks(y_TH, dispatched.lengths, self.etp)
         rows = exchange.all_to_all(rows, dispatched.received, dispatched.sent, self.ep)
-        return combine_rows(rows, dispatched.index)
+        return combine_rows(rows, dispatched.departures)
 
 
 def build_token_dispatcher(config: ModelConfig, groups: ProcessGroups, tokens_are_replicated: bool) -> TokenDispatcher:

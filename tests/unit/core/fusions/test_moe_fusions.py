@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from megatron.core.fusions.grouped_gemm import grouped_gemm
+from megatron.core.fusions import swiglu as swiglu_module
+from megatron.core.fusions.expert_mlp import expert_mlp
+from megatron.core.fusions.grouped_gemm import add_weight_gradient, grouped_product
 from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
 from megatron.core.fusions.router import top_k_routing
-from megatron.core.fusions.swiglu import weighted_swiglu
 
 # tokens, experts, top_k
 CASES = [(0, 4, 2), (1, 4, 2), (7, 3, 1), (13, 4, 4), (129, 8, 2)]
@@ -46,35 +47,117 @@ def test_gather_and_combine_are_each_others_transpose(tokens: int, experts: int,
     assert torch.allclose(combine_rows(rows, index), top_k * x, rtol=1e-14)
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 8], [8, 0, 0], [0, 1, 7], [0, 0, 0]], ids=str)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
-def test_grouped_gemm_equals_a_loop(counts: list[int], dtype: torch.dtype, bound: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(sum(counts), 16, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(3, 24, 16, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    wide_x, wide_weight = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
-    offsets = torch.tensor(counts).cumsum(0).to(torch.int32)
-    y = grouped_gemm(x, weight, offsets)
-    y.sum().backward()  # an expanded gradient, which has stride zero
-    reference = torch.cat([part @ matrix.T for part, matrix in zip(wide_x.split(counts), wide_weight, strict=True)])
-    reference.sum().backward()
-    assert y.shape == reference.shape
-    for ours, theirs in ((y, reference), (x.grad, wide_x.grad), (weight.grad, wide_weight.grad)):
-        assert ours is not None and theirs is not None
-        if theirs.numel() and theirs.norm() > 0:
-            assert (ours.double() - theirs).norm() / theirs.norm() <= bound
-    assert weight.grad is not None
-    for expert, count in enumerate(counts):
-        if count == 0:
-            assert not weight.grad[expert].any()
+COUNTS = [[3, 0, 5], [0, 0, 8], [8, 0, 0], [0, 1, 7], [127, 1, 129], [0, 0, 0]]
+BOUNDS = [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)]
 
 
-@pytest.mark.parametrize("width", [6, 16], ids=["unaligned", "aligned"])
-def test_rows_that_are_not_aligned_take_the_loop(width: int) -> None:
-    x, weight = torch.randn(4, width), torch.randn(2, 10, width)
-    y = grouped_gemm(x, weight, torch.tensor([1, 4], dtype=torch.int32))
-    expected = torch.cat([x[:1] @ weight[0].T, x[1:] @ weight[1].T])
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+def _drawn(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]), dtype=torch.float64).to(dtype)
+
+
+def _close(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> None:
+    assert ours.shape == reference.shape
+    if reference.numel() and reference.norm() > 0:
+        assert (ours.double() - reference).norm() / reference.norm() <= bound
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bound: float) -> None:
+    x, weight, grad = _drawn(dtype, sum(counts), 16), _drawn(dtype, 3, 24, 16), _drawn(dtype, sum(counts), 24)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    for operand, transpose in ((x, True), (grad, False)):
+        matrices = weight.double().transpose(1, 2) if transpose else weight.double()
+        expected = torch.cat([p @ m for p, m in zip(operand.double().split(counts), matrices, strict=True)])
+        _close(grouped_product(operand, weight, ends, transpose=transpose), expected, bound)
+    wide = torch.promote_types(dtype, torch.float32)
+    for beta in (0.0, 1.0):
+        out = _drawn(wide, 3, 24, 16)
+        before = out.double().clone()
+        if beta == 0:
+            out.fill_(float("nan"))  # memory that nobody has cleared
+        add_weight_gradient(grad, x, ends, out, beta)
+        for expert, (g, rows) in enumerate(zip(grad.double().split(counts), x.double().split(counts), strict=True)):
+            if not counts[expert]:
+                assert torch.equal(out[expert].double(), beta * before[expert])
+            else:
+                _close(out[expert], beta * before[expert] + g.T @ rows, bound)
+
+
+def _loop(x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor):
+    """The formula, token by token."""
+    rows = []
+    for token in range(x.shape[0]):
+        total = x[token] * 0
+        for prob, expert in zip(probs[token], experts[token].tolist(), strict=True):
+            if 0 <= expert < gate_up.shape[0]:
+                gate, up = (gate_up[expert] @ x[token]).chunk(2)
+                total = total + prob * (down[expert] @ (gate * gate.sigmoid() * up))
+        rows.append(total)
+    return torch.stack(rows) if rows else x.clone()
+
+
+@pytest.mark.parametrize("first_expert", [0, 1], ids=["all experts here", "some elsewhere"])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), CASES)
+@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+def test_the_experts_equal_a_loop_over_tokens(
+    tokens: int, experts: int, top_k: int, dtype: torch.dtype, bound: float, first_expert: int
+) -> None:
+    chosen = _experts(tokens, experts, top_k) - first_expert
+    here, width = experts - 2 * first_expert, 24
+    num_rows = int(((chosen >= 0) & (chosen < here)).sum()) if first_expert else None
+    index = permutation_map(chosen, here, num_rows)
+    inputs = [_drawn(dtype, tokens, 16), _drawn(dtype, tokens, top_k), _drawn(dtype, here, 2 * width, 16)]
+    inputs.append(_drawn(dtype, here, 16, width) * 0.2)
+    inputs[1] = inputs[1].to(torch.promote_types(dtype, torch.float32)).sigmoid()
+    ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    theirs = [tensor.double().requires_grad_() for tensor in inputs]
+    y = expert_mlp(ours[0], ours[1], index, ours[2], ours[3])
+    expected = _loop(theirs[0], theirs[1], chosen, theirs[2], theirs[3])
+    _close(y, expected.detach(), bound)
+    grad = _drawn(dtype, tokens, 16).flip(0)
+    y.backward(grad)
+    expected.backward(grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        if b.grad is not None:
+            assert a.grad is not None
+            _close(a.grad, b.grad, 2 * bound)
+
+
+def test_for_the_backward_pass_only_inputs_and_inner_products_are_kept() -> None:
+    tokens, experts, top_k, hidden, width = 12, 4, 2, 16, 24
+    index = permutation_map(_experts(tokens, experts, top_k), experts)
+    x, probs = _drawn(torch.float32, tokens, hidden), _drawn(torch.float32, tokens, top_k)
+    weights = [_drawn(torch.float32, experts, 2 * width, hidden), _drawn(torch.float32, experts, hidden, width)]
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        expert_mlp(x.requires_grad_(), probs.requires_grad_(), index, *(w.requires_grad_() for w in weights))
+    rows = tokens * top_k
+    floats = tokens * hidden + rows * 2 * width + rows  # x, h, p
+    assert sum(tensor.numel() for tensor in kept if tensor.is_floating_point()) == floats
+    assert sum(tensor.numel() for tensor in kept if not tensor.is_floating_point()) == 2 * rows + experts
+
+
+def test_weight_gradients_go_straight_to_the_sink() -> None:
+    index = permutation_map(torch.tensor([[0, 1], [0, 1]]), 3)  # the third expert gets nothing
+    x, probs = _drawn(torch.float32, 2, 16), torch.full((2, 2), 0.5)
+    weights = [_drawn(torch.float32, 3, 8, 16).requires_grad_(), _drawn(torch.float32, 3, 16, 4).requires_grad_()]
+    expert_mlp(x, probs, index, *weights).sum().backward()
+    gradients = [weight.grad for weight in weights]
+    for beta in (0.0, 1.0):
+        sinks = [torch.full_like(weight, float("nan") if beta == 0 else 2.0) for weight in weights]
+        for weight, main_grad in zip(weights, sinks, strict=True):
+            weight.grad = None
+            weight.gradient_sink = lambda write, out=main_grad, beta=beta: write(out, beta)
+        expert_mlp(x, probs, index, *weights).sum().backward()
+        for weight, main_grad, gradient in zip(weights, sinks, gradients, strict=True):
+            assert weight.grad is None and gradient is not None
+            torch.testing.assert_close(main_grad, gradient + 2.0 * beta)
 
 
 def test_routing_renormalises_and_counts() -> None:
@@ -87,10 +170,16 @@ def test_routing_renormalises_and_counts() -> None:
     torch.testing.assert_close(routing.logsumexp_T, logits.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
 
 
-def test_swiglu_multiplies_the_probability_in() -> None:
+@pytest.mark.parametrize("rows_in_a_block", [1, 4, 100])
+def test_swiglu_multiplies_the_probability_in(rows_in_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swiglu_module, "BLOCK_ELEMENTS", rows_in_a_block * 8)
     gate_up = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     probs = torch.rand(6, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(6, 4, dtype=torch.float64)
     gate, up = gate_up.chunk(2, dim=-1)
     expected = gate * gate.sigmoid() * up * probs[:, None]
-    torch.testing.assert_close(weighted_swiglu(gate_up, probs), expected, rtol=1e-14, atol=0)
-    assert torch.autograd.gradcheck(weighted_swiglu, (gate_up, probs))
+    expected.backward(grad)
+    torch.testing.assert_close(swiglu_module.swiglu(gate_up.detach(), probs.detach()), expected, rtol=1e-14, atol=0)
+    ours = swiglu_module.swiglu_backward(grad, gate_up.detach(), probs.detach())
+    for a, b in zip(ours, (gate_up.grad, probs.grad, expected.detach()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
