@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,8 @@ from tools.checkpoint.stream import Description, Source
 def chosen_experts(text: str, statistics: Path | None, layers: int, experts: int) -> list[list[int]]:
     """The experts that each layer keeps, ascending, for a list such as `0,2,5,7`, or `best:4` and a routing statistic.
 
-    The statistic is a JSON file with `tokens_per_expert`, one list of numbers for each layer, as training writes it.
-    Raises ValueError naming what is wrong with either.
+    The statistic is training's --metrics-path file (with --moe-per-layer-logging), whose steps are added up, or a JSON
+    object with `tokens_per_expert`, one list of numbers for each layer. Raises ValueError naming what is wrong.
     """
     if match := re.fullmatch(r"best:([0-9]+)", text):
         if statistics is None:
@@ -36,20 +37,34 @@ def chosen_experts(text: str, statistics: Path | None, layers: int, experts: int
 
 def read_statistics(path: Path, layers: int, experts: int) -> list[list[float]]:
     """Tokens that each expert of each layer got. Raises ValueError naming the file if it is not of this model."""
+    text = path.read_text(encoding="utf-8")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        records = [json.loads(text)]
+    except ValueError:
+        records = [_record(path, line) for line in text.splitlines()]
+    loads = [
+        record["tokens_per_expert"] for record in records if isinstance(record, dict) and "tokens_per_expert" in record
+    ]
+    for load in loads:
+        if (
+            not isinstance(load, list)
+            or len(load) != layers
+            or not all(isinstance(counts, list) and len(counts) == experts for counts in load)
+            or not all(isinstance(count, int | float) and count >= 0 for counts in load for count in counts)
+        ):
+            raise ValueError(
+                f"{path}: tokens_per_expert must be {layers} lists (layers) of {experts} numbers (experts)"
+            )
+    if not loads:
+        raise ValueError(f"{path} has no tokens_per_expert: train with --metrics-path and --moe-per-layer-logging")
+    return [[sum(numbers) for numbers in zip(*counts, strict=True)] for counts in zip(*loads, strict=True)]
+
+
+def _record(path: Path, line: str) -> Any:
+    try:
+        return json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    load = content.get("tokens_per_expert") if isinstance(content, dict) else None
-    right = (
-        isinstance(load, list)
-        and len(load) == layers
-        and all(isinstance(counts, list) and len(counts) == experts for counts in load)
-        and all(isinstance(count, int | float) and count >= 0 for counts in load for count in counts)
-    )
-    if not right or load is None:
-        raise ValueError(f"{path} must have tokens_per_expert: {layers} lists (layers) of {experts} numbers (experts)")
-    return load
 
 
 class SelectedExperts:

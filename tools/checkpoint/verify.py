@@ -22,7 +22,7 @@ from megatron.core.models.mixtral.hf_config import check_config_matches
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mistral_hf import UpcycledSource
-from tools.checkpoint.loader_mixtral import MegatronSource, step
+from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.stream import Progress, Source, model_bytes, on_all_cores, rows_at_a_time
 from tools.checkpoint.util import run_tool
@@ -78,7 +78,7 @@ def verify(args: argparse.Namespace) -> None:
     folder = Path(args.huggingface_path)
     config = read_config(folder)
     vocab_size = config.get("vocab_size")
-    ours = MegatronSource(
+    ours = open_megatron(
         Path(args.megatron_path),
         iteration=args.iteration,
         fallback_vocab_size=vocab_size if isinstance(vocab_size, int) else None,
@@ -98,7 +98,13 @@ def verify(args: argparse.Namespace) -> None:
     print(f"weights: {'equal bit for bit' if not differences else f'{len(differences)} differ'}")
     for difference in differences[:10]:
         print(f"  {difference}")
-    comparison = compare_logits(folder, ours, args.tokens, args.tolerance) if args.logits else Comparison()
+    comparison = Comparison()
+    if args.logits:
+        if not isinstance(ours, MegatronSource):
+            raise ValueError(
+                f"{args.megatron_path} has no layout to run at: convert it with --loader mixtral --saver mixtral first"
+            )
+        comparison = compare_logits(folder, ours, args.tokens, args.tolerance)
     if comparison.text:
         print(comparison.text)
     if differences or not comparison.equal:

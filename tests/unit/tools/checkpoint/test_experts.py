@@ -54,6 +54,11 @@ def test_the_busiest_experts_are_kept(make_model: MakeModel, tmp_path: Path) -> 
     statistics.write_text(json.dumps({"tokens_per_expert": load}))
     assert convert(source, tmp_path / "hf", f"--keep-experts best:4 --routing-stats {statistics}") == 0
     _assert_kept(source, tmp_path / "hf", [[4, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
+    steps = [{"iteration": 1, "tokens_per_expert": load}, {"iteration": 1, "valid_loss": 3.0}]
+    steps.append({"iteration": 2, "tokens_per_expert": [[8, 0, 0, 0, 0, 0, 0, 0], *load[1:]]})
+    statistics.write_text("\n".join(map(json.dumps, steps)) + "\n")
+    assert convert(source, tmp_path / "hf2", f"--keep-experts best:4 --routing-stats {statistics}") == 0
+    _assert_kept(source, tmp_path / "hf2", [[0, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
 
 
 @pytest.mark.parametrize(
