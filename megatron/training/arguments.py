@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_field(group: Any, field: dataclasses.Field, hint: Any, sentence: str) -> None:
     flag = "--" + field.name.replace("_", "-")
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # a literal or None is the latter before Python 3.14
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:
         assert field.default is False, f"{field.name}: a flag without a value must be off by default"

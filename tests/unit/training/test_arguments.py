@@ -121,3 +121,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     assert config.batches(5).last == 10
     with pytest.raises(ValueError, match=r"not a multiple of --micro-batch-size \(2\) x data-parallel size \(3\) = 6"):
         config.batches(3)
+
+
+def test_a_choice_that_is_off_by_default() -> None:
+    arguments, _ = parse_arguments([*SMALL, "--recompute-granularity", "full", "--recompute-method", "uniform"])
+    assert (arguments.recompute.recompute_granularity, arguments.recompute.recompute_method) == ("full", "uniform")
+    with pytest.raises(ValueError, match="invalid choice: 'all'"):
+        parse_arguments([*SMALL, "--recompute-granularity", "all"])

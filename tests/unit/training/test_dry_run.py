@@ -85,6 +85,15 @@ def test_activations_are_those_of_the_real_model() -> None:
     assert _run(arguments).activations == pytest.approx(real, rel=0.02)
 
 
+def test_recomputation_keeps_less() -> None:
+    full = ("--recompute-granularity", "full")
+    flags = ((), ("--recompute-granularity", "selective"), (*full, "--recompute-method", "block"), full)
+    kept = [_run(_mixtral(8, 4, "4/16", *more)).chunks[0].activation_bytes for more in flags]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    # of eight layers, only the inputs are kept
+    assert kept[-1] == pytest.approx(8 * 1024 * HIDDEN * 2, rel=0.1)
+
+
 @pytest.mark.parametrize("text", ["16/16", "3", "-1/4", "a/b", "1/0", ""])
 def test_bad_ranks(text: str) -> None:
     with pytest.raises(ValueError, match="RANK/WORLD"):
