@@ -1,6 +1,7 @@
 """Engines that turn texts into token ids: the reference tokenizer itself, or a faster one that gives the same ids."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -52,7 +53,8 @@ class GigatokenEngine:
     def __init__(self, source: str, reference: Tokenizer) -> None:
         self._source, self._reference = source, reference
         # Only what cuts texts by Unicode classes depends on the Unicode version that a library was built with.
-        self._is_byte_level = json.loads(source)["model"].get("byte_fallback") is not True
+        falls_back = re.search(r'"byte_fallback"\s*:\s*true', source) is not None
+        self._has_classes = not falls_back or '"Regex"' in source
         self.restart()
 
     def restart(self) -> None:
@@ -68,7 +70,7 @@ class GigatokenEngine:
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
         """See `Engine`."""
-        if self._is_byte_level:
+        if self._has_classes:
             return [self._encode(text) if is_settled(text) else self._reference.tokenize(text) for text in texts]
         return [self._encode(text) for text in texts]
 

@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, WriterS
 from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.inputs import Input
 from tools.preprocessing.journal import Journal, journal_path, read_journal
-from tools.preprocessing.pool import WorkerDied, encoded_blocks
+from tools.preprocessing.pool import WorkerDied, WorkerPool
 from tools.preprocessing.progress import Progress
 from tools.preprocessing.reader import Block, blocks_of
 from tools.preprocessing.settings import Settings, token_type
@@ -43,6 +43,7 @@ class Part(NamedTuple):
     inputs: list[Input]
     tokenizer: Tokenizer
     plan: Plan
+    pool: WorkerPool
     label: str
     alive: Callable[[], None]
     """Called often; raises if another rank has failed."""
@@ -156,7 +157,7 @@ class PartRun:
         total = sum(file.size for file in part.inputs)
         progress = Progress(total, journal.statistics.read_bytes, part.settings.log_interval, part.label)
         last = time.monotonic()
-        for block, result in encoded_blocks(part.plan, part.tokenizer, self._blocks()):
+        for block, result in part.pool.encode(part.plan, part.tokenizer, self._blocks()):
             if result.difference:
                 raise EngineDiffers(f"{block.path}, bytes {block.start} to {block.end}: {result.difference}")
             self._take(block, result)

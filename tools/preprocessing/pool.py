@@ -7,7 +7,7 @@ the standard library's executors the reader waits for the rest for ever).
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -24,36 +24,27 @@ class WorkerDied(Exception):
     """A worker process ended without an answer."""
 
 
-def encoded_blocks(plan: Plan, tokenizer: Tokenizer, blocks: Iterable[Block]) -> Iterator[tuple[Block, Result]]:
-    """Every block, without its content, and what became of it, in order. Raises WorkerDied.
+class WorkerPool:
+    """Processes that wait for work; a single worker is this process itself.
 
-    There are never more than a few blocks for each worker in memory, whatever the size of the corpus.
+    They start at once, so that they import what they need while the parent prepares the work.
     """
-    if plan.settings.workers == 1:
-        encoder = Encoder(plan, tokenizer)
-        for block in blocks:
-            yield block, encoder.encode(block)
-        return
-    with _Pool(plan) as pool:
-        yield from pool.results(iter(blocks))
 
-
-class _Pool:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, workers: int) -> None:
         # Not forked: the tokenizer's library may already have threads here, which a forked child would miss.
         context = get_context("spawn")
         self._processes = []
         self._pipes: list[Connection] = []
-        for _ in range(plan.settings.workers):
+        for _ in range(workers if workers > 1 else 0):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, plan), daemon=True)
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
             self._processes.append(process)
             self._pipes.append(ours)
             process.start()
             theirs.close()
         self._waiting: list[dict[int, Block]] = [{} for _ in self._processes]
 
-    def __enter__(self) -> "_Pool":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -63,8 +54,21 @@ class _Pool:
             pipe.close()
             process.join()
 
-    def results(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Result]]:
-        """Blocks and their results in the order of `blocks`."""
+    def encode(self, plan: Plan, tokenizer: Tokenizer, blocks: Iterator[Block]) -> Iterator[tuple[Block, Result]]:
+        """Every block, without its content, and what became of it, in order; to be called once. Raises WorkerDied.
+
+        There are never more than a few blocks for each worker in memory, whatever the size of the corpus.
+        """
+        if not self._processes:
+            encoder = Encoder(plan, tokenizer)
+            for each in blocks:
+                yield each, encoder.encode(each)
+            return
+        for worker, pipe in enumerate(self._pipes):
+            try:
+                pipe.send(plan)
+            except OSError:
+                raise self._death(worker) from None
         done: dict[int, tuple[Block, Result]] = {}
         given = taken = 0
         ahead = len(self._processes) * _BLOCKS_AHEAD
@@ -107,16 +111,17 @@ class _Pool:
         return WorkerDied(f"a worker process ended unexpectedly (status {code}; killed, or out of memory?)")
 
 
-def _work(pipe: Connection, plan: Plan) -> None:
+def _work(pipe: Connection) -> None:
     # The parent answers Ctrl-C for all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    blocks: SimpleQueue[tuple[int, Block]] = SimpleQueue()
+    messages: SimpleQueue[Any] = SimpleQueue()
     # A thread empties the pipe, so that the parent is never held up in giving while this process answers. When the
     # parent has died the pipe ends, and so does this process, whatever it is doing.
-    threading.Thread(target=_receive_blocks, args=(pipe, blocks), daemon=True).start()
+    threading.Thread(target=_receive, args=(pipe, messages), daemon=True).start()
+    plan: Plan = messages.get()
     encoder: Encoder | None = None
     while True:
-        number, block = blocks.get()
+        number, block = messages.get()
         answer: Any
         try:
             encoder = encoder or Encoder(plan)
@@ -126,9 +131,9 @@ def _work(pipe: Connection, plan: Plan) -> None:
         pipe.send((number, answer))
 
 
-def _receive_blocks(pipe: Connection, blocks: "SimpleQueue[tuple[int, Block]]") -> None:
+def _receive(pipe: Connection, messages: "SimpleQueue[Any]") -> None:
     while True:
         try:
-            blocks.put(pipe.recv())
+            messages.put(pipe.recv())
         except (EOFError, OSError):
             os._exit(1)

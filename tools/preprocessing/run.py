@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from numpy.typing import NDArray
 
@@ -20,6 +21,7 @@ from tools.preprocessing.engine import (
 from tools.preprocessing.inputs import Input, find_inputs, share
 from tools.preprocessing.merge import merge_parts, remove_part
 from tools.preprocessing.part import EngineDiffers, Part, PartRun, Report, TooManyBad, quarantine_path
+from tools.preprocessing.pool import WorkerPool
 from tools.preprocessing.ranks import Place, Ranks, finished_report, part_prefix
 from tools.preprocessing.reader import blocks_of, check_columns
 from tools.preprocessing.settings import Settings
@@ -116,14 +118,17 @@ def _write_part(part: Part, place: Place) -> tuple[Report, str]:
             raise ValueError(f"{error}; nothing that {part.plan.engine} wrote is kept: {advice}") from None
         print(f"warning: {error}; starting again from the beginning with the reference tokenizer")
     plan = part.plan._replace(engine=reference_name(part.tokenizer), source=None)
-    return PartRun(part._replace(plan=plan), check).run(), plan.engine
+    with WorkerPool(part.settings.workers) as pool:
+        return PartRun(part._replace(plan=plan, pool=pool), check).run(), plan.engine
 
 
 def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
     """Write the data set of each key. Raises WorkerDied, ValueError or OSError with a sentence for the user."""
     started = time.monotonic()
-    with Ranks(settings.output_prefix, place, rank_timeout) as ranks:
+    with ExitStack() as stack:
+        ranks = stack.enter_context(Ranks(settings.output_prefix, place, rank_timeout))
         everything = find_inputs(settings.input)
+        pool = stack.enter_context(WorkerPool(settings.workers))
         tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
         for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
             if getattr(settings, f"append_{flag}") and token is None:
@@ -132,7 +137,7 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
         check_columns(mine, settings.json_keys)
         plan = choose_engine(settings, tokenizer, mine, place.label)
         prefix = part_prefix(settings.output_prefix, place)
-        part = Part(settings, prefix, mine, tokenizer, plan, place.label, ranks.check)
+        part = Part(settings, prefix, mine, tokenizer, plan, pool, place.label, ranks.check)
         engine = plan.engine
         if place.ranks == 1:
             report, engine = _write_part(part, place)
