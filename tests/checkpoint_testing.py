@@ -1,5 +1,7 @@
 """Trainers of the tiny model that save and load, and the comparison of what they saved."""
 
+import resource
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,3 +97,33 @@ def saved_tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
         return {
             (kind, name): reader.read(name, kind) for kind, name in reader.metadata.tensors if kind != "rng"
         }  # fmt: skip
+
+
+def refusals(rank: int, world_size: int, folder: str) -> list[str]:
+    """What each of two ranks is told: the second one's disk is full, then its file is cut, then the metadata."""
+    arguments = tiny_arguments("bfloat16", {"save": folder, "load": folder, "ckpt_format": "torch_dist"})
+    groups = build_process_groups(arguments.parallel, rank, world_size)
+    trainer, progress, told = tiny_trainer(arguments, groups), Progress(iteration=1), []
+    save(trainer, progress)
+    before = state_of(trainer)
+    if rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    try:
+        save(trainer, replace(progress, iteration=2))
+    except ValueError as error:
+        told.append(str(error))
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for name in ("rank_00001.safetensors", "metadata.json"):
+        file = Path(folder) / "iter_0000001" / name
+        torch.distributed.barrier()
+        if rank == 1:
+            file.write_bytes(file.read_bytes()[:-3])
+        torch.distributed.barrier()
+        try:
+            load(trainer)
+        except ValueError as error:
+            told.append(str(error))
+    assert_same_tensors(state_of(trainer), before)
+    return told

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_testing import saved_tensors, train_and_save
+from checkpoint_testing import refusals, saved_tensors, train_and_save
 from distributed_testing import run_distributed
 from model_testing import relative_difference
 from test_layouts import CP2, EP2, ETP1, PP2, SP, TP2, ZERO
@@ -98,3 +98,14 @@ def test_each_rank_writes_its_share(trained: Trained, layout: str) -> None:
     folder, _ = trained(layout, "bfloat16")
     sizes = [file.stat().st_size for file in sorted((folder / "iter_0000003").glob("rank_*.safetensors"))]
     assert len(sizes) == LAYOUTS[layout][0] and max(sizes) < 1.3 * min(sizes)
+
+
+def test_all_ranks_refuse_what_fails_on_one(tmp_path: Path) -> None:
+    first, second = run_distributed(refusals, 2, str(tmp_path))
+    assert first == second and len(first) == 3
+    for told, expected in zip(
+        first, ("rank 1: ", "rank_00001.safetensors has", "metadata.json is damaged"), strict=True
+    ):
+        assert expected in told
+    assert "rank_00001.safetensors: File too large" in first[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
