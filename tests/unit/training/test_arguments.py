@@ -101,6 +101,7 @@ def test_the_checkpoint_decides_about_the_shape() -> None:
         ("--train-samples 8", "exactly one of --train-iters and --train-samples"),
         ("--lr-warmup-samples 8", "in the unit of the run"),
         ("--save-interval 5", "needs --save"),
+        ("--context-parallel-size 2 --reset-attention-mask", "not supported with --context-parallel-size"),
         ("--use-checkpoint-args", "needs --load"),
         ("--min-lr 1", "--min-lr"),
         ("--micro-batch-size 0", "must be positive"),
