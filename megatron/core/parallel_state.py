@@ -129,8 +129,9 @@ def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int],
     )
     if world_size % expert_model:
         raise ValueError(
-            f"world size {world_size} is not divisible by pipeline x expert x expert-tensor parallel size = "
-            f"{expert_model}: start a multiple of {expert_model} processes or change the layout"
+            f"world size {world_size} is not divisible by pipeline ({config.pipeline_model_parallel_size}) x expert "
+            f"({config.expert_model_parallel_size}) x expert-tensor ({config.expert_tensor_parallel}) parallel size "
+            f"= {expert_model}: start a multiple of {expert_model} processes or change the layout"
         )
     expert = {
         "pp": config.pipeline_model_parallel_size,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron.core.atomic_files import error_sentence
-from megatron.core.parallel_state import ProcessGroups, build_process_groups
+from megatron.core.parallel_state import ProcessGroups, build_process_groups, grid_sizes
 from megatron.training.config import Arguments
 from megatron.training.step_monitor import StepMonitor
 
@@ -60,7 +60,8 @@ def choose_device(setting: str, environment: Environment) -> torch.device:
 
 def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
     """Joins the job and builds this process's groups. Raises ValueError if the layout does not fit the world size."""
-    arguments.training.batches(arguments.parallel.data_parallel_size(environment.world_size))
+    dense, _ = grid_sizes(arguments.parallel, environment.world_size)
+    arguments.training.batches(dense["dp"])
     if arguments.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # sums inside the network switches come in any order

@@ -54,5 +54,7 @@ def test_experts_apart_from_tensor_parallelism_need_different_tokens(settings: d
 
 
 def test_a_world_that_does_not_fit_the_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match="expert x expert-tensor parallel size = 4"):
+    with pytest.raises(
+        ValueError, match=r"expert \(4\) x expert-tensor \(1\) parallel size = 4: start a multiple of 4"
+    ):
         grid_sizes(ParallelConfig(expert_model_parallel_size=4), 6)

@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from megatron.core.config import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from megatron.training.arguments import build_parser, field_help, parse_arguments
 from megatron.training.compatibility import COMPATIBILITY_FLAGS
 from megatron.training.config import CheckpointConfig, LoggingConfig, TrainingConfig
+from megatron.training.initialize import Environment, start_distributed
 
 SECTIONS = (
     ModelConfig, ParallelConfig, OptimizerConfig, TokenizerConfig, DataConfig, TrainingConfig, CheckpointConfig,
@@ -129,3 +131,11 @@ def test_a_choice_that_is_off_by_default() -> None:
     assert (arguments.recompute.recompute_granularity, arguments.recompute.recompute_method) == ("full", "uniform")
     with pytest.raises(ValueError, match="invalid choice: 'all'"):
         parse_arguments([*SMALL, "--recompute-granularity", "all"])
+
+
+def test_one_process_does_not_take_the_experts_of_four() -> None:
+    model = "--num-experts 8 --mock-data --tokenizer-type NullTokenizer --vocab-size 9 --train-iters 1"
+    layout = "--expert-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 4"
+    arguments, _ = parse_arguments(f"{model} {layout}".split())
+    with pytest.raises(ValueError, match=r"world size 1 is not divisible by .*expert \(4\)"):
+        start_distributed(arguments, Environment(0, 1, 0, 1), torch.device("cpu"))
