@@ -105,8 +105,9 @@ class _Toy(nn.Module):
         self.layers = nn.ModuleList(_ToyLayer() for _ in range(4))
 
     def forward(self, x: Tensor, recompute: str = "") -> Tensor:
+        unused = 2 if x[0, 0] < 0 else None
         for number, layer in enumerate(self.layers):
-            if number == 2 and x[0, 0] < 0:
+            if number == unused:
                 continue
             x = x.abs() + (checkpoint(layer, x, use_reentrant=recompute == "reentrant") if recompute else layer(x))
         return x.square().mean()
@@ -122,11 +123,12 @@ class _ToyLayer(nn.Module):
         return x @ self.weight
 
 
-def _toy_inputs(rank: int) -> list[Tensor]:
-    """Three microbatches; the last one of rank 1 leaves the third matrix without a gradient."""
+def _toy_inputs(rank: int, step: int) -> list[Tensor]:
+    """Three microbatches, some of which leave the third matrix without a gradient: in step 1 all of rank 1."""
     inputs = list(torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)))
+    unused = [(0, 0), (2, 1)] if step == 0 else [(0, 0), (0, 1), (1, 1), (2, 1)]
     for number, x in enumerate(inputs):
-        x[0, 0] = -1 if (number, rank) in ((0, 0), (2, 1)) else 1
+        x[0, 0] = -1 if (number, rank) in unused else 1
     return inputs
 
 
@@ -144,24 +146,27 @@ def _toy_gradients(rank: int, world_size: int, settings: dict[str, Any], recompu
     buffers = GradientBuffers(model, groups, parallel)
     launched: list[list[int]] = []
     model.layers[0].weight.register_post_accumulate_grad_hook(lambda _: launched[-1].append(buffers._launched))
-    for _ in range(2):  # a second step starts anew
+    for step in range(2):
         launched.append([])
         buffers.start_step(3)
-        for x in _toy_inputs(rank):
+        for x in _toy_inputs(rank, step):
             (model(x.requires_grad_(bool(recompute)), recompute) / 3).backward()
         buffers.finalize()
     return [main_grad(parameter).clone() for parameter in model.parameters()], launched
 
 
 def test_reduction_starts_in_the_last_backward_and_tolerates_missing_gradients() -> None:
-    for (expected, launched), *overlapped in run_distributed(_toy_runs, 2):
+    model = _Toy()
+    (sum(model(x) for rank in range(2) for x in _toy_inputs(rank, 1)) / 6).backward()
+    for (plain, launched), *overlapped in run_distributed(_toy_runs, 2):
         assert launched == [[0, 0, 0]] * 2
-        for gradients, launched in overlapped:
+        for _, launched in overlapped:
             # Rank 0 misses a gradient of the third matrix in the first, rank 1 in the last microbatch: both keep it,
             # and all after it, for the end.
             assert launched == [[0, 0, 1]] * 2
-            for gradient, theirs in zip(gradients, expected, strict=True):
-                torch.testing.assert_close(gradient, theirs, rtol=1e-13, atol=0)
+        for gradients in (plain, *(gradients for gradients, _ in overlapped)):
+            for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-13, atol=0)
 
 
 def _gathers(rank: int, world_size: int) -> list[list[bool]]:
@@ -172,7 +177,7 @@ def _gathers(rank: int, world_size: int) -> list[list[bool]]:
     buffers = GradientBuffers(model, groups, parallel)
     optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), groups)
     buffers.start_step(1)
-    model(_toy_inputs(0)[1]).backward()
+    model(_toy_inputs(0, 0)[1]).backward()
     buffers.finalize()
     assert optimizer.step(StepRates(0.1, 0.1, 0.0)).updated
     seen: list[list[bool]] = []
@@ -182,7 +187,7 @@ def _gathers(rank: int, world_size: int) -> list[list[bool]]:
 
     for layer in model.layers:
         layer.register_forward_pre_hook(look)
-    model(_toy_inputs(0)[1])
+    model(_toy_inputs(0, 0)[1])
     return seen
 
 
