@@ -65,6 +65,14 @@ def test_underscores_and_equals_signs_are_accepted() -> None:
     assert arguments.model.hidden_size == 128
 
 
+def test_recomputation_is_chosen_by_flags() -> None:
+    flags = "--recompute-granularity selective --recompute-modules core_attn moe_act"
+    recompute = parse_arguments([*SMALL, *flags.split()])[0].recompute
+    assert recompute.includes("moe_act") and not recompute.includes("layernorm")
+    flags = "--recompute-granularity full --recompute-method block --recompute-num-layers 3"
+    assert parse_arguments([*SMALL, *flags.split()])[0].recompute.units(5)[-1] == (range(3, 5), False)
+
+
 def test_the_checkpoint_decides_about_the_shape() -> None:
     checkpoint = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100, rotary_base=77.0)
     flags = [*SMALL, "--load", "x", "--use-checkpoint-args", "--num-layers", "9"]
@@ -98,6 +106,8 @@ def test_the_checkpoint_decides_about_the_shape() -> None:
         ("--context-parallel-size 2 --seq-length 34", "not divisible by 2 x --context-parallel-size.*multiple of 4"),
         ("--num-experts 8 --expert-model-parallel-size 3", r"--num-experts \(8\) is not divisible by --expert-model"),
         ("--tensor-model-parallel-size 2 --expert-model-parallel-size 2", "--sequence-parallel"),
+        ("--recompute-granularity selective --recompute-modules mlp", "every layer of a Mixtral has experts"),
+        ("--recompute-granularity most", "invalid choice"),
         ("--seq-length 99999", "exceeds --max-position-embeddings"),
         ("--moe-router-topk 9", "exceeds --num-experts"),
         ("--train-samples 8", "exactly one of --train-iters and --train-samples"),
