@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -24,6 +25,28 @@ class Routing(NamedTuple):
     """Number of (token, choice) pairs sent to each expert, in the probabilities' type."""
     capacity: int | None = None
     """Most pairs of a microbatch that an expert takes; a pair beyond it has the number of experts as its expert."""
+
+
+class _RouterLogits(Function):
+    """Keeps its operands as they are; autograd would keep the wide copy of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x = grads[0] @ weight.to(grads[0].dtype)
+        grad_weight = grads[0].t() @ x.to(grads[0].dtype)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """x W^T in float32 or wider: [T, H], [E, H] -> [T, E]."""
+    return _RouterLogits.apply(x_TH, weight_EH)
 
 
 class _Route(Function):

@@ -119,6 +119,9 @@ def test_selective_recomputation_gives_up_exactly_what_it_covers() -> None:
     for module, elements in expected.items():
         saved = whole - kept_bytes(RecomputeConfig(**SELECTIVE, recompute_modules=(module,)), "float32")
         assert saved == 4 * LAYERS * elements, module
+    narrow = kept_bytes(RecomputeConfig(), "bfloat16")
+    saved = narrow - kept_bytes(RecomputeConfig(**SELECTIVE, recompute_modules=("layernorm",)), "bfloat16")
+    assert saved == 2 * LAYERS * expected["layernorm"], "something keeps a wide copy of what norms return"
     together = kept_bytes(RecomputeConfig(**SELECTIVE, recompute_modules=tuple(expected)), "float32")
     assert whole - together == 4 * LAYERS * sum(expected.values())
 
