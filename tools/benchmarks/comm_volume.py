@@ -105,7 +105,7 @@ def small_step(text: str) -> Step:
     parallel.check_model(model, LENGTH)
     return Step(
         model=model, parallel=parallel, recompute=recompute, world_size=processes, seq_length=LENGTH,
-        micro_batch_size=MICRO_BATCH, num_microbatches=MICROBATCHES, loss_mask_bytes=0, reported_numbers=0,
+        micro_batch_size=MICRO_BATCH, num_microbatches=MICROBATCHES, loss_mask_bytes=0, reported=False,
     )  # fmt: skip
 
 

@@ -50,8 +50,8 @@ class Step:
     num_microbatches: int
     loss_mask_bytes: int = 4
     """Bytes of an element of the loss mask."""
-    reported_numbers: int = 4
-    """Numbers that are averaged over the job after each step, 8 bytes each."""
+    reported: bool = True
+    """Whether the training loop brings the numbers of the step together: losses, load of all experts, time of ranks."""
 
 
 def step_traffic(step: Step, pp_rank: int) -> list[Traffic]:
@@ -99,7 +99,9 @@ class _Account:
         self._pipeline()
         self._gradients()
         self.add("control", "gradient norm", "all-reduce", "world", 8)
-        self.add("control", "reported numbers", "all-reduce", "world", 8 * self.step.reported_numbers)
+        if self.step.reported:
+            numbers = 4 + self.model.num_layers * self.model.num_experts + self.step.world_size
+            self.add("control", "reported numbers", "all-reduce", "world", 8 * numbers)
         return self.found
 
     def _dense_layers(self) -> None:

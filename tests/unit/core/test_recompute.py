@@ -17,7 +17,7 @@ from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, without_keeping
 from megatron.core.tensor_parallel.parameter import initialize_parameters
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import MicrobatchInfo, TopKRouter
 
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full"}
@@ -75,7 +75,7 @@ def kept_bytes(recompute: RecomputeConfig, dtype: str, layers: int = LAYERS) -> 
     """What is alive after the forward pass that was not before."""
     model, (tokens, labels) = build(recompute, dtype, layers), text()
     with LiveStorages() as live:
-        output = model(tokens, None, labels, 0.5)
+        output = model(tokens, None, labels, MicrobatchInfo(0.5))
     assert output.tensor.requires_grad
     return live.alive(model)
 
@@ -92,7 +92,7 @@ def step(recompute: RecomputeConfig, dtype: str) -> tuple[list[Tensor], int]:
     for module in model.modules():
         if isinstance(module, TopKRouter):
             module.register_forward_hook(count)
-    loss, statistics = model(tokens, None, labels, 0.5)
+    loss, statistics = model(tokens, None, labels, MicrobatchInfo(0.5))
     loss.mean().backward()
     return [loss.detach(), *statistics, *(parameter.grad for parameter in model.parameters())], calls
 
