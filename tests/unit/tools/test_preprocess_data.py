@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tools import preprocess_data
 from tools.preprocessing import documents, inputs
+from tools.preprocessing.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[3]
 EOD = 99
@@ -317,3 +318,31 @@ def test_the_tool_starts_without_torch() -> None:
     program = "import sys\nfrom tools import preprocess_data\nprint({'torch', 'transformers'} & set(sys.modules))\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "set()\n"
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
+    command = arguments(source, tmp_path / "out")
+    program = f"""import sys
+from tools import preprocess_data
+assert preprocess_data.main({command!r}) == 0
+print({{'torch', 'transformers', 'tokenizers', 'sentencepiece', 'pyarrow', 'awkward', 'zstandard'}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch) -> None:
+    clock = iter(float(second) for second in range(0, 100, 10))
+    monkeypatch.setattr("tools.preprocessing.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    Progress(4_000_000, 0, 1000, "").update(1_000_000, 10, 2)
+    shown = capsys.readouterr().err
+    assert "\n" not in shown and shown.startswith("\r") and "[######......" in shown
+    assert "25% | 1.0 of 4.0 MB | 0.1 MB/s | 0:01:00 left | 10 documents | 2 bad" in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    progress = Progress(4_000_000, 0, 1000, "")
+    progress.update(1_000_000, 999, 0)
+    assert capsys.readouterr().err == ""
+    progress.update(1_000_000, 1000, 0)
+    assert capsys.readouterr().err.count("\n") == 1
