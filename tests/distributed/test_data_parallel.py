@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pretrain_gpt
 from megatron.core.config import OptimizerConfig, ParallelConfig
-from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
+from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, main_grad
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -225,8 +225,14 @@ def _poisoned_step(
 
     before = state()
     target = next(p for p in trainer.model.parameters() if p.spec.is_expert == expert)
-    if rank == 1:
-        target.register_hook(lambda grad: grad.flatten().index_fill(0, torch.tensor([5]), poison).view_as(grad))
+    reduce = trainer.buffers._reduce
+
+    def reduce_poisoned(bucket: Bucket) -> None:
+        if rank == 1 and any(parameter is target for parameter in bucket.parameters):
+            main_grad(target).view(-1)[5] = poison
+        reduce(bucket)
+
+    trainer.buffers._reduce = reduce_poisoned  # type: ignore[method-assign]
     record, _ = train_step(trainer, iter(step_batches(1, groups.dp.rank, groups.dp.size)), progress)
     unchanged = all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
     return record.skipped, unchanged
