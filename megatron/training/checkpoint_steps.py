@@ -45,7 +45,15 @@ def remove_old_steps(root: Path, newest: int, keep_last: int | None, retain_inte
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed saves and removals left behind; only while nothing is being saved to `root`."""
-    for entry in root.iterdir():
-        if re.fullmatch(r"\.iter_[0-9]{7,}\.(saving|removing)", entry.name):
+    """Removes what killed saves and removals left behind; only while nothing is being saved to `root`.
+
+    A step that was moved aside, and whose new copy never came, is put back.
+    """
+    for entry in list(root.iterdir()):
+        step = re.fullmatch(r"\.(iter_[0-9]{7,})\.(saving|removing|previous)", entry.name)
+        if step and step.group(2) == "previous" and not (root / step.group(1)).exists():
+            os.rename(entry, root / step.group(1))
+        elif step:
             shutil.rmtree(entry, ignore_errors=True)
+        elif re.fullmatch(rf"\.{re.escape(interchange.TRACKER_FILE)}\..*\.tmp", entry.name):
+            entry.unlink()

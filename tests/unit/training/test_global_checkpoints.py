@@ -215,14 +215,16 @@ def _die_at(folder: str, operation: int) -> None:
             step(args[0])
 
     sys.addaudithook(audit)
-    sync, write = os.fsync, writer._write_block
+    sync, write, writes = os.fsync, writer._write_block, 0
 
     def counted_sync(descriptor: int) -> None:
         step(os.readlink(f"/proc/self/fd/{descriptor}"))
         sync(descriptor)
 
     def counted_write(file: Any, data: Any, block: Any) -> int:
-        if block.row_begin == 0 and block.column_begin == 0 and data.numel() > 1000:
+        nonlocal writes
+        writes += 1
+        if writes % 60 == 0:  # a save has some hundred; what comes after them matters more
             file.flush()
             step(folder)
         return write(file, data, block)
@@ -277,14 +279,16 @@ def _kill_and_restart(rank: int, world_size: int, root: str, operations: Iterabl
         ours = saved_tensors(folder / "iter_0000003")
         assert all(ours[key].equal(whole[key]) for key in whole), operation
         leftovers = [path.name for path in folder.iterdir() if path.name not in ("iter_0000003", TRACKER)]
-        assert leftovers in ([], ["iter_0000002"]), (operation, leftovers)
+        # a run killed at its very end has nothing left to save, and so nothing that would clean up
+        assert set(leftovers) <= {"iter_0000002", ".iter_0000002.removing"}, (operation, leftovers)
         shutil.rmtree(folder)
     return kills
 
 
 # one process that has imported everything and has no threads, and forks
 def test_a_killed_save_loses_nothing(tmp_path: Path) -> None:
-    assert run_distributed(_kill_and_restart, 1, str(tmp_path), (5, 40, 64), False) == [3]
+    # while the first tensors are written; with a step but no tracker; between the two moves of a step that is replaced
+    assert run_distributed(_kill_and_restart, 1, str(tmp_path), (7, 24, 87), False) == [3]
 
 
 @pytest.mark.slow
