@@ -187,6 +187,7 @@ def _gathers(rank: int, world_size: int) -> list[list[bool]]:
 
     for layer in model.layers:
         layer.register_forward_pre_hook(look)
+    buffers.start_step(1)
     model(_toy_inputs(0, 0)[1])
     return seen
 

@@ -133,12 +133,14 @@ class GradientBuffers:
         return bucket.own if self.sharded else slice(0, bucket.weights.numel())
 
     def start_step(self, num_microbatches: int) -> None:
-        """Forgets the gradients; every parameter will receive at most one from each microbatch."""
+        """Forgets the gradients; every parameter will receive at most one from each microbatch.
+
+        Parameters may still be under way: `finalize` has waited for everything else.
+        """
         self._microbatches, self._launched = num_microbatches, 0
         for parameter in self._arrivals:
             self._arrivals[parameter] = 0
         for bucket in self.buckets:
-            bucket.wait()
             bucket.complete = 0
 
     def _accumulate(self, parameter: Tensor) -> None:
