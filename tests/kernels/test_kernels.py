@@ -67,6 +67,15 @@ def test_of_equal_experts_the_first_is_taken(device: torch.device) -> None:
     assert router.forward(logits, 2).experts_TK.tolist() == [[0, 1]] * 3
 
 
+def test_a_token_that_is_not_a_number_gets_experts_that_exist(device: torch.device) -> None:
+    # only compiled kernels can fail here: the interpreter's argmax is NumPy's, which finds a NaN
+    logits = torch.zeros((2, 5), device=device)
+    logits[0] = float("nan")
+    out = router.forward(logits, 5)
+    assert out.experts_TK.sort().values.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert out.probs_TK[0].isnan().all() and not out.probs_TK[1].isnan().any()
+
+
 @pytest.mark.parametrize("forced", [None, 0, 4])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 5, 2), (127, 5, 1), (193, 8, 2), (65, 7, 7)])
 def test_permutation(tokens: int, experts: int, top_k: int, forced: int | None, device: torch.device) -> None:
@@ -158,6 +167,15 @@ def test_cross_entropy(rows: int, width: int, columns: int, dtype: torch.dtype, 
     expected = (expected - one_hot.double()) * grad.double()[:, None]
     cross_entropy.gradient_(logits, ids, largest + total.log(), grad, columns)
     assert_close(logits, expected)
+
+
+def test_the_gradient_of_a_sum_of_losses_is_one_number(device: torch.device) -> None:
+    ids, logsumexp = torch.arange(3, device=device), torch.zeros(3, device=device)
+    ours, expected = (drawn((3, 5), torch.float32, device) for _ in range(2))
+    grad = torch.tensor((2.0, 7.0), device=device)[:1].expand(3)
+    cross_entropy.gradient_(ours, ids, logsumexp, grad, 5)
+    cross_entropy.gradient_(expected, ids, logsumexp, grad.clone(), 5)
+    assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

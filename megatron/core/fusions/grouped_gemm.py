@@ -34,8 +34,8 @@ def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, *, transpose:
     allowed. Not differentiable by itself.
     """
     matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI
-    if x.is_meta:
-        return x.new_empty(x.shape[0], matrices.shape[2])  # torch's own has no such form for float32
+    if x.is_meta or not x.shape[0]:  # torch's own has no meta form for float32, and need not be asked for nothing
+        return x.new_empty(x.shape[0], matrices.shape[2])
     if _library_takes(x, weight_EOI):
         assert _grouped_mm is not None
         return _grouped_mm(x, matrices, offs=ends_E)

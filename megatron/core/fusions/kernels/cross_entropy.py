@@ -65,4 +65,5 @@ def gradient_(logits_NV: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Ten
     """Overwrites the logits with (softmax - one_hot(target)) * grad, and with 0 in padding columns."""
     rows, width = logits_NV.shape
     if rows:
+        grad_N = grad_N.contiguous()  # that of a plain sum is one number, expanded
         _gradient[(rows, triton.cdiv(width, BLOCK))](logits_NV, ids_N, logsumexp_N, grad_N, width, columns, BLOCK=BLOCK)

@@ -18,7 +18,7 @@ def _rotate(
     cos = tl.load(cos_ptr + table, mask=column < half, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + table, mask=column < half, other=0.0).to(tl.float32) * sign
     for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS)[:, None]
+        head = (start + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         inside = (head < heads) & (column < half)
         source = x_ptr + batch * x_batch + head * x_head + position * x_position + column
         first = tl.load(source, mask=inside, other=0.0).to(tl.float32)

@@ -45,7 +45,8 @@ def _forward(
     tl.store(logsumexp_ptr + token, largest + tl.log(total), mask=live)
 
     # the choices are made twice, first to know their sum: what was stored cannot be read back within a program
-    candidates = tl.where((expert < E)[None, :], softmax, -1.0)
+    # (a NaN, which loses every comparison, would make argmax return an expert that does not exist)
+    candidates = tl.where((expert < E)[None, :], tl.where(softmax == softmax, softmax, 0.0), -1.0)
     left = candidates
     chosen_total = tl.zeros((TOKENS,), tl.float32)
     for _ in tl.static_range(K):
