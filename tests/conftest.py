@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread a process, since the machine's cores are shared by many ranks."""
+"""Settings of all tests: one thread a process, since many ranks share the cores; Triton's interpreter without a GPU."""
 
 import os
 
@@ -8,3 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    # read when a kernel is decorated; Triton's own library has kernels too, and other packages import Triton
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,16 +1,11 @@
-"""Runs the Triton kernels in Triton's interpreter where there is no GPU."""
+"""The Triton kernels run on a GPU, or in Triton's interpreter where there is none."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
-
-if not torch.cuda.is_available():
-    # read when a kernel is decorated, that is, when its module is imported
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

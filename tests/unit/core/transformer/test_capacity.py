@@ -96,7 +96,6 @@ def _layer(**settings: object) -> MoELayer:
         output_std=0.2,
         groups=ProcessGroups(),
         sequence_parallel=False,
-        recompute_activation=False,
         device=torch.device("cpu"),
     )
     for number, parameter in enumerate(layer.parameters()):

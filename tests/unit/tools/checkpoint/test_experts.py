@@ -156,9 +156,9 @@ def test_the_check_of_logits_can_fail(dense: Path, monkeypatch: pytest.MonkeyPat
     assert check_logits(loader_mistral_hf.UpcycledSource(dense, 4)) < 1e-9
     with pytest.raises(ValueError, match="expert 2 is not what expert 0 is"):
         check_logits(Different(dense, 4))
-    swiglu = experts_module.weighted_swiglu
+    experts = experts_module.expert_mlp
     with monkeypatch.context() as patch:
-        patch.setattr(experts_module, "weighted_swiglu", lambda x, probs, *more: swiglu(x, probs * 0.999, *more))
+        patch.setattr(experts_module, "expert_mlp", lambda x, probs, *more: experts(x, probs * 0.999, *more))
         with pytest.raises(ValueError, match="differ from the dense model's by"):
             check_logits(loader_mistral_hf.UpcycledSource(dense, 4))
 
