@@ -1,35 +1,16 @@
-"""Frozen configuration of the model, the parallel layout, the optimizer, the tokenizer and the data.
+"""Frozen configuration of the model, the parallel layout, the tokenizer and the data.
 
 Every field is a command-line flag of the same name with dashes; the sentence under it is its help text.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from megatron.core.config_checks import require_divisible, require_finite, require_positive
 from megatron.core.stages import Stage, divide_layers
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
-
-
-def _require_finite(config: object) -> None:
-    """Refuses NaN and infinity in every number of a configuration."""
-    for field in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{field.name.replace('_', '-')} must be a finite number, got {value}")
-
-
-def _require_divisible(what: str, value: int, by: str, divisor: int) -> None:
-    if value % divisor:
-        raise ValueError(f"{what} ({value}) is not divisible by {by} ({divisor})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +66,17 @@ class ModelConfig:
     """Type of parameters and activations; --bf16 is short for bfloat16, --fp16 for float16."""
 
     def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(
+        require_finite(self)
+        require_positive(
             self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size",
             "make_vocab_size_divisible_by", "num_experts", "moe_router_topk", "moe_expert_capacity_factor",
         )  # fmt: skip
         if self.kv_channels is None:
-            _require_divisible("--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads)
+            require_divisible("--hidden-size", self.hidden_size, "--num-attention-heads", self.num_attention_heads)
         if self.head_dim % 2:
             raise ValueError(f"the attention head width must be even for rotary embeddings, got {self.head_dim}")
-        _require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
+        require_divisible("--num-attention-heads", self.num_attention_heads, "--num-query-groups", self.query_groups)
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"--moe-router-topk ({self.moe_router_topk}) exceeds --num-experts ({self.num_experts})")
         if self.moe_input_jitter_eps is not None and not 0 <= self.moe_input_jitter_eps < 1:
@@ -168,7 +149,7 @@ class ParallelConfig:
     """Accumulate and reduce the gradients of bfloat16 parameters in bfloat16 instead of float32."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self, "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
             "expert_tensor_parallel_size", "context_parallel_size", "num_layers_per_virtual_pipeline_stage",
             "num_virtual_stages_per_pipeline_rank", "decoder_first_pipeline_num_layers",
@@ -253,13 +234,13 @@ class ParallelConfig:
     def check_model(self, model: ModelConfig, seq_length: int) -> None:
         """Raises ValueError if heads, layers, experts or the sequence cannot be split evenly over this layout."""
         tp = ("--tensor-model-parallel-size", self.tensor_model_parallel_size)
-        _require_divisible("--num-attention-heads", model.num_attention_heads, *tp)
-        _require_divisible("--num-query-groups", model.query_groups, *tp)
-        _require_divisible(
+        require_divisible("--num-attention-heads", model.num_attention_heads, *tp)
+        require_divisible("--num-query-groups", model.query_groups, *tp)
+        require_divisible(
             "--ffn-hidden-size", model.ffn_hidden_size, "--expert-tensor-parallel-size", self.expert_tensor_parallel
         )
         self.stages(model.num_layers)
-        _require_divisible(
+        require_divisible(
             "--num-experts", model.num_experts, "--expert-model-parallel-size", self.expert_model_parallel_size
         )
         self._check_sequence(seq_length)
@@ -274,129 +255,6 @@ class ParallelConfig:
             raise ValueError(
                 f"--seq-length ({seq_length}) is not divisible by {' and by '.join(parts)}: take a multiple of "
                 f"{multiple}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW, its learning-rate schedule and gradient clipping."""
-
-    lr: float = 3e-4
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Learning rate the decay ends at."""
-    decoupled_lr: float | None = None
-    """Highest learning rate of the embedding and the output layer; --lr if not given."""
-    decoupled_min_lr: float | None = None
-    """Learning rate their decay ends at; --min-lr if not given."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
-    """Shape of the decay after warm-up; WSD stays at --lr until the last --lr-wsd-decay-iters."""
-    lr_decay_iters: int | None = None
-    """Iterations until the decay reaches --min-lr; --train-iters if not given."""
-    lr_decay_samples: int | None = None
-    """The same in samples, for --train-samples runs."""
-    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """Shape of the last phase of a WSD (warmup-stable-decay) schedule."""
-    lr_wsd_decay_iters: int | None = None
-    """Iterations of the last phase of a WSD schedule, the end of the --lr-decay-iters."""
-    lr_wsd_decay_samples: int | None = None
-    """The same in samples, for --train-samples runs."""
-    lr_warmup_iters: int = 0
-    """Iterations of linear warm-up from --lr-warmup-init."""
-    lr_warmup_samples: int = 0
-    """The same in samples, for --train-samples runs."""
-    lr_warmup_fraction: float | None = None
-    """Warm-up as a fraction of the decay length, instead of a number."""
-    lr_warmup_init: float = 0.0
-    """Learning rate the warm-up starts from."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; norm weights are not decayed unless --apply-wd-to-norms."""
-    start_weight_decay: float | None = None
-    """Weight decay at the beginning, for --weight-decay-incr-style linear or cosine."""
-    end_weight_decay: float | None = None
-    """Weight decay at the end of the run, for --weight-decay-incr-style linear or cosine."""
-    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight decay goes from its start to its end; constant is --weight-decay throughout."""
-    apply_wd_to_norms: bool = False
-    """Decay norm weights as well."""
-    override_opt_param_scheduler: bool = False
-    """Resume with the command line's schedule of learning rate and weight decay where the checkpoint has another."""
-    use_checkpoint_opt_param_scheduler: bool = False
-    """Resume with the checkpoint's schedule of learning rate and weight decay."""
-    adam_beta1: float = 0.9
-    """Decay of the first moment."""
-    adam_beta2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Epsilon in the denominator of Adam."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    loss_scale: float | None = None
-    """Constant factor of the loss; float16 has a dynamic one if not given, other types none."""
-    initial_loss_scale: float = 2.0**32
-    """Dynamic loss scale at the start."""
-    min_loss_scale: float = 1.0
-    """Lowest dynamic loss scale."""
-    loss_scale_window: int = 1000
-    """Steps without overflow after which the dynamic loss scale doubles."""
-    hysteresis: int = 2
-    """Overflows from which on the dynamic loss scale is halved, counted anew after it doubled."""
-
-    def __post_init__(self) -> None:
-        _require_finite(self)
-        _require_positive(
-            self, "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "adam_eps",
-            "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
-        )  # fmt: skip
-        if self.lr < 0 or not 0 <= self.min_lr <= self.lr or self.lr_warmup_init > self.lr:
-            raise ValueError(
-                f"need 0 <= --min-lr <= --lr and --lr-warmup-init <= --lr, got "
-                f"{self.min_lr}, {self.lr}, {self.lr_warmup_init}"
-            )
-        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
-            raise ValueError(f"--lr-warmup-fraction must be in [0, 1), got {self.lr_warmup_fraction}")
-        if min(self.lr_warmup_iters, self.lr_warmup_samples, self.lr_warmup_init) < 0:
-            raise ValueError("--lr-warmup-iters, --lr-warmup-samples and --lr-warmup-init must not be negative")
-        self._check_decoupled()
-        self._check_weight_decay()
-        if self.use_checkpoint_opt_param_scheduler and self.override_opt_param_scheduler:
-            raise ValueError(
-                "give --override-opt_param-scheduler or --use-checkpoint-opt_param-scheduler, not both: they say the "
-                "opposite"
-            )
-        if self.min_loss_scale > self.initial_loss_scale:
-            raise ValueError(
-                f"--min-loss-scale ({self.min_loss_scale}) exceeds --initial-loss-scale ({self.initial_loss_scale})"
-            )
-        if self.clip_grad < 0 or self.weight_decay < 0:
-            raise ValueError("--clip-grad and --weight-decay must not be negative")
-        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise ValueError(
-                f"--adam-beta1 and --adam-beta2 must be in [0, 1), got {self.adam_beta1}, {self.adam_beta2}"
-            )
-
-    def _check_decoupled(self) -> None:
-        if self.decoupled_min_lr is not None and self.decoupled_lr is None:
-            raise ValueError("--decoupled-min-lr needs --decoupled-lr")
-        highest = self.lr if self.decoupled_lr is None else self.decoupled_lr
-        lowest = self.min_lr if self.decoupled_min_lr is None else self.decoupled_min_lr
-        if not 0 <= lowest <= highest or self.lr_warmup_init > highest:
-            raise ValueError(
-                f"need 0 <= --decoupled-min-lr (or --min-lr) <= --decoupled-lr and --lr-warmup-init <= --decoupled-lr, "
-                f"got {lowest}, {highest}, {self.lr_warmup_init}"
-            )
-
-    def _check_weight_decay(self) -> None:
-        ends = (self.start_weight_decay, self.end_weight_decay)
-        if self.weight_decay_incr_style == "constant":
-            if ends != (None, None):
-                raise ValueError(
-                    "--start-weight-decay and --end-weight-decay need --weight-decay-incr-style linear or cosine"
-                )
-        elif any(value is None or value < 0 for value in ends):
-            raise ValueError(
-                f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
-                f"--end-weight-decay of at least 0, got {ends[0]} and {ends[1]}"
             )
 
 
@@ -452,7 +310,7 @@ class DataConfig:
     """Loader processes a rank; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "seq_length")
+        require_positive(self, "seq_length")
         if self.num_workers < 0:
             raise ValueError(f"--num-workers must not be negative, got {self.num_workers}")
         self._check_sources()

@@ -9,13 +9,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each part of megatron/core, and the other parts of it (or single modules of those) that it may import.
-LEAVES = {"config", "stages", "atomic_files", "recompute"}
+LEAVES = {"config", "optimizer_config", "stages", "atomic_files", "recompute"}
 PARALLEL = LEAVES | {"parallel_state"}
 CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
     "communication": PARALLEL,
-    "config": {"stages"},
+    "config": {"stages", "config_checks"},
+    "optimizer_config": {"config_checks"},
+    "config_checks": set(),
     "atomic_files": set(),
     "parallel_state": LEAVES,
     "fusions": LEAVES,

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.core.config import OptimizerConfig
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.param_scheduler import StepRates
+from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
