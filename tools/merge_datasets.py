@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.description import Origin, read_description
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools.preprocessing.inputs import natural_order
 
 EXAMPLES = """examples:

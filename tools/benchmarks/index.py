@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, SampleFormat
-from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 
 BLOCK = 1 << 22
 SEQ_LENGTH = 4096

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.preprocessing.engine import EngineUnavailable, engine_source, make_engine
 from tools.preprocessing.settings import TokenizerFlags, token_type

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
-from megatron.core.datasets.indexed_dataset import WriterState
+from megatron.core.datasets.indexed_dataset_writer import WriterState
 from tools.preprocessing.statistics import Statistics
 
 VERSION = 1

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from megatron.core.atomic_files import atomic_writer
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.part import Report, quarantine_path
 from tools.preprocessing.ranks import Place, part_prefix, status_path

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from megatron.core.datasets.description import read_description
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter, WriterState
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter, WriterState
 from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.inputs import Input
 from tools.preprocessing.journal import Journal, journal_path, read_journal

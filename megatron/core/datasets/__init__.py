@@ -8,7 +8,8 @@ from megatron.core.datasets.blended_dataset import (
     source_table,
 )
 from megatron.core.datasets.gpt_dataset import Dataset, Sample
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.datasets.sampler import PretrainingSampler
 
 __all__ = [

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.core.config import DataConfig
 from megatron.core.datasets.description import DatasetDescription, file_sha256
-from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers.null_tokenizer import NullTokenizer
 from megatron.training.config import TrainingConfig
 from tools import data

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron.core.datasets.description import Origin, file_sha256, read_description
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools import merge_datasets
 
 ORIGIN = Origin("text", {"type": "NullTokenizer", "vocab_size": 100, "eod": 99, "bos": None}, True, False)

@@ -16,7 +16,8 @@ from megatron.core.datasets.blended_dataset import (
     source_table,
 )
 from megatron.core.datasets.description import DatasetDescription, file_sha256
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 
 IDENTITY = {"type": "Numbers", "vocab_size": 1000, "eod": 999, "sha256": {}}
 

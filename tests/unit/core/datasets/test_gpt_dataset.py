@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset, SampleFormat, make_sample
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 
 SEQ_LENGTH = 8
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetWriter, optimal_dtype
+from megatron.core.datasets.indexed_dataset import IndexedDataset, optimal_dtype
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 
 MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -171,7 +172,7 @@ def test_leaving_by_an_exception_leaves_the_old_files_and_nothing_else(tmp_path:
 def test_a_killed_writer_leaves_no_data_set_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     program = (
         "import os, sys\n"
-        "from megatron.core.datasets.indexed_dataset import IndexedDatasetWriter\n"
+        "from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter\n"
         "writer = IndexedDatasetWriter(sys.argv[1], 'uint16')\n"
         "writer.add_document(range(60000))\n"
         "os.kill(os.getpid(), 9)\n"
@@ -227,7 +228,7 @@ def test_token_type_follows_the_vocabulary() -> None:
 
 
 def test_many_sequences_cross_the_block_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.core.datasets.indexed_dataset._BLOCK", 3)
+    monkeypatch.setattr("megatron.core.datasets.indexed_dataset.BLOCK", 3)
     documents = [list(range(i % 4)) for i in range(11)]
     write(tmp_path / "a", documents)
     assert (tmp_path / "a.idx").read_bytes() == index_by_hand(8, [i % 4 for i in range(11)], list(range(12)))
