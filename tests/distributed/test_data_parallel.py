@@ -103,7 +103,7 @@ class _Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_ToyLayer() for _ in range(4))
+        self.layers = nn.ModuleList(_ToyLayer(nested=number == 2) for number in range(4))
 
     def forward(self, x: Tensor, recompute: str = "") -> Tensor:
         unused = 2 if x[0, 0] < 0 else None
@@ -115,13 +115,17 @@ class _Toy(nn.Module):
 
 
 class _ToyLayer(nn.Module):
-    def __init__(self) -> None:
+    """Its matrix may be in a module that has no forward pass, as those of experts are."""
+
+    def __init__(self, nested: bool) -> None:
         super().__init__()
-        self.weight = new_parameter(ParameterSpec(global_shape=(8, 8)), torch.float64, CPU)
-        nn.init.normal_(self.weight, generator=torch.Generator().manual_seed(3))
+        self.matrix = nn.Module() if nested else None
+        holder = self.matrix if self.matrix is not None else self
+        holder.weight = new_parameter(ParameterSpec(global_shape=(8, 8)), torch.float64, CPU)
+        nn.init.normal_(holder.weight, generator=torch.Generator().manual_seed(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
+        return x @ next(self.parameters())
 
 
 def _toy_inputs(rank: int, step: int) -> list[Tensor]:

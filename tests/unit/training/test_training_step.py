@@ -1,7 +1,7 @@
 """Steps whose gradients are not finite change nothing; the learning rate and the record follow."""
 
 import torch
-from model_testing import step_batches, tiny_arguments
+from model_testing import step_batches, tiny_arguments, train_tiny
 
 import pretrain_gpt
 from megatron.core.parallel_state import ProcessGroups
@@ -28,3 +28,11 @@ def test_a_step_with_nan_gradients_is_skipped() -> None:
     record, _ = train_step(trainer, iter(step_batches(2, 0, 1)), progress)
     assert not record.skipped and progress == Progress(3, 24, 16, 1)
     assert record.learning_rate == trainer.schedule.learning_rate(8)
+
+
+def test_a_growing_batch_has_the_gradients_of_its_size() -> None:
+    """Those of the auxiliary losses as well, which are attached inside the model."""
+    growing = train_tiny(0, 1, {"rampup_batch_size": (4, 4, 100)}, "float64", 1)
+    small = train_tiny(0, 1, {"global_batch_size": 4}, "float64", 1)
+    for name, (gradient, *_) in small.gradients.items():
+        assert torch.equal(growing.gradients[name][0], gradient), name
