@@ -23,7 +23,7 @@ from megatron.core.interchange.stored_tensor import open_torch, stored_tensor
 from megatron.core.models.mixtral.hf_weights import WeightRule, pad_rows, stage_weights
 from megatron.core.stages import Stage
 from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
-from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some
+from tools.checkpoint.stream import Description, Source, common_dtype, describe_training, list_some
 from tools.checkpoint.training_source import TrainingSource
 
 
@@ -148,15 +148,7 @@ class MegatronSource:
         for (ranks, chunk), found in weights.items():
             dtypes |= self._check_weights(model, self.stages[ranks[1], chunk], ranks, files[ranks].path, found)
         dtype = common_dtype(dtypes, params_dtype)
-        self._description = Description(
-            model=replace(model, params_dtype=config_dtype(dtype)),
-            dtype=dtype,
-            folder=self.folder,
-            seq_length=getattr(args, "seq_length", None) or model.max_position_embeddings,
-            sliding_window=getattr(args, "sliding_window", None),
-            tokenizer_type=getattr(args, "tokenizer_type", None),
-            tokenizer_model=getattr(args, "tokenizer_model", None),
-        )
+        self._description = describe_training(args, model, dtype, self.folder)
 
     @property
     def description(self) -> Description:

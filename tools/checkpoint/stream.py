@@ -18,7 +18,7 @@ import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -225,6 +225,19 @@ class Progress:
         )
         line, end = (f"\r{text}   ", "" if share < 1 else "\n") if self._live else (text, "\n")
         print(line, end=end, file=sys.stderr, flush=True)
+
+
+def describe_training(args: object, model: ModelConfig, dtype: torch.dtype, folder: Path) -> Description:
+    """What the training arguments stored in a checkpoint say of it, in tensors of `dtype`."""
+    return Description(
+        model=replace(model, params_dtype=config_dtype(dtype)),
+        dtype=dtype,
+        folder=folder,
+        seq_length=getattr(args, "seq_length", None) or model.max_position_embeddings,
+        sliding_window=getattr(args, "sliding_window", None),
+        tokenizer_type=getattr(args, "tokenizer_type", None),
+        tokenizer_model=getattr(args, "tokenizer_model", None),
+    )
 
 
 def config_dtype(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float64"]:

@@ -1,6 +1,5 @@
 """Weights of a training checkpoint (`--ckpt-format torch_dist`), which is the same for every layout."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.interchange import Layout, model_config_from_args
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, pad_rows
 from megatron.core.stages import whole_model
-from tools.checkpoint.stream import Description, common_dtype, config_dtype, list_some
+from tools.checkpoint.stream import Description, common_dtype, describe_training, list_some
 
 
 class TrainingSource:
@@ -38,15 +37,7 @@ class TrainingSource:
                 raise ValueError(f"{folder}: {name} is of shape {found[name].shape}, expected {rule.shape}")
         self._reader.verify(("weight",))
         dtype = common_dtype({name: tensor.dtype for name, tensor in found.items()}, params_dtype)
-        self._description = Description(
-            model=replace(model, params_dtype=config_dtype(dtype)),
-            dtype=dtype,
-            folder=folder,
-            seq_length=getattr(args, "seq_length", None) or model.max_position_embeddings,
-            sliding_window=getattr(args, "sliding_window", None),
-            tokenizer_type=getattr(args, "tokenizer_type", None),
-            tokenizer_model=getattr(args, "tokenizer_model", None),
-        )
+        self._description = describe_training(args, model, dtype, folder)
 
     @property
     def description(self) -> Description:
