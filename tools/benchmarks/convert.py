@@ -4,8 +4,9 @@ Example:
   PYTHONPATH=$(pwd) python tools/benchmarks/convert.py --folder /scratch --gigabytes 3 --repeats 3
 
 Makes a Mixtral of random weights in bf16 in a temporary folder, copies and converts it in turn, and prints medians. The
-cache is warm: every file was written or read just before. `sync` runs before each measurement; the tools sync their
-output, cp does not, so its time with a `sync` after it is printed too.
+cache is warm: every file was written or read just before, and a first round, in which memory that was never used has to
+be found, does not count. What a command wrote is removed right before its next turn. `sync` runs before each
+measurement; the tools sync their output, cp does not, so its time with a `sync` after it is printed too.
 """
 
 import argparse
@@ -120,14 +121,13 @@ def largest_rank_file(folder: Path) -> int:
 
 def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
-    for target in ("copy", "copy-synced", "megatron", "back"):
-        shutil.rmtree(work / target, ignore_errors=True)
-    for name, command in (
-        ("cp -r", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
-        ("to Megatron", to_megatron(work / "hf", work / "megatron", sizes)),
-        ("cp -r, then sync", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy-synced'}' && sync"]),
-        ("to Hugging Face", to_huggingface(work / "megatron", work / "hf", work / "back")),
+    for name, target, command in (
+        ("cp -r", "copy", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
+        ("to Megatron", "megatron", to_megatron(work / "hf", work / "megatron", sizes)),
+        ("cp -r, then sync", "copy-synced", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy-synced'}' && sync"]),
+        ("to Hugging Face", "back", to_huggingface(work / "megatron", work / "hf", work / "back")),
     ):
+        shutil.rmtree(work / target, ignore_errors=True)
         subprocess.run(["sync"], check=True)
         found[name] = measure(command)
     return found
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
         size = make_model(work / "hf", int(args.gigabytes * 1e9))
-        rounds = [_round(work, args.layout) for _ in range(args.repeats)]
+        rounds = [_round(work, args.layout) for _ in range(args.repeats + 1)][1:]
         bound = 1.25 * largest_rank_file(work / "megatron") + 400e6
     tp, pp, ep = args.layout
     print(f"{size / 1e9:.2f} GB, TP {tp}, PP {pp}, EP {ep}, medians of {args.repeats}:")

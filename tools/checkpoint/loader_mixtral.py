@@ -285,7 +285,7 @@ class MegatronSource:
     def _read_part(self, rule: WeightRule, rank: int, rows: range) -> torch.Tensor:
         """Rows of one part; every other file that has the same part must have the same bits."""
         first, *copies = self._parts[rule.name][rank]
-        tensor = first.tensor.read(rows)
+        tensor = first.tensor.read(rows, in_order=rule.padded_rows is None)  # padding is never read
         for copy in copies:
             sums = first.tensor.checksum, copy.tensor.checksum
             same = sums[0] == sums[1] if None not in sums else _same_bits(tensor, copy.tensor.read(rows))

@@ -29,13 +29,19 @@ def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 class ZipRecords:
-    """The records of a `.pt` file, by the offset of their bytes, each checked against its checksum when first used."""
+    """The records of a `.pt` file, by the offset of their bytes, each compared with its checksum once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records: dict[int, zipfile.ZipInfo] = {}
         self._good: set[int] = set()
+        self._running: dict[int, tuple[int, int]] = {}
+        """Bytes of a record that were read in their order, and their checksum."""
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             for info in archive.infolist():
                 file.seek(info.header_offset + 26)
@@ -60,6 +66,25 @@ class ZipRecords:
                 part = view[: min(_BLOCK, info.file_size - start)]
                 _fill(file.fileno(), part, offset + start, self.path)
                 found = zlib.crc32(part, found)
+        self._compare(offset, found)
+
+    def verify_next(self, offset: int, start: int, data: memoryview) -> None:
+        """Raises ValueError if `data`, read from byte `start` of a record, ends it and the record is damaged.
+
+        Bytes that do not follow on those of the last call are no use for that: the whole record is read again.
+        """
+        if offset in self._good:
+            return
+        done, found = self._running.get(offset, (0, 0)) if start else (0, 0)
+        if done != start:
+            return self.verify(offset)
+        done, found = done + len(data), zlib.crc32(data, found)
+        self._running[offset] = (done, found)
+        if done == self._records[offset].file_size:
+            self._compare(offset, found)
+
+    def _compare(self, offset: int, found: int) -> None:
+        info = self._records[offset]
         if found != info.CRC:
             raise ValueError(
                 f"cannot read {self.path}: the checksum of {info.filename} does not match; restore the file from its "
@@ -105,22 +130,29 @@ class StoredTensor:
             return None
         return self.records.checksum(self.offset, self.nbytes)
 
-    def read(self, rows: range | None = None) -> torch.Tensor:
-        """`rows` of the tensor (all, if not given). Raises ValueError naming the file if it is damaged."""
-        if self.records is not None:
+    def read(self, rows: range | None = None, *, in_order: bool = False) -> torch.Tensor:
+        """`rows` of the tensor (all, if not given). Raises ValueError naming the file if it is damaged.
+
+        Its checksum is compared before the first rows are given: one more pass over it. Who reads every row once, in
+        their order, and uses none before all are there, says `in_order`; then it is compared with the last rows.
+        """
+        in_order = in_order and self.checksum is not None
+        if self.records is not None and not in_order:
             self.records.verify(self.record_offset)
         if self.stride is not None:
             whole = self._read_strided(self.stride)
             return whole if rows is None else whole[rows.start : rows.stop]
         shape = self.shape if rows is None else (len(rows), *self.shape[1:])
-        row_bytes = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-        return self._read_flat(torch.Size(shape).numel(), row_bytes * (rows.start if rows else 0)).reshape(shape)
+        skip = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize * (rows.start if rows else 0)
+        tensor = self._read_flat(torch.Size(shape).numel(), skip)
+        if self.records is not None and in_order:
+            self.records.verify_next(self.offset, skip, _bytes(tensor))
+        return tensor.reshape(shape)
 
     def _read_flat(self, elements: int, skip: int = 0) -> torch.Tensor:
         tensor = torch.empty(elements, dtype=self.dtype)
         with open(self.file, "rb", buffering=0) as file:
-            view = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            _fill(file.fileno(), view, self.offset + skip, self.file)
+            _fill(file.fileno(), _bytes(tensor), self.offset + skip, self.file)
         return tensor
 
     def _read_strided(self, stride: tuple[int, ...]) -> torch.Tensor:
@@ -152,7 +184,7 @@ class LoadedTensor:
         """Its type."""
         return self.tensor.dtype
 
-    def read(self, rows: range | None = None) -> torch.Tensor:
+    def read(self, rows: range | None = None, *, in_order: bool = False) -> torch.Tensor:
         """`rows` of the tensor (all, if not given)."""
         return (self.tensor if rows is None else self.tensor[rows.start : rows.stop]).contiguous()
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron.core.atomic_files import exclusive_folder
 from megatron.core.interchange import load_torch, save_torch
+from megatron.core.interchange.torch_file import index_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
-from tools.checkpoint import convert_megatron_to_hf_mixtral, util
+from tools.checkpoint import convert_megatron_to_hf_mixtral, stream, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.saver_mixtral import find_tokenizer
 from tools.checkpoint.stream import CheckedSource, Progress, byte_size
@@ -160,6 +161,32 @@ def test_damaged_weights(copy_model: MakeModel, tmp_path: Path, capsys: Capture)
     for damaged in (data[:-100], b"garbage", b""):
         (source / "model.safetensors").write_bytes(damaged)
         assert_refused(convert(source, tmp_path / "m"), capsys, "model.safetensors", tmp_path / "m")
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 8, 1 << 23], ids=["in pieces", "whole"])
+def test_an_altered_byte_of_a_rank_file_is_found(
+    copy_model: MakeModel, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk_bytes)
+    source = copy_model()
+    assert convert(source, tmp_path / "m", "--target-tensor-parallel-size", "2") == 0
+    path = tmp_path / "m" / "release" / "mp_rank_01" / "model_optim_rng.pt"
+    good = path.read_bytes()
+    weights = index_torch(path)["model"]
+    for name in (
+        "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight",
+        "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight",
+        "decoder.layers.1.self_attention.linear_qkv.weight",
+        "output_layer.weight",  # its last bytes are padding, which is not written
+    ):
+        start, size = weights[name].untyped_storage()._checkpoint_offset, weights[name].nbytes
+        for place in (start, start + size // 2, start + size - 1):
+            data = bytearray(good)
+            data[place] ^= 1
+            path.write_bytes(data)
+            assert_refused(export(tmp_path / "m", source, tmp_path / "o"), capsys, "checksum of", tmp_path / "o")
+    path.write_bytes(good)
+    assert export(tmp_path / "m", source, tmp_path / "o") == 0
 
 
 class _Payload:
