@@ -87,6 +87,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, float]:
         parser.error(f"--output-prefix {args.output_prefix} is a folder: add the beginning of the files' names")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error(f"--json-keys names a key twice: {' '.join(args.json_keys)}")
+    for key in args.json_keys:
+        if os.sep in key:
+            parser.error(f"--json-keys {key}: the key is part of the output's file names, so it cannot have a {os.sep}")
     values = vars(args)
     tokenizer = TokenizerFlags(**{name: values.pop(name) for name in TokenizerFlags.__dataclass_fields__})
     timeout = values.pop("rank_timeout")
@@ -115,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{place.label}error: {error}{advice}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        prefix = f"cannot write {settings.output_prefix}: " if isinstance(error, OSError) and not error.filename else ""
+        failed_write = isinstance(error, OSError) and error.errno is not None and not error.filename
+        prefix = f"cannot write {settings.output_prefix}: " if failed_write else ""
         advice = resumable(settings, place) if isinstance(error, OSError) and not isinstance(error, TooManyBad) else ""
         print(f"{place.label}error: {prefix}{error_sentence(error)}{advice}", file=sys.stderr)
         return 1

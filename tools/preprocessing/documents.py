@@ -66,7 +66,9 @@ def _parse(line: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         if not line.strip():
             raise BadDocument(BLANK) from None
-        detail = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        detail = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            detail = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise BadDocument("invalid JSON", detail) from None
 
 

@@ -187,7 +187,8 @@ class PartRun:
             }
             if bad.detail:
                 entry["detail"] = bad.detail
-            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            # A file's name may have bytes that are no UTF-8; they become JSON escapes.
+            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             statistics.count(bad.reason)
         journal.blocks += 1
         journal.file_lines += result.lines

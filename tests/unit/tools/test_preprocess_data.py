@@ -153,6 +153,12 @@ def test_a_bad_line_is_left_out_and_listed(tmp_path: Path, name: str, parser: st
     assert detail in entries[0].get("detail", "")
 
 
+def test_a_bad_line_of_a_file_with_a_name_that_is_no_utf8_is_listed(tmp_path: Path) -> None:
+    source = write_lines(Path(os.fsdecode(bytes(tmp_path) + b"/\xff\xe4.jsonl")), [{"text": "1"}] * 20 + [{}])
+    assert preprocess_data.main(arguments(tmp_path, tmp_path / "out")) == 0
+    assert [entry["file"] for entry in quarantined(tmp_path / "out")] == [str(source)]
+
+
 def test_numbers_that_are_not_json_everywhere_pass_in_other_keys(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "1", "score": NaN}\n{"text": "2", "big": 1' + "0" * 400 + "}\n")
     assert preprocess_data.main(arguments(tmp_path / "a.jsonl", tmp_path / "out")) == 0
@@ -188,7 +194,8 @@ def test_a_wrong_tokenizer_is_refused(tmp_path: Path, capsys) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
     base = ("--input", str(source), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type")
     assert "--vocab-size" in refusal(capsys, *base, "NullTokenizer")
-    assert "does not exist" in refusal(capsys, *base, "PretrainedTokenizerFromHF", "--tokenizer-model", "no/folder")
+    missing = refusal(capsys, *base, "PretrainedTokenizerFromHF", "--tokenizer-model", "no/folder")
+    assert "does not exist" in missing and "cannot write" not in missing
 
 
 def test_an_old_output_stays_when_a_run_is_refused(tmp_path: Path) -> None:
@@ -306,6 +313,7 @@ def test_usage_errors_exit_with_2(tmp_path: Path, capsys) -> None:
         ("--workers", "0"),
         ("--log-interval", "0"),
         ("--json-keys", "text", "text"),
+        ("--json-keys", "../text"),
         ("--nonsense",),
         ("--max-bad-fraction", "2"),
     ):
