@@ -20,9 +20,10 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp2_zero": (2, ZERO),
     "pp2_dp2_zero": (4, PP2 | ZERO),
     "ep2": (2, EP2),
-    "tp2_ep2_etp1_zero": (4, TP2 | EP2 | ETP1 | ZERO),
+    "tp2_sp_ep2_etp1_zero": (4, TP2 | SP | EP2 | ETP1 | ZERO),
     "cp2_ep2": (4, CP2 | EP2),
     "uneven_pp2": (2, PP2 | {"decoder_first_pipeline_num_layers": 1}),
+    "pp2_v2": (2, PP2 | {"num_layers_per_virtual_pipeline_stage": 1}),
 }
 Trained = Callable[[str, str], tuple[Path, list[float]]]
 
@@ -51,8 +52,8 @@ QUICK = {
 PAIRS = [
     ("tp2", "pp2"), ("tp2_pp2", "dp4"), ("dp2_zero", "one"), ("one", "dp2_zero"), ("one", "tp2_sp_dp2_zero"),
     ("tp2_sp_dp2_zero", "pp2_dp2_zero"), ("pp2_dp2_zero", "tp2_pp2"), ("dp4", "dp2_zero"),
-    ("ep2", "tp2"), ("tp2_pp2", "tp2_ep2_etp1_zero"), ("tp2_ep2_etp1_zero", "cp2_ep2"), ("cp2_ep2", "uneven_pp2"),
-    ("uneven_pp2", "ep2"),
+    ("ep2", "tp2"), ("tp2_pp2", "tp2_sp_ep2_etp1_zero"), ("tp2_sp_ep2_etp1_zero", "cp2_ep2"), ("cp2_ep2", "uneven_pp2"),
+    ("uneven_pp2", "ep2"), ("one", "pp2_v2"), ("pp2_v2", "tp2_pp2"),
 ]  # fmt: skip
 CASES = [
     pytest.param(*pair, dtype, marks=() if (*pair, dtype) in QUICK else pytest.mark.slow)
