@@ -13,6 +13,21 @@ import numpy as np
 from megatron.core.tokenizers import Tokenizer
 
 BACKENDS = ("auto", "gigatoken", "hf", "sentencepiece")
+# Steps of a tokenizer.json that do not look at what kind of character one is; "Regex" is no step, but a pattern's kind.
+_CLASSLESS = frozenset(
+    (
+        "BPE",
+        "ByteFallback",
+        "Fuse",
+        "Metaspace",
+        "Precompiled",
+        "Prepend",
+        "Replace",
+        "Sequence",
+        "Strip",
+        "TemplateProcessing",
+    )
+)
 _GIGATOKEN_MISSING = "the package gigatoken is not installed (pip install gigatoken)"
 # What libraries disagree about first: spaces, special tokens in the text, joined, unassigned and new characters.
 PROBES = (
@@ -52,9 +67,7 @@ class GigatokenEngine:
 
     def __init__(self, source: str, reference: Tokenizer) -> None:
         self._source, self._reference = source, reference
-        # Only what cuts texts by Unicode classes depends on the Unicode version that a library was built with.
-        falls_back = re.search(r'"byte_fallback"\s*:\s*true', source) is not None
-        self._has_classes = not falls_back or '"Regex"' in source
+        self._has_classes = has_classes(source)
         self.restart()
 
     def restart(self) -> None:
@@ -73,6 +86,13 @@ class GigatokenEngine:
         if self._has_classes:
             return [self._encode(text) if is_settled(text) else self._reference.tokenize(text) for text in texts]
         return [self._encode(text) for text in texts]
+
+
+def has_classes(source: str) -> bool:
+    """Whether a tokenizer.json cuts or changes texts by Unicode classes, which depend on the version of Unicode."""
+    # A key before a string: entries of the vocabulary that have these names stand before numbers.
+    kinds = set(re.findall(r'"type"\s*:\s*"(\w+)"', source))
+    return not kinds <= _CLASSLESS or re.search(r'"Regex"\s*:\s*"', source) is not None
 
 
 def is_settled(text: str) -> bool:

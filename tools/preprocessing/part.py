@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
-
 from megatron.core.datasets.description import read_description
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter, WriterState
 from megatron.core.tokenizers import Tokenizer
@@ -64,6 +62,8 @@ class Report(NamedTuple):
     statistics: Statistics
     last_file: str
     last_file_lines: int
+    kept_bytes: int
+    """Of the bytes read, those that an earlier run had read."""
 
 
 def quarantine_path(prefix: str) -> Path:
@@ -79,6 +79,7 @@ class PartRun:
         self._journal_path = journal_path(part.prefix)
         self._quarantine_temporary = Path(f"{quarantine_path(part.prefix)}.tmp")
         self._journal = self._start()
+        self._kept_bytes = self._journal.statistics.read_bytes
         self._writers: list[IndexedDatasetWriter] = []
         self._quarantine: BinaryIO
 
@@ -120,7 +121,7 @@ class PartRun:
                     self._discard()
                 raise
         last_file = part.inputs[self._journal.file].path if part.inputs else ""
-        return Report(self._journal.statistics, last_file, self._journal.file_lines)
+        return Report(self._journal.statistics, last_file, self._journal.file_lines, self._kept_bytes)
 
     def _open(self, stack: ExitStack) -> None:
         part, journal = self._part, self._journal
@@ -174,10 +175,9 @@ class PartRun:
         while inputs[journal.file].path != block.path:
             journal.file += 1
             journal.blocks = journal.file_lines = 0
-        dtype = self._writers[0].dtype
         statistics = journal.statistics
         for i, (writer, encoded) in enumerate(zip(self._writers, result.parts)):
-            writer.add_documents(np.frombuffer(encoded.tokens, dtype), encoded.lengths)
+            writer.add_documents(encoded.tokens, encoded.lengths)
             statistics.empty[i] += encoded.empty
         for bad in result.bad:
             entry: dict[str, Any] = {

@@ -5,6 +5,7 @@ the standard library's executors the reader waits for the rest for ever).
 """
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ class WorkerPool:
             assert isinstance(pipe, Connection)
             worker = self._pipes.index(pipe)
             try:
-                number, answer = pipe.recv()
+                number, answer = receive_arrays(pipe)
             except (EOFError, OSError):
                 raise self._death(worker) from None
             if isinstance(answer, Exception):
@@ -109,6 +110,21 @@ class WorkerPool:
         self._processes[worker].join(1)
         code = self._processes[worker].exitcode
         return WorkerDied(f"a worker process ended unexpectedly (status {code}; killed, or out of memory?)")
+
+
+def send_arrays(pipe: Connection, content: Any) -> None:
+    """Send what holds arrays; these are sent from where they are."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(content, protocol=5, buffer_callback=arrays.append)
+    pipe.send((head, len(arrays)))
+    for array in arrays:
+        pipe.send_bytes(array.raw())
+
+
+def receive_arrays(pipe: Connection) -> Any:
+    """What `send_arrays` sent; its arrays cannot be written to. Raises EOFError or OSError if the sender is gone."""
+    head, count = pipe.recv()
+    return pickle.loads(head, buffers=[pipe.recv_bytes() for _ in range(count)])
 
 
 def _work(pipe: Connection) -> None:
@@ -128,7 +144,7 @@ def _work(pipe: Connection) -> None:
             answer = encoder.encode(block)
         except Exception as error:
             answer = ValueError(f"{block.path}, bytes {block.start} to {block.end}: {error}")
-        pipe.send((number, answer))
+        send_arrays(pipe, (number, answer))
 
 
 def _receive(pipe: Connection, messages: "SimpleQueue[Any]") -> None:

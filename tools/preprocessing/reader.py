@@ -179,20 +179,14 @@ def lines_of(block: Block) -> tuple[list[bytes | None], int]:
         return lines, len(lines)
     with open(block.path, "rb") as file:
         file.seek(max(block.start - 1, 0))
-        content = file.read(block.end - max(block.start - 1, 0))
+        lines = list(file.read(block.end - max(block.start - 1, 0)).split(b"\n"))
         if block.start:
             # The line that began in an earlier block is that block's; one that begins exactly here is this one's.
-            first = content.find(b"\n") + 1
-            if not first:
-                return [], 0
-            content = content[first:]
-        if not content:
-            return [], 0
-        lines = list(content.split(b"\n"))
-        if not lines[-1]:
-            lines.pop()
-        else:
-            lines[-1] = _complete(content[content.rfind(b"\n") + 1 :], file)
+            del lines[0]
+        if lines:
+            last = lines.pop()
+            if last:
+                lines.append(_complete(last, file))
     return lines, len(lines)
 
 

@@ -141,19 +141,27 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
         engine = plan.engine
         if place.ranks == 1:
             report, engine = _write_part(part, place)
-            statistics = report.statistics
+            statistics, kept_bytes = report.statistics, report.kept_bytes
         else:
-            report = finished_report(settings.output_prefix, place, part.fingerprint) or _write_part(part, place)[0]
+            finished = finished_report(settings.output_prefix, place, part.fingerprint)
+            if finished:
+                report = finished._replace(kept_bytes=finished.statistics.read_bytes)
+            else:
+                report = _write_part(part, place)[0]
             ranks.done(part.fingerprint, report)
             if place.rank:
                 print(f"{place.label}done: {report.statistics.lines} lines")
                 return
-            statistics = _merge(settings, place, ranks, everything, tokenizer)
+            statistics, kept_bytes = _merge(settings, place, ranks, everything, tokenizer)
     files = f"{len(everything)} file{'s' * (len(everything) > 1)}"
-    _tell(settings, statistics, tokenizer, files, engine, place, started)
+    rate = (statistics.read_bytes - kept_bytes) / 1e6 / max(time.monotonic() - started, 1e-9)
+    _tell(settings, statistics, tokenizer, files, engine, place, started, rate)
 
 
-def _merge(settings: Settings, place: Place, ranks: Ranks, everything: list[Input], tokenizer: Tokenizer) -> Statistics:
+def _merge(
+    settings: Settings, place: Place, ranks: Ranks, everything: list[Input], tokenizer: Tokenizer
+) -> tuple[Statistics, int]:
+    """Put the parts together; returns their statistics, and how many of the bytes earlier runs had read."""
     places = [Place(rank, place.ranks) for rank in range(place.ranks)]
     reports = ranks.wait([settings.fingerprint(share(everything, *each), tokenizer) for each in places])
     prefixes = [part_prefix(settings.output_prefix, each) for each in places]
@@ -163,7 +171,7 @@ def _merge(settings: Settings, place: Place, ranks: Ranks, everything: list[Inpu
     merge_parts(settings, prefixes, reports, tokenizer, lambda counts: check_outcome(settings, statistics, counts))
     for each in places:
         remove_part(settings, each)
-    return statistics
+    return statistics, sum(report.kept_bytes for report in reports)
 
 
 def _tell(
@@ -174,6 +182,7 @@ def _tell(
     engine: str,
     place: Place,
     started: float,
+    rate: float,
 ) -> None:
     seconds = max(time.monotonic() - started, 1e-9)
     for key, empty in zip(settings.json_keys, statistics.empty):
@@ -181,7 +190,7 @@ def _tell(
     across = f" on {place.ranks} ranks" if place.ranks > 1 else ""
     print(
         f"read {files}, {statistics.read_bytes / 1e6:.1f} MB with {statistics.text_bytes / 1e6:.1f} MB of text, in "
-        f"{seconds:.1f} s: {statistics.read_bytes / 1e6 / seconds:.1f} MB/s (engine {engine}, "
+        f"{seconds:.1f} s: {rate:.1f} MB/s (engine {engine}, "
         f"{settings.workers} workers{across})"
     )
     if statistics.bad:

@@ -4,6 +4,7 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.preprocessing.documents import BYTE_ORDER_MARK, BadDocument, check_texts, texts_of_line
@@ -17,10 +18,10 @@ _BATCH = 64
 
 
 class Encoded(NamedTuple):
-    """One key's documents of a block: token bytes back to back, tokens of each document, how many had no token."""
+    """One key's documents of a block: tokens back to back, tokens of each document (int32), how many had no token."""
 
-    tokens: bytes
-    lengths: list[int]
+    tokens: NDArray
+    lengths: NDArray
     empty: int
 
 
@@ -95,7 +96,7 @@ class Encoder:
         """The documents of a block for each key, and the lines that are none."""
         if block.broken:
             reason = TOO_LONG if block.broken == TOO_LONG else BROKEN_FILE
-            return Result([Encoded(b"", [], 0) for _ in self._keys], 1, 0, [Bad(0, reason, block.broken)], None)
+            return Result([self._assemble([]) for _ in self._keys], 1, 0, [Bad(0, reason, block.broken)], None)
         rows, lines, bad = read_documents(block, self._keys)
         columns = [[texts[i] for _, texts in rows] for i in range(len(self._keys))]
         ids, refused = self._encode_columns(columns, [line for line, _ in rows])
@@ -132,28 +133,26 @@ class Encoder:
         return found
 
     def _assemble(self, documents: list[Any]) -> Encoded:
-        pieces: list[Any] = []
-        lengths: list[int] = []
-        empty = 0
-        for ids in documents:
-            if len(ids) == 0:
-                empty += 1
-                continue
-            length = len(ids)
-            if self._bos is not None and ids[0] != self._bos:
-                pieces.append([self._bos])
-                length += 1
-            pieces.append(ids)
-            if self._eod is not None and ids[-1] != self._eod:
-                pieces.append([self._eod])
-                length += 1
-            lengths.append(length)
-        if not pieces:
-            return Encoded(b"", [], empty)
-        tokens = np.concatenate(pieces, dtype=np.uint32, casting="unsafe")
-        if tokens.max() >= self._reference.vocab_size:
+        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
+        empty = len(documents) - int(np.count_nonzero(lengths))
+        lengths = lengths[lengths > 0]
+        tokens = np.concatenate(documents) if len(lengths) else np.empty(0, np.uint32)
+        if len(tokens) and tokens.max() >= self._reference.vocab_size:
             raise ValueError(f"token id {tokens.max()} is outside the vocabulary of {self._reference.vocab_size}")
-        return Encoded(tokens.astype(self._dtype).tobytes(), lengths, empty)
+        tokens = tokens.astype(self._dtype)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        starts = ends - lengths
+        # Where one document ends the next begins: the end's token is given first and so comes first.
+        places, added = [], []
+        for token, at, last in ((self._eod, ends, ends - 1), (self._bos, starts, starts)):
+            if token is not None and len(tokens):
+                missing = tokens[last] != token
+                lengths = lengths + missing.astype(np.int32)
+                places.append(at[missing])
+                added.append(np.full(len(places[-1]), token, self._dtype))
+        if places:
+            tokens = np.insert(tokens, np.concatenate(places), np.concatenate(added))
+        return Encoded(tokens, lengths, empty)
 
     def _check(self, texts: list[str], block: Block) -> str | None:
         """Compare a piece of one document of the block with the reference."""

@@ -118,10 +118,10 @@ class IndexedDatasetWriter:
         """Append one document of one sequence. Raises ValueError if an id does not fit the token type."""
         self.add_documents(ids, [len(ids)])
 
-    def add_documents(self, ids: Sequence[int] | NDArray, lengths: Sequence[int]) -> None:
+    def add_documents(self, ids: Sequence[int] | NDArray, lengths: Sequence[int] | NDArray) -> None:
         """Append documents of one sequence each: `ids` back to back, `lengths` tokens apiece."""
         array = np.asarray(ids)
-        assert array.ndim == 1 and len(array) == sum(lengths), (array.shape, sum(lengths))
+        assert array.ndim == 1 and len(array) == np.sum(lengths, dtype=np.int64), (array.shape, lengths)
         if array.dtype != self.dtype and len(array):
             if self.dtype.kind in "iu" and array.dtype.kind in "iu":
                 limits = np.iinfo(self.dtype)

@@ -57,6 +57,17 @@ def test_a_restarted_engine_gives_the_same_ids(nasty_strings: list[str], request
     assert [ids.tolist() for ids in fast.encode_batch(nasty_strings[:100])] == before
 
 
+def test_only_steps_count_as_looking_at_unicode_classes(mixtral_model: Path, byte_level_folder: Path) -> None:
+    """Mixtral's vocabulary has an entry "Regex", which is no pattern."""
+    flags = TokenizerFlags(tokenizer_type="Llama2Tokenizer", tokenizer_model=str(mixtral_model))
+    source = engine_source("gigatoken", build_tokenizer(flags))
+    assert source is not None and '"Regex": ' in source and not engine.has_classes(source)
+    assert engine.has_classes('{"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "a"}}}')
+    assert engine.has_classes('{"normalizer": {"type": "Replace", "pattern": {"Regex": "a"}}}')
+    assert engine.has_classes('{"normalizer": {"type": "NFKC"}, "model": {"type": "BPE"}}')
+    assert engine.has_classes((byte_level_folder / "tokenizer.json").read_text())
+
+
 def test_what_cannot_run_says_why(request) -> None:
     for kind, name, reason in (
         ("sentencepiece", "hf", "gives other ids"),
