@@ -20,6 +20,8 @@ from tools.preprocessing.part import Report
 from tools.preprocessing.statistics import Statistics
 
 _SECONDS_BETWEEN_BEATS = 1.0
+# A failure that is there from the start is a leftover if its rank has begun anew by then, since its file is renewed.
+_SECONDS_TO_BEGIN_ANEW = 10.0
 
 
 class Place(NamedTuple):
@@ -91,7 +93,8 @@ class Ranks:
     def __init__(self, prefix: str, place: Place, timeout: float) -> None:
         self._prefix, self._place, self._timeout = prefix, place, timeout
         self._others = [Place(rank, place.ranks) for rank in range(place.ranks) if rank != place.rank]
-        # What is there before this run began is no news; the file is renewed, so only a new one tells of a failure.
+        # What is there already is of an earlier run, or of a rank of this one that was faster to fail.
+        self._began = time.monotonic()
         self._old_failures = {place: self._failure(place) for place in self._others}
         self._status: dict[str, Any] = {"state": "working", "run": uuid.uuid4().hex, "beat": 0}
         self._lock = threading.Lock()
@@ -142,7 +145,8 @@ class Ranks:
         self._looked = now
         for place in self._others:
             failure = self._failure(place)
-            if failure and failure != self._old_failures[place]:
+            anew = failure != self._old_failures[place] or now - self._began > _SECONDS_TO_BEGIN_ANEW
+            if failure and anew:
                 raise ValueError(f"rank {place.rank} failed: {json.loads(failure)['error']}")
 
     def done(self, fingerprint: str, report: Report) -> None:
