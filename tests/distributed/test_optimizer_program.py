@@ -27,7 +27,7 @@ SHARDED = (
     "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 3000 "
     "--fp16 --initial-loss-scale 1048576 --loss-scale-window 2 --hysteresis 1 --deterministic-mode "
     "--micro-batch-size 1 --rampup-batch-size 2 2 8 --lr-decay-style WSD --lr-wsd-decay-iters 2 --decoupled-lr 2e-2 "
-    "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1"
+    "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1 --ckpt-format torch"
 ).split()
 
 
