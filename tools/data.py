@@ -18,6 +18,7 @@ from megatron.core.datasets.blended_dataset import blend_summary, build_train_va
 from megatron.core.datasets.description import DatasetDescription, description_path, file_sha256, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
+from tools.run_tool import run_tool
 
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 23, 1 << 20
 SECONDS_BETWEEN_LINES = 10
@@ -277,15 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
     args = parse_arguments(argv)
     logging.basicConfig(format="warning: %(message)s")
-    try:
-        args.function(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error_sentence(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: args.function(args))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.description import Origin, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools.preprocessing.inputs import natural_order
+from tools.run_tool import run_tool
 
 EXAMPLES = """examples:
   python tools/merge_datasets.py --input encoded/parts --output-prefix encoded/corpus_text_document
@@ -79,15 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the merged data set without .bin")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        merge(args.input, args.output_prefix)
-    except (ValueError, OSError) as error:
-        print(f"error: {error_sentence(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: merge(args.input, args.output_prefix), interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,9 @@
 """How fast tools/preprocess_data.py is, beside bare tokenizers and other pipelines on the same text, in one run."""
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from tools.benchmarks.machine import ROOT, machine
 from tools.preprocessing.engine import EngineUnavailable, engine_source, make_engine
 from tools.preprocessing.settings import TokenizerFlags, token_type
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = """examples:
   python tools/benchmarks/preprocess.py --tokenizer-model mixtral/tokenizer.model
   python tools/benchmarks/preprocess.py --input corpus.jsonl --tokenizer-type PretrainedTokenizerFromHF \\
@@ -203,24 +200,9 @@ def contestants(args: argparse.Namespace, path: str, folder: Path) -> dict[str, 
     return found
 
 
-def machine() -> str:
-    """Processor, cores, versions and commit."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    versions = [f"Python {platform.python_version()}"]
-    for name in ("gigatoken", "tokenizers", "sentencepiece", "orjson", "numpy"):
-        present = importlib.util.find_spec(name) is not None
-        versions.append(f"{name} {importlib.metadata.version(name)}" if present else f"no {name}")
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    return f"{model}, {os.cpu_count()} cores{load}; {', '.join(versions)}; commit {commit.stdout.strip() or 'unknown'}"
-
-
 def measure(args: argparse.Namespace, folder: Path) -> None:
     """Print the table. Raises ValueError or OSError."""
-    print(machine())
+    print(machine(("gigatoken", "tokenizers", "sentencepiece", "orjson", "numpy")))
     path = args.input
     if path is None:
         path = str(folder / "corpus.jsonl")

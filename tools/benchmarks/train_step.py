@@ -5,11 +5,7 @@ plus the time that the optimizer's bytes take at the measured copy rate.
 """
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,13 +25,13 @@ from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import initialize_parameters
+from tools.benchmarks.machine import machine
 
 _EXAMPLE = """examples:
   python tools/benchmarks/train_step.py
   python tools/benchmarks/train_step.py --device cuda --dtype bfloat16 --hidden-size 4096 --ffn-hidden-size 14336 \\
       --num-attention-heads 32 --num-query-groups 8 --num-layers 2 --seq-length 4096"""
 
-ROOT = Path(__file__).resolve().parents[2]
 Step = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -130,19 +126,6 @@ def floor_parts(config: ModelConfig, tokens: Tensor) -> tuple[Step, float, Step,
     return lambda: torch.mm(a, b, out=out), products, lambda: target.copy_(source), copies
 
 
-def machine(device: torch.device) -> str:
-    """Processor or GPU, cores, load, versions and commit."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    if device.type == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return (
-        f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; torch {torch.__version__}, "
-        f"transformers {importlib.metadata.version('transformers')}; commit {commit.stdout.strip() or 'unknown'}"
-    )
-
-
 def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(
@@ -169,7 +152,8 @@ def main(argv: list[str]) -> int:
         "a product": product,
         "a copy": copy,
     }
-    print(f"{machine(device)}; absent: Megatron-Core")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    print(f"{machine(('torch', 'transformers'), gpu)}; {torch.get_num_threads()} threads; absent: Megatron-Core")
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for round_number in range(args.rounds + 2):
         for name, action in contestants.items():

@@ -19,7 +19,7 @@ from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mixtral import open_megatron, step
 from tools.checkpoint.saver_mixtral_hf import save_huggingface
 from tools.checkpoint.stream import byte_size
-from tools.checkpoint.util import add_common_arguments, convert, run_tool
+from tools.checkpoint.util import add_common_arguments, convert, run_conversion
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +64,7 @@ def _convert(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit code."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: _convert(args))
+    return run_conversion(lambda: _convert(args))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.atomic_files import error_sentence
 from tools.checkpoint.expert_selection import SelectedExperts, chosen_experts
 from tools.checkpoint.stream import DTYPES, CheckedSource, Progress, Source, model_bytes
+from tools.run_tool import run_tool
 
 _SHOWN_IN_HELP = {"loader": "mixtral_hf", "saver": "mixtral"}
 
@@ -56,17 +57,13 @@ def convert(source: Source, write: Callable[[CheckedSource], None], dry_run: boo
         checked.check_complete()
 
 
-def run_tool(action: Callable[[], None]) -> int:
-    """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
-    try:
-        action()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(error_sentence(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def run_conversion(action: Callable[[], object]) -> int:
+    """Exit code of a tool that writes a checkpoint or nothing."""
+    return run_tool(
+        action,
+        interrupted="interrupted, nothing was written",
+        sentence=lambda error: " ".join(error_sentence(error).split()),
+    )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     args = build_parser(*plugins).parse_args(argv)
     loader, saver = plugins
-    return run_tool(lambda: convert(_open(loader, args), lambda source: saver.save(source, args), args.dry_run))
+    return run_conversion(lambda: convert(_open(loader, args), lambda source: saver.save(source, args), args.dry_run))
 
 
 def _open(loader: ModuleType, args: argparse.Namespace) -> Source:

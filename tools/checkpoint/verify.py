@@ -25,7 +25,7 @@ from tools.checkpoint.loader_mistral_hf import UpcycledSource
 from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.stream import Progress, Source, model_bytes, on_all_cores, rows_at_a_time
-from tools.checkpoint.util import run_tool
+from tools.checkpoint.util import run_conversion
 from tools.checkpoint.verify_logits import Comparison, compare_logits
 
 
@@ -115,7 +115,7 @@ def verify(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit code."""
     args = build_parser().parse_args(argv)
-    return run_tool(lambda: verify(args))
+    return run_conversion(lambda: verify(args))
 
 
 if __name__ == "__main__":

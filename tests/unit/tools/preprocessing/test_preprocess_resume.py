@@ -1,6 +1,5 @@
 """Runs that are killed leave nothing that loads, and --resume ends with the bytes of an undisturbed run."""
 
-import gzip
 import json
 import os
 import signal
@@ -8,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import preprocessing_testing
 import pytest
+from preprocessing_testing import outputs, write_corpus
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tools import preprocess_data
@@ -25,30 +26,13 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    for number in range(3):
-        lines = [json.dumps({"text": " ".join(str(k % 99) for k in range(i)), "title": f"{i}"}) for i in range(1, 60)]
-        lines[7] = '{"text": "1"'
-        content = "".join(line + "\n" for line in lines).encode()
-        path = folder / f"{number}.jsonl"
-        if number == 1:
-            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(content))
-        else:
-            path.write_bytes(content)
-    return folder
+    lines = [json.dumps({"text": " ".join(str(k % 99) for k in range(i)), "title": f"{i}"}) for i in range(1, 60)]
+    lines[7] = '{"text": "1"'
+    return write_corpus(tmp_path / "corpus", [lines] * 3, compressed=1)
 
 
 def arguments(corpus: Path, prefix: Path, *more: str) -> list[str]:
-    return [
-        "--input", str(corpus), "--output-prefix", str(prefix), "--tokenizer-type", "NullTokenizer",
-        "--vocab-size", "100", "--workers", "1", "--append-eod", "--json-keys", *KEYS, *more,
-    ]  # fmt: skip
-
-
-def outputs(prefix: Path) -> dict[str, bytes]:
-    """Contents of everything a run left, by what follows its prefix."""
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}*")}
+    return preprocessing_testing.arguments(corpus, prefix, "--json-keys", *KEYS, *more)
 
 
 def killed_at(call: int, command: list[str]) -> int:

@@ -1,6 +1,5 @@
 """Several ranks write together what one process writes, and fail in words when one of them does."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preprocessing_testing import arguments, outputs, write_corpus
 
 from tools import preprocess_data
 from tools.preprocessing import inputs
@@ -18,31 +18,13 @@ ROOT = Path(__file__).resolve().parents[4]
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
+    files = []
     for number in range(4):
         lines = [json.dumps({"text": " ".join(str(k % 99) for k in range(i % 30))}) for i in range(300)]
         for bad in (3, 100, 299):
             lines[bad] = f"bad {number}"
-        content = "".join(line + "\n" for line in lines).encode()
-        path = folder / f"{number}.jsonl"
-        if number == 2:
-            path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(content))
-        else:
-            path.write_bytes(content)
-    return folder
-
-
-def arguments(corpus: Path, prefix: Path, *more: str) -> list[str]:
-    return [
-        "--input", str(corpus), "--output-prefix", str(prefix), "--tokenizer-type", "NullTokenizer",
-        "--vocab-size", "100", "--workers", "1", "--append-eod", *more,
-    ]  # fmt: skip
-
-
-def outputs(prefix: Path) -> dict[str, bytes]:
-    """Contents of everything a run left, by what follows its prefix."""
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in prefix.parent.glob(f"{prefix.name}*")}
+        files.append(lines)
+    return write_corpus(tmp_path / "corpus", files, compressed=2)
 
 
 @pytest.fixture

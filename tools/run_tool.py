@@ -1,0 +1,24 @@
+"""How a tool ends."""
+
+import sys
+from collections.abc import Callable
+
+from megatron.core.atomic_files import error_sentence
+
+
+def run_tool(
+    action: Callable[[], object],
+    *,
+    interrupted: str = "interrupted",
+    sentence: Callable[[ValueError | OSError], str] = error_sentence,
+) -> int:
+    """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
+    try:
+        action()
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"error: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
