@@ -15,6 +15,10 @@ import torch.distributed as dist
 
 from megatron.core.config import ParallelConfig
 
+# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class Group:

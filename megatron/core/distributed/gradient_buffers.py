@@ -15,12 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core.config import ParallelConfig
-from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.parallel_state import Group, ProcessGroups, all_gather_single, reduce_scatter_single
 from megatron.core.tensor_parallel.parameter import spec_of
-
-# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 16-bit types, which
 # matrix products and NCCL like, and more than any kernel requires.
@@ -186,7 +182,9 @@ class GradientBuffers:
         if bucket.group.size == 1:
             return
         if self.sharded:
-            work = _reduce_scatter(bucket.grads[bucket.own], bucket.grads, group=bucket.group.handle, async_op=True)
+            work = reduce_scatter_single(
+                bucket.grads[bucket.own], bucket.grads, group=bucket.group.handle, async_op=True
+            )
         else:
             work = dist.all_reduce(bucket.grads, group=bucket.group.handle, async_op=True)
         bucket.work.append(work)
@@ -227,7 +225,7 @@ class GradientBuffers:
         for bucket in reversed(self.buckets):
             if bucket.group.size > 1:
                 own = bucket.weights[bucket.own]
-                bucket.work.append(_all_gather(bucket.weights, own, group=bucket.group.handle, async_op=True))
+                bucket.work.append(all_gather_single(bucket.weights, own, group=bucket.group.handle, async_op=True))
         if not self.config.overlap_param_gather:
             self.wait_for_parameters()
 

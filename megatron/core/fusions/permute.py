@@ -4,6 +4,7 @@ T tokens, K experts a token, R rows sorted by expert; R = T*K unless some pairs 
 `combine_rows` are each other's backward, so that neither needs a scatter with atomics and both are repeatable.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,49 +104,6 @@ def combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
     return parts.sum(dim=1, dtype=torch.promote_types(y_RH.dtype, torch.float32)).to(y_RH.dtype)
 
 
-def _keep(ctx: Any, index: PermutationMap) -> None:
-    """In autograd's care, so that recomputation and other hooks on what is kept see it."""
-    ctx.save_for_backward(index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
-    ctx.bijective = index.bijective
-
-
-def _kept(ctx: Any) -> PermutationMap:
-    row_to_pair, pair_to_row, offsets = ctx.saved_tensors
-    return PermutationMap(row_to_pair, pair_to_row, offsets, ctx.bijective)
-
-
-class _GatherRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, index: PermutationMap) -> Tensor:
-        _keep(ctx, index)
-        return gather(x_TH, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return combine(grads[0], _kept(ctx)), None
-
-
-class _CombineRows(Function):
-    @staticmethod
-    def forward(ctx: Any, y_RH: Tensor, index: PermutationMap) -> Tensor:
-        _keep(ctx, index)
-        return combine(y_RH, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gather(grads[0], _kept(ctx)), None
-
-
-def gather_rows(x_TH: Tensor, index: PermutationMap) -> Tensor:
-    """Copies each token to the rows of its K experts: [T, H] -> [R, H]; empty rows are zero."""
-    return _GatherRows.apply(x_TH, index)
-
-
-def combine_rows(y_RH: Tensor, index: PermutationMap) -> Tensor:
-    """Sums the rows of each token, in float32 or wider: [R, H] -> [T, H]."""
-    return _CombineRows.apply(y_RH, index)
-
-
 def gather_weights(probs_TK: Tensor, index: PermutationMap) -> Tensor:
     """The probability of each row, zero for empty rows: [T, K] -> [R]; not differentiable."""
     pairs = index.row_to_pair_R
@@ -164,17 +122,36 @@ def scatter_weights(probs_R: Tensor, index: PermutationMap) -> Tensor:
     return probs_TK if index.bijective else probs_TK.masked_fill_(rows < 0, 0)
 
 
-class _GatherProbs(Function):
-    @staticmethod
-    def forward(ctx: Any, probs_TK: Tensor, index: PermutationMap) -> Tensor:
-        _keep(ctx, index)
-        return gather_weights(probs_TK, index)
+Operation = Callable[[Tensor, PermutationMap], Tensor]
+
+
+class _Permute(Function):
+    """A linear operation along a permutation map, and its transpose for the backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return scatter_weights(grads[0], _kept(ctx)), None
+    def forward(ctx: Any, x: Tensor, index: PermutationMap, operation: Operation, transpose: Operation) -> Tensor:
+        # in autograd's care, so that recomputation and other hooks on what is kept see it
+        ctx.save_for_backward(index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
+        ctx.bijective, ctx.transpose = index.bijective, transpose
+        return operation(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        row_to_pair, pair_to_row, offsets = ctx.saved_tensors
+        index = PermutationMap(row_to_pair, pair_to_row, offsets, ctx.bijective)
+        return ctx.transpose(grads[0], index), None, None, None
+
+
+def gather_rows(x_TH: Tensor, index: PermutationMap) -> Tensor:
+    """Copies each token to the rows of its K experts: [T, H] -> [R, H]; empty rows are zero."""
+    return _Permute.apply(x_TH, index, gather, combine)
+
+
+def combine_rows(y_RH: Tensor, index: PermutationMap) -> Tensor:
+    """Sums the rows of each token, in float32 or wider: [R, H] -> [T, H]."""
+    return _Permute.apply(y_RH, index, combine, gather)
 
 
 def gather_probs(probs_TK: Tensor, index: PermutationMap) -> Tensor:
     """The probability of each row: [T, K] -> [R]; zero for empty rows."""
-    return _GatherProbs.apply(probs_TK, index)
+    return _Permute.apply(probs_TK, index, gather_weights, scatter_weights)

@@ -12,11 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.parallel_state import Group
-
-# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from megatron.core.parallel_state import Group, all_gather_single, reduce_scatter_single
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -33,14 +29,14 @@ def all_gather_first(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    _all_gather(out, x.contiguous(), group=group.handle)
+    all_gather_single(out, x.contiguous(), group=group.handle)
     return out
 
 
 def start_all_gather_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
     """`all_gather_first` in a group of several, without waiting: the result is there when the request is done."""
     out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    return out, _all_gather(out, x.contiguous(), group=group.handle, async_op=True)
+    return out, all_gather_single(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
@@ -49,14 +45,14 @@ def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
         return x
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows cannot be scattered over {group.size} ranks"
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    _reduce_scatter(out, x.contiguous(), group=group.handle)
+    reduce_scatter_single(out, x.contiguous(), group=group.handle)
     return out
 
 
 def start_reduce_scatter_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
     """`reduce_scatter_first` in a group of several, without waiting: the result is there when the request is done."""
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    return out, _reduce_scatter(out, x.contiguous(), group=group.handle, async_op=True)
+    return out, reduce_scatter_single(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 def split_first(x: Tensor, group: Group) -> Tensor:
@@ -89,20 +85,6 @@ class _Reduce(Function):
         return grads[0], None
 
 
-class _GatherSequence(Function):
-    """All-gather forward; backward a reduce-scatter if each rank goes on with other weights, else a split."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, partial_grad: bool) -> Tensor:
-        ctx.group, ctx.partial_grad = group, partial_grad
-        return all_gather_first(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        back = reduce_scatter_first if ctx.partial_grad else split_first
-        return back(grads[0], ctx.group), None, None
-
-
 class _ReduceScatterSequence(Function):
     """`g_bar`: reduce-scatter forward, all-gather backward."""
 
@@ -124,14 +106,6 @@ def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
     """Sums the ranks' partial results into a replicated tensor; backward is the identity."""
     return x if group.size == 1 else _Reduce.apply(x, group)
-
-
-def gather_from_sequence_parallel(x: Tensor, group: Group, partial_grad: bool = True) -> Tensor:
-    """Joins sequence slices: [s/tp, ...] -> [s, ...].
-
-    `partial_grad` says that the ranks' gradients of the result are parts of a sum (each rank used other weights).
-    """
-    return x if group.size == 1 else _GatherSequence.apply(x, group, partial_grad)
 
 
 def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group) -> Tensor:
