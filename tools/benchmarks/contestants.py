@@ -1,0 +1,268 @@
+"""The training steps that train_step.py compares, each in a process of its own that takes a step when it is told.
+
+Megatron-Core has the top-level name of this project, and every program has its own imports, threads and allocator: so
+each runs as its users run it. A process reads one JSON line, what to build, and writes one when it is ready; then it
+answers every further line with its next step. Nothing of this project is imported before it is known that it is wanted.
+"""
+
+import contextlib
+import importlib
+import itertools
+import json
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+OURS = "this project"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What every contestant trains on."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    num_experts: int
+    moe_router_topk: int
+    vocab_size: int
+    """Rows of the embedding, padding included."""
+    seq_length: int
+    micro_batch_size: int
+    params_dtype: str
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.params_dtype]
+
+    def tokens(self) -> Tensor:
+        """The same tokens for all: int64 [micro batch, sequence]."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.micro_batch_size, self.seq_length)
+        return torch.randint(self.vocab_size, shape, generator=generator).to(self.device)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that can take steps; `step` returns its loss."""
+
+    model: torch.nn.Module
+    step: Callable[[], float]
+
+
+def our_step(shape: StepShape) -> Contestant:
+    """The step of this project, without the loop's logging."""
+    from megatron.core.config import ModelConfig
+    from megatron.core.distributed.gradient_buffers import GradientBuffers
+    from megatron.core.models.mixtral.mixtral_model import MixtralModel
+    from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+    from megatron.core.optimizer.param_scheduler import StepRates
+    from megatron.core.optimizer_config import OptimizerConfig
+    from megatron.core.parallel_state import ProcessGroups
+    from megatron.core.tensor_parallel.parameter import initialize_parameters
+
+    not_of_the_model = ("seq_length", "micro_batch_size", "device")
+    config = ModelConfig(**{name: value for name, value in asdict(shape).items() if name not in not_of_the_model})
+    model = MixtralModel(config, groups=ProcessGroups(), sequence_parallel=False, device=torch.device(shape.device))
+    initialize_parameters(model, 0, 1)
+    buffers = GradientBuffers(model, ProcessGroups())
+    optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), ProcessGroups())
+    tokens = shape.tokens()
+
+    def step() -> float:
+        with torch.profiler.record_function("gradient handling"):
+            buffers.start_step(1)
+        loss = model(tokens, labels=tokens).tensor.mean()
+        loss.backward()
+        with torch.profiler.record_function("gradient handling"):
+            buffers.finalize()
+        with torch.profiler.record_function("optimizer"):
+            optimizer.step(StepRates(1e-4, 1e-4, 0.1))
+        return loss.item()
+
+    return Contestant(model, step)
+
+
+def _with_adamw(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Contestant:
+    """Forward, backward, clipping and torch's fused AdamW, with float32 masters for narrow parameters."""
+    parameters = list(model.parameters())
+    masters = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in parameters]
+    adam = torch.optim.AdamW(masters, lr=1e-4, weight_decay=0.1, fused=True)
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        for parameter, master in zip(parameters, masters, strict=True):
+            if master is not parameter:
+                assert parameter.grad is not None
+                master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in zip(parameters, masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return value.item()
+
+    return Contestant(model, step)
+
+
+def transformers_step(shape: StepShape, implementation: str) -> Contestant:
+    """transformers' Mixtral with one of its implementations of the experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    options: dict[str, Any] = {"experts_implementation": implementation}
+    config = MixtralConfig(
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        vocab_size=shape.vocab_size,
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.moe_router_topk,
+        max_position_embeddings=shape.seq_length,
+        **options,
+    )
+    model: torch.nn.Module = MixtralForCausalLM(config)
+    model = model.to(shape.device, shape.dtype)
+    tokens = shape.tokens()
+    return _with_adamw(model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
+
+
+def _core(name: str) -> Any:
+    """A module of Megatron-Core, which has the names of this project's."""
+    return importlib.import_module(f"megatron.core.{name}" if name else "megatron.core")
+
+
+def _without_cuda() -> None:
+    """Lets Megatron-Core run on a CPU: what it asks of CUDA is answered, or not needed without dropout."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    _core("tensor_parallel.random").CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
+    moe_utils = _core("transformer.moe.moe_utils")
+    if not hasattr(moe_utils, "te_general_gemm"):  # read without having been set where Transformer Engine is absent
+        moe_utils.te_general_gemm = None
+
+
+def megatron_core_step(shape: StepShape, folder: str) -> Contestant:
+    """Megatron-Core's GPTModel of local layers, its experts one after another, and torch's fused AdamW."""
+    found = Path(_core("").__file__).resolve()
+    if not found.is_relative_to(Path(folder).resolve()):
+        raise ImportError(f"megatron.core came from {found}, not from {folder}")
+    if shape.device == "cpu":
+        _without_cuda()
+    dist.init_process_group("gloo" if shape.device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    _core("parallel_state").initialize_model_parallel()
+    if shape.device != "cpu":
+        _core("tensor_parallel.random").model_parallel_cuda_manual_seed(1)
+    config = _core("transformer.transformer_config").TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        moe_ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        num_moe_experts=shape.num_experts,
+        moe_router_topk=shape.moe_router_topk,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=shape.device == "cpu",
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=shape.device != "cpu",
+        bf16=shape.dtype == torch.bfloat16,
+        params_dtype=shape.dtype,
+    )
+    model = (
+        _core("models.gpt.gpt_model")
+        .GPTModel(
+            config,
+            _core("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
+                num_experts=shape.num_experts, normalization="RMSNorm"
+            ),
+            vocab_size=shape.vocab_size,
+            max_sequence_length=shape.seq_length,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+        )
+        .to(shape.device, shape.dtype)
+    )
+    tokens = shape.tokens()
+    positions = torch.arange(shape.seq_length, device=shape.device).expand_as(tokens).contiguous()
+    mask = torch.ones(shape.seq_length, shape.seq_length, dtype=torch.bool, device=shape.device).triu(1)[None, None]
+    return _with_adamw(model, lambda: model(tokens, positions, mask, labels=tokens).mean())
+
+
+def build(kind: str, argument: str, shape: StepShape) -> Contestant:
+    """The contestant that goes by `kind`: ours, transformers (implementation), megatron-core (its folder)."""
+    if kind == "ours":
+        return our_step(shape)
+    if kind == "transformers":
+        return transformers_step(shape, argument)
+    return megatron_core_step(shape, argument)
+
+
+def _timed(contestant: Contestant, shape: StepShape) -> dict[str, float]:
+    synchronize = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    loss = contestant.step()
+    synchronize()
+    seconds = time.perf_counter() - start
+    if not math.isfinite(loss):
+        raise ArithmeticError(f"the loss is {loss}")
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if shape.device == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return {"seconds": seconds, "loss": loss, "peak_bytes": peak}
+
+
+def serve() -> None:
+    """The process: see the top of the file."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    warnings.filterwarnings("ignore")
+    order = json.loads(sys.stdin.readline())
+    root = Path(__file__).resolve().parents[2]
+    elsewhere = [path for path in sys.path[1:] if Path(path).resolve() != root]
+    sys.path[:] = [order["argument"] if order["kind"] == "megatron-core" else str(root), *elsewhere]
+    shape = StepShape(**order["shape"])
+    contestant = build(order["kind"], order["argument"], shape)
+    parameters = sum(parameter.numel() for parameter in contestant.model.parameters())
+    answers.write(json.dumps({"parameters": parameters, "threads": torch.get_num_threads()}) + "\n")
+    for line in itertools.takewhile(bool, iter(sys.stdin.readline, "")):
+        if line.strip() == "profile":
+            from tools.benchmarks.step_profile import profile_groups
+
+            answers.write(json.dumps(profile_groups(contestant.model, contestant.step)) + "\n")
+        else:
+            answers.write(json.dumps(_timed(contestant, shape)) + "\n")
+
+
+if __name__ == "__main__":
+    serve()
