@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.context_parallel.zigzag import split_batch
-from megatron.core.datasets import build_train_valid_test_datasets
+from megatron.core.datasets.blended_dataset import build_train_valid_test_datasets
 from megatron.core.fusions.attention import Documents
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups

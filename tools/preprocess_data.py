@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    # NumPy would start threads of its own when it is loaded; this process is forked, and does no algebra.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from megatron.core.atomic_files import error_sentence
 from megatron.core.tokenizers import TOKENIZER_TYPES

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron.core.datasets import PretrainingSampler, Sample
+from megatron.core.datasets.gpt_dataset import Sample
+from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.training.signals import leave_stopping_to_the_parent
 
 Batch = dict[str, Tensor]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.datasets import PretrainingSampler, fingerprints
+from megatron.core.datasets.blended_dataset import fingerprints
+from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW

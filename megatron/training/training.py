@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron.core.config import DataConfig, ModelConfig
-from megatron.core.datasets import blend_summary, source_table
+from megatron.core.datasets.blended_dataset import blend_summary, source_table
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward

@@ -83,7 +83,7 @@ def validation_samples(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The first `count` samples of the validation split, the ones the trainer evaluates."""
     from megatron.core.config import DataConfig, TokenizerConfig
-    from megatron.core.datasets import build_train_valid_test_datasets
+    from megatron.core.datasets.blended_dataset import build_train_valid_test_datasets
     from megatron.core.tokenizers import build_tokenizer
 
     settings = TokenizerConfig(tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(tokenizer))

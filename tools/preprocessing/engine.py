@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron.core.tokenizers import Tokenizer
+from tools.preprocessing.vocabulary import sentencepiece_json
 
 BACKENDS = ("auto", "gigatoken", "hf", "sentencepiece")
 # Steps of a tokenizer.json that do not look at what kind of character one is; "Regex" is no step, but a pattern's kind.
@@ -174,19 +175,12 @@ def engine_source(name: str, reference: Tokenizer) -> str | None:
 
 
 def _sentencepiece_json(model: Path) -> str:
-    """A sentencepiece model as a tokenizer.json in which, as in sentencepiece, `</s>` in a text is ordinary text."""
     try:
-        from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
-
-        content = json.loads(sentencepiece_to_tokenizer_json(model.read_bytes()))
+        return sentencepiece_json(model.read_bytes())
     except ImportError:
         raise EngineUnavailable(_GIGATOKEN_MISSING) from None
     except ValueError as error:
         raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({error})") from None
-    controls = {token["content"] for token in content["added_tokens"] if token["special"]}
-    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge) not in controls]
-    return json.dumps(content)
 
 
 def _gpt2_json(vocab_file: Path, merge_file: Path) -> str:

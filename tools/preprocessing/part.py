@@ -20,7 +20,7 @@ from tools.preprocessing.progress import Progress
 from tools.preprocessing.reader import Block, blocks_of
 from tools.preprocessing.settings import Settings, token_type
 from tools.preprocessing.statistics import Statistics
-from tools.preprocessing.worker import Plan, Result
+from tools.preprocessing.worker import Result
 
 SECONDS_BETWEEN_JOURNALS = 10.0
 
@@ -40,7 +40,6 @@ class Part(NamedTuple):
     prefix: str
     inputs: list[Input]
     tokenizer: Tokenizer
-    plan: Plan
     pool: WorkerPool
     label: str
     alive: Callable[[], None]
@@ -158,7 +157,7 @@ class PartRun:
         total = sum(file.size for file in part.inputs)
         progress = Progress(total, journal.statistics.read_bytes, part.settings.log_interval, part.label)
         last = time.monotonic()
-        for block, result in part.pool.encode(part.plan, part.tokenizer, self._blocks()):
+        for block, result in part.pool.encode(self._blocks()):
             if result.difference:
                 raise EngineDiffers(f"{block.path}, bytes {block.start} to {block.end}: {result.difference}")
             self._take(block, result)

@@ -14,9 +14,8 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
 
-from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.reader import Block
-from tools.preprocessing.worker import Encoder, Plan, Result
+from tools.preprocessing.worker import Encoder, Result
 
 _BLOCKS_AHEAD = 3
 
@@ -26,21 +25,22 @@ class WorkerDied(Exception):
 
 
 class WorkerPool:
-    """Processes that wait for work; a single worker is this process itself.
+    """Processes that encode with `encoder`; a single worker is this process itself.
 
-    They start at once, so that they import what they need while the parent prepares the work.
+    They are forked, and so begin with the vocabulary that is ready here, not with imports of their own. Nothing that
+    they use may have threads by then.
     """
 
-    def __init__(self, workers: int) -> None:
-        # Not forked: the tokenizer's library may already have threads here, which a forked child would miss.
-        context = get_context("spawn")
+    def __init__(self, workers: int, encoder: Encoder) -> None:
+        self._encoder = encoder
+        context = get_context("fork")
         self._processes = []
         self._pipes: list[Connection] = []
         for _ in range(workers if workers > 1 else 0):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            self._processes.append(process)
             self._pipes.append(ours)
+            process = context.Process(target=_work, args=(encoder, theirs, list(self._pipes)), daemon=True)
+            self._processes.append(process)
             process.start()
             theirs.close()
         self._waiting: list[dict[int, Block]] = [{} for _ in self._processes]
@@ -55,21 +55,15 @@ class WorkerPool:
             pipe.close()
             process.join()
 
-    def encode(self, plan: Plan, tokenizer: Tokenizer, blocks: Iterator[Block]) -> Iterator[tuple[Block, Result]]:
-        """Every block, without its content, and what became of it, in order; to be called once. Raises WorkerDied.
+    def encode(self, blocks: Iterator[Block]) -> Iterator[tuple[Block, Result]]:
+        """Every block, without its content, and what became of it, in order. Raises WorkerDied.
 
         There are never more than a few blocks for each worker in memory, whatever the size of the corpus.
         """
         if not self._processes:
-            encoder = Encoder(plan, tokenizer)
             for each in blocks:
-                yield each, encoder.encode(each)
+                yield each, self._encoder.encode(each)
             return
-        for worker, pipe in enumerate(self._pipes):
-            try:
-                pipe.send(plan)
-            except OSError:
-                raise self._death(worker) from None
         done: dict[int, tuple[Block, Result]] = {}
         given = taken = 0
         ahead = len(self._processes) * _BLOCKS_AHEAD
@@ -127,20 +121,21 @@ def receive_arrays(pipe: Connection) -> Any:
     return pickle.loads(head, buffers=[pipe.recv_bytes() for _ in range(count)])
 
 
-def _work(pipe: Connection) -> None:
+def _work(encoder: Encoder, pipe: Connection, of_parent: list[Connection]) -> None:
     # The parent answers Ctrl-C for all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Held open here, the parent's ends would hide its death from the other workers and from this one.
+    for end in of_parent:
+        end.close()
     messages: SimpleQueue[Any] = SimpleQueue()
     # A thread empties the pipe, so that the parent is never held up in giving while this process answers. When the
     # parent has died the pipe ends, and so does this process, whatever it is doing.
     threading.Thread(target=_receive, args=(pipe, messages), daemon=True).start()
-    plan: Plan = messages.get()
-    encoder: Encoder | None = None
     while True:
         number, block = messages.get()
         answer: Any
         try:
-            encoder = encoder or Encoder(plan)
             answer = encoder.encode(block)
         except Exception as error:
             answer = ValueError(f"{block.path}, bytes {block.start} to {block.end}: {error}")

@@ -106,20 +106,28 @@ class Ranks:
         if self._place.ranks > 1:
             status_path(self._prefix, self._place).parent.mkdir(parents=True, exist_ok=True)
             self._publish()
-            self._thread.start()
         return self
+
+    def show_life(self) -> None:
+        """Renew the status file from now on, by a thread; not before the worker processes are forked."""
+        if self._place.ranks > 1:
+            self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._place.ranks == 1:
             return
-        self._stop.set()
-        self._thread.join()
+        self._end_beats()
         if error is not None:
             sentence = error_sentence(error) if isinstance(error, OSError | ValueError) else str(error)
             self._status |= {"state": "failed", "error": sentence or type(error).__name__}
             self._publish()
+
+    def _end_beats(self) -> None:
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _beat(self) -> None:
         while not self._stop.wait(_SECONDS_BETWEEN_BEATS):
@@ -151,8 +159,7 @@ class Ranks:
 
     def done(self, fingerprint: str, report: Report) -> None:
         """Say that this rank's part is complete."""
-        self._stop.set()
-        self._thread.join()
+        self._end_beats()
         record = [asdict(report.statistics), *report[1:]]
         self._status |= {"state": "done", "fingerprint": fingerprint, "report": record}
         with atomic_writer(status_path(self._prefix, self._place)) as file:

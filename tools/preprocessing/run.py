@@ -12,7 +12,9 @@ from tools.preprocessing import inputs
 from tools.preprocessing.documents import BLANK
 from tools.preprocessing.engine import (
     PROBES,
+    Engine,
     EngineUnavailable,
+    ReferenceEngine,
     engine_source,
     first_difference,
     make_engine,
@@ -26,14 +28,12 @@ from tools.preprocessing.ranks import Place, Ranks, finished_report, part_prefix
 from tools.preprocessing.reader import blocks_of, check_columns
 from tools.preprocessing.settings import Settings
 from tools.preprocessing.statistics import Statistics, document_summary
-from tools.preprocessing.worker import Plan, read_documents
+from tools.preprocessing.worker import Encoder, read_documents
 
 _SAMPLED_BLOCKS = 8
 _SAMPLED_DOCUMENTS = 8
 _SAMPLED_CHARACTERS = 4000
 _PREVIEWED_TOKENS = 400
-_MEMORY_OF_ALL = 600 << 20
-_MEMORY_OF_WORKER = 200 << 20
 
 
 def sample(parts: list[Input], keys: list[str]) -> Iterator[str]:
@@ -59,35 +59,33 @@ def sample(parts: list[Input], keys: list[str]) -> Iterator[str]:
             break
 
 
-def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], label: str) -> Plan:
+def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], label: str) -> Engine:
     """The engine that the flags ask for, compared with the reference on a sample of the input.
 
     `auto` takes the first that can run here and gives the same ids, and says why if that is not the fastest. Raises
     ValueError if an engine that was asked for by name cannot run or gives other ids.
     """
     reference = reference_name(tokenizer)
-    memory = _MEMORY_OF_WORKER + _MEMORY_OF_ALL // settings.workers
     wanted = settings.tokenizer_backend
     candidates = [wanted] if wanted != "auto" else ["gigatoken", *(["hf"] if reference == "reference" else [])]
     for name in candidates:
         if name == reference:
             break
         try:
-            source = engine_source(name, tokenizer)
-            engine = make_engine(name, tokenizer, source)
+            engine = make_engine(name, tokenizer, engine_source(name, tokenizer))
         except EngineUnavailable as error:
             reason = str(error)
         else:
             texts = [*PROBES, *sample(parts, settings.json_keys)]
             difference = first_difference(engine, tokenizer, texts)
             if difference is None:
-                return Plan(settings, name, source, memory)
+                return engine
             reason = f"it gives other ids than the reference on a sample: {difference}"
         if wanted != "auto":
             raise ValueError(f"--tokenizer-backend {name}: {reason}")
         if settings.tokenizer.tokenizer_type != "NullTokenizer":
             print(f"{label}not using {name}: {reason}")
-    return Plan(settings, reference, None, memory)
+    return ReferenceEngine(tokenizer)
 
 
 def check_outcome(settings: Settings, statistics: Statistics, documents: list[int]) -> None:
@@ -103,23 +101,23 @@ def check_outcome(settings: Settings, statistics: Statistics, documents: list[in
             raise ValueError(f"--input {' '.join(settings.input)} has no document with text under the key {key!r}")
 
 
-def _write_part(part: Part, place: Place) -> tuple[Report, str]:
-    """Write this rank's part; returns its report and the name of the engine that ended it."""
+def _write_part(part: Part, place: Place, engine: str) -> tuple[Report, str]:
+    """Write this rank's part with `engine`; returns its report and the name of the engine that ended it."""
 
     def check(statistics: Statistics, documents: list[int]) -> None:
         if place.ranks == 1:
             check_outcome(part.settings, statistics, documents)
 
     try:
-        return PartRun(part, check).run(), part.plan.engine
+        return PartRun(part, check).run(), engine
     except EngineDiffers as error:
         if part.settings.tokenizer_backend != "auto" or place.ranks > 1:
             advice = "use --tokenizer-backend hf or sentencepiece"
-            raise ValueError(f"{error}; nothing that {part.plan.engine} wrote is kept: {advice}") from None
+            raise ValueError(f"{error}; nothing that {engine} wrote is kept: {advice}") from None
         print(f"warning: {error}; starting again from the beginning with the reference tokenizer")
-    plan = part.plan._replace(engine=reference_name(part.tokenizer), source=None)
-    with WorkerPool(part.settings.workers) as pool:
-        return PartRun(part._replace(plan=plan, pool=pool), check).run(), plan.engine
+    reference = ReferenceEngine(part.tokenizer)
+    with WorkerPool(part.settings.workers, Encoder(part.settings, part.tokenizer, reference)) as pool:
+        return PartRun(part._replace(pool=pool), check).run(), reference.name
 
 
 def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
@@ -128,26 +126,27 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks(settings.output_prefix, place, rank_timeout))
         everything = find_inputs(settings.input)
-        pool = stack.enter_context(WorkerPool(settings.workers))
         tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
         for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
             if getattr(settings, f"append_{flag}") and token is None:
                 raise ValueError(f"--append-{flag}: this tokenizer has no such token")
         mine = share(everything, *place)
         check_columns(mine, settings.json_keys)
-        plan = choose_engine(settings, tokenizer, mine, place.label)
+        chosen = choose_engine(settings, tokenizer, mine, place.label)
+        pool = stack.enter_context(WorkerPool(settings.workers, Encoder(settings, tokenizer, chosen)))
+        ranks.show_life()
         prefix = part_prefix(settings.output_prefix, place)
-        part = Part(settings, prefix, mine, tokenizer, plan, pool, place.label, ranks.check)
-        engine = plan.engine
+        part = Part(settings, prefix, mine, tokenizer, pool, place.label, ranks.check)
+        engine = chosen.name
         if place.ranks == 1:
-            report, engine = _write_part(part, place)
+            report, engine = _write_part(part, place, engine)
             statistics, kept_bytes = report.statistics, report.kept_bytes
         else:
             finished = finished_report(settings.output_prefix, place, part.fingerprint)
             if finished:
                 report = finished._replace(kept_bytes=finished.statistics.read_bytes)
             else:
-                report = _write_part(part, place)[0]
+                report = _write_part(part, place, engine)[0]
             ranks.done(part.fingerprint, report)
             if place.rank:
                 print(f"{place.label}done: {report.statistics.lines} lines")

@@ -6,15 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.documents import BYTE_ORDER_MARK, BadDocument, check_texts, texts_of_line
-from tools.preprocessing.engine import Engine, first_difference, make_engine, reference_name
+from tools.preprocessing.engine import Engine, first_difference, reference_name
 from tools.preprocessing.reader import TOO_LONG, Block, lines_of
 from tools.preprocessing.settings import Settings, token_type
 
 BROKEN_FILE = "broken file"
 _CHECKED_CHARACTERS = 2000
 _BATCH = 64
+# An engine that holds more begins anew: what it has seen grows with the text.
+_MEMORY_OF_ALL = 600 << 20
+_MEMORY_OF_WORKER = 200 << 20
 
 
 class Encoded(NamedTuple):
@@ -44,15 +47,6 @@ class Result(NamedTuple):
     """What the engine got wrong in the document that was checked against the reference, if anything."""
 
 
-class Plan(NamedTuple):
-    """What a worker needs to make its encoder."""
-
-    settings: Settings
-    engine: str
-    source: str | None
-    memory_limit: int
-
-
 def read_documents(block: Block, keys: list[str]) -> tuple[list[tuple[int, list[str]]], int, list[Bad]]:
     """The texts of each usable line with its number in the block, how many lines there are, and the unusable ones."""
     rows: list[tuple[int, list[str]]] = []
@@ -79,18 +73,21 @@ def read_documents(block: Block, keys: list[str]) -> tuple[list[tuple[int, list[
 
 
 class Encoder:
-    """Turns blocks into token ids, in this process."""
+    """Turns blocks into token ids with `engine`, which is compared with the tokenizer `reference` on the way."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer | None = None) -> None:
-        settings = plan.settings
-        self._reference = tokenizer or build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
-        self._engine: Engine = make_engine(plan.engine, self._reference, plan.source)
-        self._is_reference = plan.engine == reference_name(self._reference)
+    def __init__(self, settings: Settings, reference: Tokenizer, engine: Engine) -> None:
+        self._reference, self._engine = reference, engine
+        self._is_reference = engine.name == reference_name(reference)
         self._dtype = token_type(self._reference)
         self._keys = settings.json_keys
         self._bos = self._reference.bos if settings.append_bos else None
         self._eod = self._reference.eod if settings.append_eod else None
-        self._memory_limit = plan.memory_limit
+        self._memory_limit = _MEMORY_OF_WORKER + _MEMORY_OF_ALL // settings.workers
+
+    @property
+    def engine_name(self) -> str:
+        """The backend that encodes."""
+        return self._engine.name
 
     def encode(self, block: Block) -> Result:
         """The documents of a block for each key, and the lines that are none."""

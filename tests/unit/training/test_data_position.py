@@ -9,7 +9,9 @@ import torch
 from model_testing import tiny_arguments
 
 from megatron.core.config import DataConfig
-from megatron.core.datasets import Dataset, IndexedDatasetWriter, build_train_valid_test_datasets
+from megatron.core.datasets.blended_dataset import build_train_valid_test_datasets
+from megatron.core.datasets.gpt_dataset import Dataset
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tokenizers.null_tokenizer import NullTokenizer
 from megatron.training.setup import batches

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pretrain_gpt
-from megatron.core.datasets import IndexedDatasetWriter
+from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.training import training
 from megatron.training.initialize import Environment
 

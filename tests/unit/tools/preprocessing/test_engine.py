@@ -1,7 +1,10 @@
 """Engines give exactly the reference's ids, and one that does not is not taken."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from tools import preprocess_data
 from tools.preprocessing import engine, inputs, run
 from tools.preprocessing.engine import EngineUnavailable, engine_source, first_difference, make_engine, reference_name
 from tools.preprocessing.settings import TokenizerFlags
+from tools.preprocessing.vocabulary import sentencepiece_json
 
 pytest.importorskip("gigatoken")
 
@@ -120,7 +124,6 @@ def wrong_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         return Wrong(reference) if name == "gigatoken" else make_engine(name, reference, source)
 
     monkeypatch.setattr(run, "make_engine", make)
-    monkeypatch.setattr("tools.preprocessing.worker.make_engine", make)
 
 
 def stored(tmp_path: Path) -> list[list[int]]:
@@ -188,3 +191,52 @@ def test_bos_and_eod_never_double(tmp_path: Path, byte_level_folder: Path) -> No
         tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(byte_level_folder))).tokenize(text)[0]
         for text in "ab")  # fmt: skip
     assert stored(tmp_path) == [[1, a, 2], [1, a, 2], [1, 2], [1, 2], [1, a, 2, b, 2]]
+
+
+COUNT_THREADS = """
+import os, runpy, sys
+fork = os.fork
+def counted():
+    print("threads:", len(os.listdir("/proc/self/task")), flush=True)
+    return fork()
+os.fork = counted
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads in /proc")
+@pytest.mark.parametrize(("backend", "ranks"), [("gigatoken", 1), ("hf", 1), ("sentencepiece", 2)])
+def test_a_process_that_is_forked_has_no_other_threads(
+    tmp_path: Path, byte_level_folder: Path, sentencepiece_model: Path, backend: str, ranks: int
+) -> None:
+    """A lock that another thread holds in that moment would stay locked in the worker for ever."""
+    folder = sentencepiece_model if backend == "sentencepiece" else byte_level_folder
+    command = [
+        sys.executable, "-c", COUNT_THREADS, str(Path(preprocess_data.__file__)), "--input",
+        str(corpus(tmp_path / "a.jsonl", ["horse"])), "--output-prefix", str(tmp_path / "out"), "--tokenizer-type",
+        "PretrainedTokenizerFromHF", "--tokenizer-model", str(folder), "--workers", "2", "--tokenizer-backend", backend,
+        "--rank-timeout", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": str(ranks)}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 or "rank 1 has not begun" in done.stderr, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("threads")] == ["threads: 1"] * 2
+
+
+def test_the_models_conversion_is_gigatokens_own(mixtral_model: Path, sentencepiece_model: Path) -> None:
+    """But for control pieces, which are no added tokens, and which nothing merges into."""
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+    for path in (mixtral_model, sentencepiece_model / "tokenizer.model"):
+        expected = json.loads(sentencepiece_to_tokenizer_json(path.read_bytes()))
+        controls = {token["content"] for token in expected["added_tokens"] if token["special"]}
+        assert controls
+        expected["added_tokens"] = [token for token in expected["added_tokens"] if not token["special"]]
+        merges = expected["model"]["merges"]
+        expected["model"]["merges"] = [merge for merge in merges if "".join(merge) not in controls]
+        assert json.loads(sentencepiece_json(path.read_bytes())) == expected
+    for broken in (b"", b"not a model", path.read_bytes()[:-1]):
+        with pytest.raises(ValueError, match="not a sentencepiece model"):
+            sentencepiece_json(broken)
