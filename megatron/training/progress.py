@@ -23,3 +23,6 @@ class Progress:
     """Settings of learning rate and weight decay over the run, which a resumed run must share."""
     data_fingerprints: dict[str, str] = field(default_factory=dict)
     """What is in the files that are trained on, so that a resumed run notices if they were replaced."""
+    grouped_gemm: dict[str, str] = field(default_factory=dict)
+    """What was measured to make the products of the experts fastest, by device and shape, so that a resumed run
+    computes as before."""

@@ -28,6 +28,7 @@ from megatron.training.checkpointing import (
     locate_checkpoint,
 )
 from megatron.training.config import Arguments, LoggingConfig, TrainingConfig
+from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
     Environment,
     SharedError,
@@ -93,6 +94,8 @@ def _pretrain(
     trainer = replace(settle_resumed_schedule(trainer, progress), monitor=start_monitor(arguments, groups))
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
+    if measured := settle_grouped_gemm(trainer, progress):
+        print_once(groups, measured)
     train(trainer, datasets, progress, stop_signal)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.expert_mlp import expert_mlp
+from megatron.core.fusions.grouped_gemm import Backend, takes_grouped_mm
 from megatron.core.fusions.permute import PermutationMap
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
@@ -19,7 +20,12 @@ class _StackedWeight(nn.Module):
 
 
 class Experts(nn.Module):
-    """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over `group`)."""
+    """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over `group`).
+
+    Attributes:
+        backend: what makes their products; may be set again, to what has been measured.
+        takes_grouped_mm: whether there is a choice.
+    """
 
     def __init__(
         self,
@@ -52,7 +58,16 @@ class Experts(nn.Module):
         )
         self.linear_fc1 = _StackedWeight(gate_up, experts, config.dtype, device)
         self.linear_fc2 = _StackedWeight(down, experts, config.dtype, device)
+        self.backend: Backend = config.moe_grouped_gemm_backend
+        width = config.ffn_hidden_size // group.size
+        self.takes_grouped_mm = takes_grouped_mm(config.dtype, config.hidden_size, width)
+        if self.backend == "grouped_mm" and not self.takes_grouped_mm:
+            raise ValueError(
+                f"--moe-grouped-gemm-backend grouped_mm does not take experts of {config.params_dtype}, {width} x "
+                f"{config.hidden_size} on a rank: it wants 16 or 32 bits and rows of a multiple of 16 bytes, so leave "
+                "it at auto"
+            )
 
     def forward(self, x_TH: Tensor, probs_TK: Tensor, index: PermutationMap) -> Tensor:
         """`probs_TK` weights each token's choices; `index` knows which of them are for experts here."""
-        return expert_mlp(x_TH, probs_TK, index, self.linear_fc1.weight, self.linear_fc2.weight)
+        return expert_mlp(x_TH, probs_TK, index, self.linear_fc1.weight, self.linear_fc2.weight, self.backend)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from megatron.core.fusions import grouped_gemm
 from megatron.core.fusions import swiglu as swiglu_module
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.grouped_gemm import add_weight_gradient, grouped_product
+from megatron.core.fusions.grouped_gemm import Backend, add_weight_gradient, grouped_product
 from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
 from megatron.core.fusions.router import top_k_routing
 
@@ -48,7 +49,13 @@ def test_gather_and_combine_are_each_others_transpose(tokens: int, experts: int,
 
 
 COUNTS = [[3, 0, 5], [0, 0, 8], [8, 0, 0], [0, 1, 7], [127, 1, 129], [0, 0, 0]]
-BOUNDS = [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)]
+BOUNDS = [
+    (torch.float64, 1e-14, "loop"),
+    (torch.float32, 2e-6, "loop"),
+    (torch.bfloat16, 6e-3, "loop"),
+    (torch.float32, 2e-6, "grouped_mm"),
+    (torch.bfloat16, 6e-3, "grouped_mm"),
+]
 
 
 def _drawn(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -62,14 +69,14 @@ def _close(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
-def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize(("dtype", "bound", "backend"), BOUNDS)
+def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bound: float, backend: Backend) -> None:
     x, weight, grad = _drawn(dtype, sum(counts), 16), _drawn(dtype, 3, 24, 16), _drawn(dtype, sum(counts), 24)
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     for operand, transpose in ((x, True), (grad, False)):
         matrices = weight.double().transpose(1, 2) if transpose else weight.double()
         expected = torch.cat([p @ m for p, m in zip(operand.double().split(counts), matrices, strict=True)])
-        _close(grouped_product(operand, weight, ends, transpose=transpose), expected, bound)
+        _close(grouped_product(operand, weight, ends, transpose=transpose, backend=backend), expected, bound)
     wide = torch.promote_types(dtype, torch.float32)
     for beta in (0.0, 1.0):
         out = _drawn(wide, 3, 24, 16)
@@ -82,6 +89,25 @@ def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bo
                 assert torch.equal(out[expert].double(), beta * before[expert])
             else:
                 _close(out[expert], beta * before[expert] + g.T @ rows, bound)
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "grouped_mm"])
+def test_what_is_asked_for_multiplies(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, calls = grouped_gemm._grouped_mm, []
+    assert library is not None
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(args)
+        return library(*args, **kwargs)
+
+    monkeypatch.setattr(grouped_gemm, "_grouped_mm", counted)
+    weight, x, ends = _drawn(torch.float32, 2, 8, 16), _drawn(torch.float32, 5, 16), torch.tensor([2, 5]).int()
+    grouped_product(x, weight, ends, transpose=True, backend=backend)
+    assert len(calls) == (backend == "grouped_mm")  # on a CPU nobody but a flag asks for it
+    grouped_product(x.double(), weight.double(), ends, transpose=True, backend=backend)
+    grouped_product(x[:, :15], weight[..., :15], ends, transpose=True, backend=backend)
+    assert len(calls) == (backend == "grouped_mm"), "it takes neither float64 nor rows that are not aligned"
+    assert grouped_gemm.seconds_of_products(backend, _drawn(torch.float32, 2, 16, 8), _drawn(torch.float32, 2, 8, 8), 3)
 
 
 def _loop(x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor):
@@ -99,9 +125,9 @@ def _loop(x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, gate_up: 
 
 @pytest.mark.parametrize("first_expert", [0, 1], ids=["all experts here", "some elsewhere"])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), CASES)
-@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
+@pytest.mark.parametrize(("dtype", "bound", "backend"), BOUNDS)
 def test_the_experts_equal_a_loop_over_tokens(
-    tokens: int, experts: int, top_k: int, dtype: torch.dtype, bound: float, first_expert: int
+    tokens: int, experts: int, top_k: int, dtype: torch.dtype, bound: float, backend: Backend, first_expert: int
 ) -> None:
     chosen = _experts(tokens, experts, top_k) - first_expert
     here, width = experts - 2 * first_expert, 24
@@ -112,7 +138,7 @@ def test_the_experts_equal_a_loop_over_tokens(
     inputs[1] = inputs[1].to(torch.promote_types(dtype, torch.float32)).sigmoid()
     ours = [tensor.clone().requires_grad_() for tensor in inputs]
     theirs = [tensor.double().requires_grad_() for tensor in inputs]
-    y = expert_mlp(ours[0], ours[1], index, ours[2], ours[3])
+    y = expert_mlp(ours[0], ours[1], index, ours[2], ours[3], backend)
     expected = _loop(theirs[0], theirs[1], chosen, theirs[2], theirs[3])
     _close(y, expected.detach(), bound)
     grad = _drawn(dtype, tokens, 16).flip(0)

@@ -1,0 +1,75 @@
+"""The choice of what makes the products of the experts, measured when a run begins and kept by those that resume it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from megatron.core.fusions.grouped_gemm import Backend, seconds_of_products
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.experts import Experts
+from megatron.training.config import Arguments
+from megatron.training.initialize import on_first
+from megatron.training.progress import Progress
+from megatron.training.setup import Trainer
+
+ADVANTAGE = 0.97
+"""The loop, which keeps the host waiting, must take less than this part of grouped_mm's time."""
+
+_CANDIDATES: tuple[Backend, ...] = ("grouped_mm", "loop")
+
+Measure = Callable[[Backend, Experts, int], float]
+
+
+def rows_per_expert(arguments: Arguments) -> int:
+    """Rows that each expert gets of a microbatch if they share evenly."""
+    parallel, model = arguments.parallel, arguments.model
+    tokens = arguments.training.micro_batch_size * arguments.data.seq_length // parallel.context_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel
+    # of the ranks that experts are spread over, tensor-parallel ones have the same tokens, or a part of them each
+    microbatches = expert_ranks / parallel.tensor_model_parallel_size
+    return max(1, round(tokens * microbatches * model.moe_router_topk / model.num_experts))
+
+
+def _measure(backend: Backend, experts: Experts, rows: int) -> float:
+    return seconds_of_products(backend, experts.linear_fc1.weight, experts.linear_fc2.weight, rows)
+
+
+def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> float:
+    """The longest of all ranks, which is what a step waits for."""
+    longest = torch.tensor(seconds, dtype=torch.float64, device=device)
+    if groups.world.size > 1:
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=groups.world.handle)
+    return longest.item()
+
+
+def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure = _measure) -> str:
+    """Sets the backend of all experts, and remembers it in `progress`; collective. Returns a line for the log, or ''.
+
+    There is nothing to choose if a flag says what to use, on a CPU, and where grouped_mm does not take the operands.
+    """
+    experts = [module for module in trainer.model.modules() if isinstance(module, Experts)]
+    chosen_by_flag = trainer.arguments.model.moe_grouped_gemm_backend != "auto"
+    if chosen_by_flag or trainer.device.type == "cpu" or not experts[0].takes_grouped_mm:
+        return ""
+    return choose(trainer, progress, experts, measure)
+
+
+def choose(trainer: Trainer, progress: Progress, experts: list[Experts], measure: Measure) -> str:
+    """The same where there is a choice."""
+    groups, device, rows = trainer.groups, trainer.device, rows_per_expert(trainer.arguments)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    local, hidden, width = experts[0].linear_fc2.weight.shape
+    what = f"{local} experts of {rows} rows, {width} x {hidden}, {trainer.arguments.model.params_dtype}, on {name}"
+    key, known = on_first(lambda: (what, progress.grouped_gemm.get(what)), groups)
+    if known in ("grouped_mm", "loop"):
+        backend: Backend = "loop" if known == "loop" else "grouped_mm"
+        line = f"products of {key}: {backend}, as measured when the run began"
+    else:
+        times = {backend: _slowest(measure(backend, experts[0], rows), groups, device) for backend in _CANDIDATES}
+        backend = "loop" if times["loop"] < ADVANTAGE * times["grouped_mm"] else "grouped_mm"
+        line = f"products of {key}: {backend}, from " + ", ".join(f"{n} {1e3 * t:.3g} ms" for n, t in times.items())
+    progress.grouped_gemm[key] = backend
+    for module in experts:
+        module.backend = backend
+    return line
