@@ -1,0 +1,66 @@
+"""Rates of the single operations of an MoE layer: bytes a second, and operations a second of the weight gradient.
+
+On CUDA these are the Triton kernels, elsewhere their PyTorch forms. Bytes are what has to be read and written.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from megatron.core.config import ModelConfig
+from megatron.core.fusions.grouped_gemm import add_weight_gradient
+from megatron.core.fusions.permute import combine, gather, permutation_map
+from megatron.core.fusions.router import top_k_routing
+from megatron.core.fusions.swiglu import swiglu, swiglu_backward
+from tools.benchmarks.turns import spread
+
+
+def kernel_table(
+    config: ModelConfig,
+    tokens: int,
+    rounds: int,
+    seconds: Callable[[Callable[[], object]], float],
+    device: torch.device,
+) -> list[str]:
+    """Lines of a table; `seconds` times a call. R = tokens * K rows."""
+    hidden, width, experts, top_k = (
+        config.hidden_size,
+        config.ffn_hidden_size,
+        config.num_experts,
+        config.moe_router_topk,
+    )
+    rows, size = tokens * top_k, config.dtype.itemsize
+
+    def drawn(*shape: int, dtype: torch.dtype = config.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_()
+
+    logits = drawn(tokens, experts, dtype=torch.float32)
+    routing = top_k_routing(logits, top_k)
+    index = permutation_map(routing.experts_TK, experts)
+    x_TH, y_RH, h_RF, grad_a_RF = drawn(tokens, hidden), drawn(rows, hidden), drawn(rows, 2 * width), drawn(rows, width)
+    probs_R = drawn(rows, dtype=torch.float32).sigmoid_()
+    main_grad = torch.zeros(experts, hidden, width, dtype=torch.float32, device=device)
+    of_tokens, of_rows = tokens * hidden * size, rows * hidden * size
+    moving: dict[str, tuple[int, Callable[[], object]]] = {
+        "routing": (tokens * (8 * experts + top_k * 12 + 4), lambda: top_k_routing(logits, top_k)),
+        "permutation map": (3 * 8 * rows, lambda: permutation_map(routing.experts_TK, experts)),
+        "gather": (of_tokens + of_rows, lambda: gather(x_TH, index)),
+        "activation": (rows * 3 * width * size, lambda: swiglu(h_RF, probs_R)),
+        "activation, backward": (rows * 6 * width * size, lambda: swiglu_backward(grad_a_RF, h_RF, probs_R)),
+        "combine": (of_tokens + of_rows, lambda: combine(y_RH, index)),
+    }
+
+    def timed(action: Callable[[], object]) -> list[float]:
+        seconds(action)  # warms up
+        return [seconds(action) for _ in range(rounds)]
+
+    lines = [f"single operations, {tokens} tokens, {experts} experts"]
+    with torch.no_grad():
+        for name, (count, action) in moving.items():
+            rates = [count / taken / 1e9 for taken in timed(action)]
+            lines.append(f"  {name:30}{spread(rates, '.1f'):>26} GB/s")
+        flops = 2 * rows * hidden * width
+        taken = timed(lambda: add_weight_gradient(y_RH, grad_a_RF, index.offsets_E, main_grad, 1.0))
+        rates = [flops / each / 1e9 for each in taken]
+        lines.append(f"  {'weight gradient, accumulated':30}{spread(rates, '.1f'):>26} GFLOP/s")
+    return lines
