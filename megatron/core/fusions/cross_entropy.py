@@ -1,65 +1,82 @@
 """Softmax statistics of logits, and their gradient in place: no second tensor of their size is made.
 
-N tokens, V columns of the vocabulary on this rank, of which the first `columns` are real and the rest padding.
+N tokens, V columns of the vocabulary on this rank or a block of them, of which the first `columns` are real and the
+rest padding.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron.core.fusions import backend
 
-# Rows are worked on in blocks of about this many logits, whose wide copies then stay in the processor's cache.
-BLOCK_ELEMENTS = 2**20
+
+class SoftmaxStatistics(NamedTuple):
+    """What a softmax needs to know of some columns; [N] each, float32, or float64 for float64 logits."""
+
+    largest: Tensor
+    """Largest logit; -inf without any real column."""
+    total: Tensor
+    """Sum of exp(logit - largest); 0 without any real column."""
+    target: Tensor
+    """Logit of the target, or 0 if it is in other columns."""
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """log sum exp of the logits."""
+        return self.largest + self.total.log()
+
+    def merge(self, other: "SoftmaxStatistics") -> "SoftmaxStatistics":
+        """Those of the columns of both; one of them must have a real column."""
+        largest = torch.maximum(self.largest, other.largest)
+        total = self.total * (self.largest - largest).exp() + other.total * (other.largest - largest).exp()
+        return SoftmaxStatistics(largest, total, self.target + other.target)
 
 
-def _blocks(logits_NV: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, logits_NV.shape[1]))
-    return (slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows))
+def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[SoftmaxStatistics, Tensor]:
+    """The statistics, and [N, V] like the logits: what `softmax_gradient_` needs; the logits may not be used again.
 
-
-def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(logit - largest), and the target's logit or 0 if it is not here: [N] each.
-
-    float32, or float64 for float64 logits. `ids_N` (int64) count from this rank's first column. Without any real
-    column the largest is -inf and the sum 0.
+    `ids_N` (int64) are the targets, counted from the first column.
     """
     if backend.runs_triton(logits_NV):
         from megatron.core.fusions.kernels import cross_entropy as kernels
 
-        return kernels.statistics(logits_NV, ids_N, columns)
+        return SoftmaxStatistics(*kernels.statistics(logits_NV, ids_N, columns)), logits_NV
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    count = logits_NV.shape[0]
-    largest = torch.full((count,), float("-inf"), dtype=wide, device=logits_NV.device)
-    total, target = torch.zeros_like(largest), torch.zeros_like(largest)
-    if columns:
-        for rows in _blocks(logits_NV):
-            real = logits_NV[rows, :columns].to(wide)
-            torch.amax(real, dim=1, out=largest[rows])
-            torch.sum((real - largest[rows].unsqueeze(1)).exp_(), dim=1, out=total[rows])
-        elsewhere = (ids_N < 0) | (ids_N >= columns)
-        found = logits_NV.gather(1, ids_N.masked_fill(elsewhere, 0).unsqueeze(1)).squeeze(1)
-        target = found.to(wide).masked_fill_(elsewhere, 0)
-    return largest, total, target
+    if not columns or not logits_NV.shape[0]:
+        zero = logits_NV.new_zeros(logits_NV.shape[0], dtype=wide)
+        return SoftmaxStatistics(torch.full_like(zero, float("-inf")), zero, zero), logits_NV
+    real = logits_NV[:, :columns]
+    # torch's softmax goes over each row once, while it is in the processor's cache
+    softmax = torch.softmax(real, dim=1, dtype=wide)
+    largest, total = real.amax(dim=1).to(wide), softmax.amax(dim=1).reciprocal_()  # exp(0) / sum is the largest
+    elsewhere = (ids_N < 0) | (ids_N >= columns)
+    target = real.gather(1, ids_N.masked_fill(elsewhere, 0).unsqueeze(1)).squeeze(1).to(wide).masked_fill_(elsewhere, 0)
+    if columns < logits_NV.shape[1]:
+        real.copy_(softmax)
+        return SoftmaxStatistics(largest, total, target), logits_NV
+    return SoftmaxStatistics(largest, total, target), softmax.to(logits_NV.dtype)
 
 
-def softmax_gradient_(logits_NV: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int) -> None:
-    """Overwrites the logits with (softmax - one_hot(target)) * grad, and with 0 in padding columns."""
-    if backend.runs_triton(logits_NV):
+def softmax_gradient_(
+    kept_NV: Tensor, own_logsumexp_N: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int
+) -> None:
+    """Overwrites what `softmax_statistics` gave with (softmax - one_hot(target)) * grad, and with 0 in padding columns.
+
+    `own_logsumexp_N` is that of these columns, `logsumexp_N` that of all, in other blocks and on other ranks too.
+    """
+    if backend.runs_triton(kept_NV):
         from megatron.core.fusions.kernels import cross_entropy as kernels
 
-        kernels.gradient_(logits_NV, ids_N, logsumexp_N, grad_N, columns)
+        kernels.gradient_(kept_NV, ids_N, logsumexp_N, grad_N, columns)
         return
-    logits_NV[:, columns:] = 0
+    kept_NV[:, columns:] = 0
     if not columns:
         return
-    wide = logsumexp_N.dtype
+    real = kept_NV[:, :columns]
+    # from a softmax of these columns to one of all
+    torch.mul(real, ((own_logsumexp_N - logsumexp_N).exp() * grad_N).unsqueeze(1), out=real)
     elsewhere = (ids_N < 0) | (ids_N >= columns)
-    ids, one = ids_N.masked_fill(elsewhere, 0).unsqueeze(1), (~elsewhere).to(wide).neg_().unsqueeze(1)
-    for rows in _blocks(logits_NV):
-        real = logits_NV[rows, :columns]
-        softmax = real.to(wide).sub_(logsumexp_N[rows].unsqueeze(1)).exp_()  # in place where the types are equal
-        softmax.scatter_add_(1, ids[rows], one[rows]).mul_(grad_N[rows].unsqueeze(1))
-        if softmax.data_ptr() != real.data_ptr():
-            real.copy_(softmax)
+    one_hot = grad_N.masked_fill(elsewhere, 0).neg().to(real.dtype)
+    real.scatter_add_(1, ids_N.masked_fill(elsewhere, 0).unsqueeze(1), one_hot.unsqueeze(1))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.fusions import backend as dispatch
-from megatron.core.fusions import weight_gradient
+from megatron.core.fusions import product
 
 Backend = Literal["auto", "grouped_mm", "loop"]
 
@@ -54,7 +54,7 @@ def grouped_product(
         return _grouped_mm(x, matrices, offs=ends_E)
     y = x.new_empty(x.shape[0], matrices.shape[2])
     for rows, matrix in zip(_rows_of_experts(ends_E), matrices, strict=True):
-        torch.mm(x[rows], matrix, out=y[rows])
+        product.multiply(x[rows], matrix, y[rows])
     return y
 
 
@@ -70,7 +70,7 @@ def add_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_EOI: 
         kernels.accumulate_weight_gradient(grad_RO, x_RI, ends_E, out_EOI)
         return
     for rows, out in zip(_rows_of_experts(ends_E), out_EOI, strict=True):
-        weight_gradient.product(grad_RO[rows], x_RI[rows], out, beta)
+        product.multiply(grad_RO[rows].t(), x_RI[rows], out, beta)
 
 
 def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor, rows: int, repeat: int = 5) -> float:

@@ -13,7 +13,9 @@ from torch import Tensor
 from megatron.core.fusions import backend
 
 # Rows are worked on in blocks of about this many elements, whose intermediate results stay in the processor's cache.
-BLOCK_ELEMENTS = 2**17
+BLOCK_ELEMENTS = 2**19
+
+aten = torch.ops.aten
 
 
 def _blocks(gate_up: Tensor) -> Iterator[slice]:
@@ -31,7 +33,10 @@ def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
     y = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
     for rows in _blocks(gate_up):
         gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
-        y[rows] = F.silu(gate).mul_(up).mul_(probs[rows].unsqueeze(-1))
+        out = y[rows] if y.dtype == wide else torch.empty_like(up, memory_format=torch.contiguous_format)
+        aten.silu.out(gate, out=out).mul_(up).mul_(probs[rows].unsqueeze(-1))
+        if y.dtype != wide:
+            y[rows] = out
     return y
 
 
@@ -44,16 +49,19 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tenso
         return grad_gate_up, grad_probs.to(probs.dtype), y
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     grad_gate_up, y, grad_probs = torch.empty_like(gate_up), torch.empty_like(grad), torch.empty_like(probs)
-    width = grad.shape[1]
     for rows in _blocks(gate_up):
         gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
-        silu, prob = F.silu(gate), probs[rows].unsqueeze(-1)
-        upstream = grad[rows].to(wide)
+        silu, prob, upstream = F.silu(gate), probs[rows].unsqueeze(-1), grad[rows].to(wide)
         unweighted = silu * up
         grad_probs[rows] = (upstream * unweighted).sum(dim=-1)
-        y[rows] = unweighted.mul_(prob)
+        torch.mul(unweighted, prob, out=y[rows])
         upstream = upstream * prob
-        grad_gate_up[rows, width:] = silu.mul_(upstream)
+        grad_gate, grad_up = grad_gate_up[rows].chunk(2, dim=-1)
+        torch.mul(silu, upstream, out=grad_up)
+        upstream.mul_(up)
         # d silu(g) / dg = s + g s (1 - s), s the sigmoid
-        grad_gate_up[rows, :width] = torch.ops.aten.silu_backward(upstream.mul_(up), gate)
+        if grad_gate.dtype == wide:
+            aten.silu_backward.grad_input(upstream, gate, grad_input=grad_gate)
+        else:
+            grad_gate.copy_(aten.silu_backward(upstream, gate))
     return grad_gate_up, grad_probs, y

@@ -22,18 +22,3 @@ def deliver(weight: Tensor, write: Write) -> Tensor | None:
         return gradient
     sink(write)
     return None
-
-
-def product(grad_NO: Tensor, x_NI: Tensor, out_OI: Tensor, beta: float) -> None:
-    """out = beta * out + grad^T x; in a wider `out`, products are summed and added in its type where the device can."""
-    if not grad_NO.shape[0]:
-        if beta == 0:
-            out_OI.zero_()
-    elif out_OI.dtype == grad_NO.dtype:
-        torch.addmm(out_OI, grad_NO.t(), x_NI, beta=beta, out=out_OI)
-    elif out_OI.is_cuda and out_OI.dtype == torch.float32:
-        # cuBLAS adds half-precision products to float32
-        torch.addmm(out_OI, grad_NO.t(), x_NI, beta=beta, out_dtype=torch.float32, out=out_OI)
-    else:
-        narrow = torch.mm(grad_NO.t(), x_NI)
-        out_OI.copy_(narrow) if beta == 0 else out_OI.mul_(beta).add_(narrow)

@@ -12,13 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.fusions import weight_gradient
-from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
+from megatron.core.fusions import product, weight_gradient
+from megatron.core.fusions.cross_entropy import SoftmaxStatistics, softmax_gradient_, softmax_statistics
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 
 MAX_LOGITS = 2**27
 """Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
+
+CACHED_LOGITS = 2**20
+"""Logits that a CPU makes at once, so that they are still in its cache when the softmax reads them."""
+
+MIN_COLUMNS = 128
+"""The fewest columns that are worth a product of their own."""
 
 
 class _Vocabulary(NamedTuple):
@@ -29,11 +35,30 @@ class _Vocabulary(NamedTuple):
     """The first column's entry in the whole vocabulary."""
 
 
-def _losses(logits_NV: Tensor, ids_N: Tensor, vocabulary: _Vocabulary) -> tuple[Tensor, Tensor]:
+class _Block(NamedTuple):
+    """Columns of this rank whose logits are made at once."""
+
+    weight: Tensor
+    """Their rows of the weight."""
+    first: int
+    columns: int
+    """How many of them are not padding."""
+
+
+def _blocks(weight: Tensor, vocabulary: _Vocabulary, tokens: int) -> list[_Block]:
+    rows = weight.shape[0]
+    longest = rows if weight.is_cuda else min(max(CACHED_LOGITS // max(1, tokens), MIN_COLUMNS), product.MAX_WIDTH)
+    return [
+        _Block(weight[place], place.start, min(max(vocabulary.columns - place.start, 0), place.stop - place.start))
+        for place in product.blocks(rows, longest)
+    ]
+
+
+def _losses(statistics: SoftmaxStatistics, group: Group) -> tuple[Tensor, Tensor]:
     """-log softmax(logits)[target] and log sum exp of each token; collective over the group."""
-    largest, total, target = softmax_statistics(logits_NV, ids_N, vocabulary.columns)
-    everywhere = mappings.all_reduce(largest, vocabulary.group, dist.ReduceOp.MAX)
-    total, target = mappings.all_reduce(torch.stack((total * (largest - everywhere).exp(), target)), vocabulary.group)
+    largest, total, target = statistics
+    everywhere = mappings.all_reduce(largest, group, dist.ReduceOp.MAX)
+    total, target = mappings.all_reduce(torch.stack((total * (largest - everywhere).exp(), target)), group)
     logsumexp = everywhere + total.log()
     return logsumexp - target, logsumexp
 
@@ -46,37 +71,54 @@ class _OutputLoss(Function):
         whole = mappings.all_gather_first(x, vocabulary.group) if sequence_parallel else x
         x_NH, ids_N = whole.reshape(-1, whole.shape[-1]), targets.reshape(-1) - vocabulary.first
         piece = max(1, MAX_LOGITS // weight.shape[0])
-        kept, losses, logsumexps = None, [], []
+        kept: list[Tensor] = []
+        losses, logsumexps = [], []
         for part_NH, part_ids in zip(x_NH.split(piece), ids_N.split(piece), strict=True):
-            logits_NV = part_NH @ weight.t()
-            loss, logsumexp = _losses(logits_NV, part_ids, vocabulary)
+            merged = None
+            for block in _blocks(weight, vocabulary, part_NH.shape[0]):
+                statistics, softmax_NV = softmax_statistics(
+                    part_NH @ block.weight.t(), part_ids - block.first, block.columns
+                )
+                merged = statistics if merged is None else merged.merge(statistics)
+                if x_NH.shape[0] <= piece:
+                    kept += [softmax_NV, statistics.logsumexp]
+            assert merged is not None
+            loss, logsumexp = _losses(merged, vocabulary.group)
             losses.append(loss)
             logsumexps.append(logsumexp)
-            kept = logits_NV if x_NH.shape[0] <= piece else None
-        ctx.save_for_backward(x, ids_N, torch.cat(logsumexps), kept)
+        ctx.save_for_backward(x, ids_N, torch.cat(logsumexps), *kept)
         ctx.weight, ctx.vocabulary, ctx.sequence_parallel, ctx.piece = weight, vocabulary, sequence_parallel, piece
         return torch.cat(losses).view(targets.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x, ids_N, logsumexp_N, kept = ctx.saved_tensors
+        x, ids_N, logsumexp_N, *kept = ctx.saved_tensors
         weight, vocabulary = ctx.weight, ctx.vocabulary
         whole = mappings.all_gather_first(x, vocabulary.group) if ctx.sequence_parallel else x
         x_NH = whole.reshape(-1, whole.shape[-1])
         grad_N = grads[0].reshape(-1).to(logsumexp_N.dtype)
-        grad_x_NH = torch.empty_like(x_NH)
+        # sums over blocks are rounded once
+        grad_x_NH = torch.empty_like(x_NH, dtype=x.dtype if x.is_cuda else logsumexp_N.dtype)
 
         def write(grad_weight: Tensor, beta: float) -> None:
             for start in range(0, x_NH.shape[0], ctx.piece):
                 rows = slice(start, start + ctx.piece)
-                logits = x_NH[rows] @ weight.t() if kept is None else kept
-                softmax_gradient_(logits, ids_N[rows], logsumexp_N[rows], grad_N[rows], vocabulary.columns)
-                torch.mm(logits, weight, out=grad_x_NH[rows])
-                weight_gradient.product(logits, x_NH[rows], grad_weight, beta)
+                for number, block in enumerate(_blocks(weight, vocabulary, x_NH[rows].shape[0])):
+                    ids = ids_N[rows] - block.first
+                    if kept:
+                        softmax_NV, own_logsumexp = kept[2 * number : 2 * number + 2]
+                    else:
+                        logits_NV = x_NH[rows] @ block.weight.t()
+                        statistics, softmax_NV = softmax_statistics(logits_NV, ids, block.columns)
+                        own_logsumexp = statistics.logsumexp
+                    softmax_gradient_(softmax_NV, own_logsumexp, ids, logsumexp_N[rows], grad_N[rows], block.columns)
+                    product.multiply(softmax_NV, block.weight, grad_x_NH[rows], 1.0 if number else 0.0)
+                    place = slice(block.first, block.first + block.weight.shape[0])
+                    product.multiply(softmax_NV.t(), x_NH[rows], grad_weight[place], beta)
                 beta = 1.0
 
         grad_weight = weight_gradient.deliver(weight, write)
-        grad_x = grad_x_NH.view_as(whole)
+        grad_x = grad_x_NH.to(x.dtype).view_as(whole)
         if ctx.sequence_parallel:
             grad_x = mappings.reduce_scatter_first(grad_x, vocabulary.group)
         else:

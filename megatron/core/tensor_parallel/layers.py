@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.core.fusions.embedding import lookup
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.column_parallel import column_parallel_linear
@@ -135,9 +136,9 @@ class VocabParallelEmbedding(nn.Module):
         """Looks up int64 `tokens` [B, S]; ids that other ranks hold contribute zero here and are summed in."""
         ids = tokens.t() - self.first_row
         if self.group.size == 1:
-            return F.embedding(ids, self.weight)
+            return lookup(ids, self.weight)
         elsewhere = (ids < 0) | (ids >= self.rows)
-        vectors = F.embedding(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+        vectors = lookup(ids.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(-1), 0)
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel(vectors, self.group)
         return mappings.reduce_from_tensor_parallel(vectors, self.group)

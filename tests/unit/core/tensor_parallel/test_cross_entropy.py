@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.core.fusions import cross_entropy as softmax
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import cross_entropy
 from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
@@ -21,12 +20,13 @@ def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("tokens_at_once", [100, 21, 4, 1])
-@pytest.mark.parametrize("rows_in_a_block", [1, 8])
+@pytest.mark.parametrize("columns_in_a_block", [1, 5, 22, PADDED])
 def test_equals_torch_in_any_number_of_pieces(
-    tokens_at_once: int, rows_in_a_block: int, monkeypatch: pytest.MonkeyPatch
+    tokens_at_once: int, columns_in_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS", tokens_at_once * PADDED)
-    monkeypatch.setattr(softmax, "BLOCK_ELEMENTS", rows_in_a_block * PADDED)
+    monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "MIN_COLUMNS", columns_in_a_block)
     x, weight, targets, scale = _inputs(torch.float64)
     ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     theirs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -54,7 +54,9 @@ def test_a_long_sequence_keeps_no_logits(tokens_at_once: int, monkeypatch: pytes
         output_cross_entropy(x.requires_grad_(), weight.requires_grad_(), targets, VOCABULARY, Group(), False)
     logits = [tensor for tensor in kept if tensor.shape[-1:] == (PADDED,)]
     assert len(logits) == (1 if tokens_at_once == 100 else 0)
-    assert sum(tensor.numel() for tensor in kept) == x.numel() + 2 * targets.numel() + sum(t.numel() for t in logits)
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + (2 + len(logits)) * targets.numel() + sum(
+        t.numel() for t in logits
+    )
 
 
 def test_the_gradient_goes_straight_to_the_sink() -> None:
