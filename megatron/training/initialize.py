@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, grid_sizes
 from megatron.training.config import Arguments
 from megatron.training.step_monitor import StepMonitor
@@ -74,6 +75,8 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     torch.manual_seed(arguments.training.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if environment.world_size == 1:
         return ProcessGroups()
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)

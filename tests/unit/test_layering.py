@@ -19,6 +19,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "optimizer_config": {"config_checks"},
     "config_checks": set(),
     "atomic_files": set(),
+    "host_memory": set(),
     "parallel_state": LEAVES,
     "fusions": LEAVES,
     "datasets": LEAVES,

@@ -69,6 +69,7 @@ def our_step(shape: StepShape) -> Contestant:
     """The step of this project, without the loop's logging."""
     from megatron.core.config import ModelConfig
     from megatron.core.distributed.gradient_buffers import GradientBuffers
+    from megatron.core.host_memory import keep_freed_memory
     from megatron.core.models.mixtral.mixtral_model import MixtralModel
     from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
     from megatron.core.optimizer.param_scheduler import StepRates
@@ -76,6 +77,8 @@ def our_step(shape: StepShape) -> Contestant:
     from megatron.core.parallel_state import ProcessGroups
     from megatron.core.tensor_parallel.parameter import initialize_parameters
 
+    if shape.device == "cpu":
+        keep_freed_memory()
     not_of_the_model = ("seq_length", "micro_batch_size", "device")
     config = ModelConfig(**{name: value for name, value in asdict(shape).items() if name not in not_of_the_model})
     model = MixtralModel(config, groups=ProcessGroups(), sequence_parallel=False, device=torch.device(shape.device))
