@@ -5,12 +5,13 @@ Every field is a command-line flag of the same name with dashes; the sentence un
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from megatron.core.config_checks import require_divisible, require_finite, require_positive
 from megatron.core.stages import Stage, divide_layers
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +101,10 @@ class ModelConfig:
         return self.num_query_groups or self.num_attention_heads
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """`params_dtype` as a torch dtype."""
+        import torch  # here, since tools that only know a model's shape would spend most of their time importing it
+
         return {
             "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
         }[self.params_dtype]  # fmt: skip

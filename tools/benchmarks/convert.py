@@ -4,13 +4,14 @@ Example:
   PYTHONPATH=$(pwd) python tools/benchmarks/convert.py --folder /scratch --gigabytes 3 --repeats 3
 
 Makes a Mixtral of random weights in bf16 in a temporary folder, copies and converts it in turn, and prints medians. The
-cache is warm: every file was written or read just before, and a first round, in which memory that was never used has to
-be found, does not count. What a command wrote is removed right before its next turn. `sync` runs before each
-measurement; the tools sync their output, cp does not, so its time with a `sync` after it is printed too.
+cache is warm: what a command reads is read once before, and a first round does not count. What a command wrote is
+removed right before its next turn, then `sync` runs. The tools have their output on disk when they end, cp has not, so
+its time with a `sync` after it is printed too.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -21,11 +22,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.config import ModelConfig
+from megatron.core.interchange.element_types import cast
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
 
@@ -42,7 +44,7 @@ def make_model(folder: Path, nbytes: int) -> int:
     def plans(layers: int) -> list[TensorPlan]:
         model = ModelConfig(**{**vars(MODEL), "num_layers": layers})
         return [
-            TensorPlan(source.name, source.shape, torch.bfloat16)
+            TensorPlan(source.name, source.shape, "bfloat16")
             for rule in mixtral_weights(model)
             for source in rule.sources
         ]
@@ -60,14 +62,14 @@ def make_model(folder: Path, nbytes: int) -> int:
         "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    noise = torch.randn(1 << 24).to(torch.bfloat16)
+    noise = cast(np.random.default_rng(0).standard_normal(1 << 24, np.float32), "float32", "bfloat16")
     shards = plan_shards(plans(layers), 10**9)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         file = SafetensorsFile(folder / name, shard)
         for number, plan in enumerate(shard):
-            size, start = torch.Size(plan.shape).numel(), 4099 * number % (1 << 16)
-            whole = noise[start : start + min(size, noise.numel() - start)]
+            size, start = math.prod(plan.shape), 4099 * number % (1 << 16)
+            whole = noise[start : start + min(size, noise.size - start)]
             rows = len(whole) // (size // plan.shape[0])
             while file.places[plan.name].done < plan.nbytes:
                 left = plan.shape[0] - file.places[plan.name].done * plan.shape[0] // plan.nbytes
@@ -119,14 +121,24 @@ def largest_rank_file(folder: Path) -> int:
     return max(path.stat().st_size for path in folder.rglob("*.pt"))
 
 
+def _read_all(folder: Path) -> None:
+    buffer = bytearray(1 << 22)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
 def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
     found: dict[str, tuple[float, int]] = {}
-    for name, target, command in (
-        ("cp -r", "copy", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
-        ("to Megatron", "megatron", to_megatron(work / "hf", work / "megatron", sizes)),
-        ("cp -r, then sync", "copy-synced", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy-synced'}' && sync"]),
-        ("to Hugging Face", "back", to_huggingface(work / "megatron", work / "hf", work / "back")),
+    for name, source, target, command in (
+        ("cp -r", "hf", "copy", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
+        ("to Megatron", "hf", "megatron", to_megatron(work / "hf", work / "megatron", sizes)),
+        ("cp -r, then sync", "hf", "copy", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy'}' && sync"]),
+        ("to Hugging Face", "megatron", "back", to_huggingface(work / "megatron", work / "hf", work / "back")),
     ):
+        _read_all(work / source)
         shutil.rmtree(work / target, ignore_errors=True)
         subprocess.run(["sync"], check=True)
         found[name] = measure(command)

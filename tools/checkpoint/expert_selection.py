@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron.core.interchange.element_types import Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.stream import Description, Source
 
@@ -90,11 +89,11 @@ class SelectedExperts:
         """What is left of the checkpoint."""
         return self._description
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one Megatron weight, in the description's type."""
         inner = self._inner_rule(rule)
         if not rule.name.endswith(".router.weight"):
-            return self._source.read(inner, rows)
+            return self._source.read(inner, rows, out)
         assert rule.layer is not None
         whole = self._source.read(inner, range(inner.shape[0]))
         return whole[self._kept[rule.layer]][rows.start : rows.stop]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor, open_torch, stored_tensor
@@ -12,9 +11,8 @@ from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor, 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json", ".onnx")
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-}  # fmt: skip
+SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_DTYPES = {theirs: ours for ours, theirs in SAFETENSORS_NAMES.items()}
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -107,15 +105,12 @@ class HuggingFaceFolder:
 
 def _torch_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
     content, records = open_torch(file)
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"{file}: {name} is not a tensor")
-    return {name: stored_tensor(file, records, value) for name, value in content.items()}
+    return {name: stored_tensor(file, records, name, value) for name, value in content.items()}
 
 
 def _safetensors_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
     try:
-        with safe_open(str(file), framework="pt", device="cpu") as handle:  # checks the header and the file's size
+        with safe_open(str(file), framework="numpy") as handle:  # checks the header and the file's size
             names = set(handle.keys())
     except SafetensorError as error:
         raise ValueError(f"cannot read {file}: {error}; download it again") from error
@@ -125,7 +120,7 @@ def _safetensors_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
     found: dict[str, StoredTensor | LoadedTensor] = {}
     for name in names:
         entry = header[name]
-        dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+        dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ValueError(f"{name} in {file} is of type {entry['dtype']}: only floating types are supported")
         found[name] = StoredTensor(file, tuple(entry["shape"]), dtype, 8 + length + entry["data_offsets"][0])

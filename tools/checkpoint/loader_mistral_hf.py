@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch, to_torch
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
 from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule
@@ -109,14 +110,15 @@ class UpcycledSource(HuggingFaceSource):
         assert name is not None
         return self._folder.tensors[name]
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one Megatron weight, in the description's type."""
+        dtype = self._description.dtype
         if rule.name.endswith(".router.weight"):
             drawn = self._drawn(rule, 0, rule.shape[0])[rows.start : rows.stop]
-            return (drawn * self._deviation).to(self._description.dtype)
-        tensor = super().read(rule, rows)
+            return cast(from_torch(drawn * self._deviation), "float32", dtype)
+        array = super().read(rule, rows, out)
         if rule.expert is None or not self._noise:
-            return tensor
+            return array
         first = rows.start // _NOISE_ROWS
         blocks = [
             self._drawn(rule, number, min(_NOISE_ROWS, rule.shape[0] - number * _NOISE_ROWS))
@@ -124,7 +126,8 @@ class UpcycledSource(HuggingFaceSource):
         ]
         skip = rows.start - first * _NOISE_ROWS
         noise = torch.cat(blocks)[skip : skip + len(rows)]
-        return (tensor.float() + noise * self._noise).to(tensor.dtype)
+        noisy = to_torch(array, dtype).float() + noise * self._noise
+        return cast(from_torch(noisy), dtype_name(noisy.dtype), dtype)
 
     def _drawn(self, rule: WeightRule, block: int, rows: int) -> torch.Tensor:
         """Normal numbers that depend on the seed and their place in the model only."""

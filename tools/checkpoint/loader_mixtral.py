@@ -6,12 +6,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+import numpy as np
 
 from megatron.core.config import ModelConfig
-from megatron.core.dist_checkpointing import is_distributed_checkpoint
 from megatron.core.interchange import (
     CHECKPOINT_FILE,
     Step,
@@ -19,12 +18,15 @@ from megatron.core.interchange import (
     find_checkpoint,
     model_config_from_args,
 )
-from megatron.core.interchange.stored_tensor import open_torch, stored_tensor
-from megatron.core.models.mixtral.hf_weights import WeightRule, pad_rows, stage_weights
+from megatron.core.interchange.element_types import Array
+from megatron.core.interchange.stored_tensor import bytes_of, open_torch, stored_tensor
+from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
 from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
-from tools.checkpoint.stream import Description, Source, common_dtype, describe_training, list_some
-from tools.checkpoint.training_source import TrainingSource
+from tools.checkpoint.stream import Description, Source, common_dtype, describe_training, list_some, rows_of
+
+if TYPE_CHECKING:
+    from tools.checkpoint.training_source import TrainingSource
 
 
 def step(text: str) -> Step:
@@ -70,8 +72,12 @@ def open_megatron(
     A training checkpoint knows its vocabulary size and fits every layout, so that it needs neither.
     """
     folder, found = find_checkpoint(path, iteration)
-    if is_distributed_checkpoint(folder):
-        return TrainingSource(folder, iteration=found, params_dtype=params_dtype)
+    if not any(folder.glob("mp_rank_*")):
+        from megatron.core.dist_checkpointing import is_distributed_checkpoint
+        from tools.checkpoint.training_source import TrainingSource  # needs torch, which the other format does not
+
+        if is_distributed_checkpoint(folder):
+            return TrainingSource(folder, iteration=found, params_dtype=params_dtype)
     return MegatronSource(
         path,
         iteration=iteration,
@@ -142,7 +148,7 @@ class MegatronSource:
         self._padded = (embedding[1].shape[0] if embedding else 0) * self.layout.tensor
         model = self._with_vocabulary(model, fallback_vocab_size)
         self._parts: dict[str, dict[int, list[_Held]]] = {}
-        dtypes: dict[str, torch.dtype] = {}
+        dtypes: dict[str, str] = {}
         self.stages = self._stages(model, weights)
         """Which layers each (pipeline rank, virtual stage) has."""
         for (ranks, chunk), found in weights.items():
@@ -169,10 +175,7 @@ class MegatronSource:
             if not all(isinstance(name, str) for name in weights):
                 raise ValueError(f"{path}: the names of its tensors are not text")
             tensors = {name: value for name, value in weights.items() if not name.endswith("_extra_state")}
-            for name, value in tensors.items():
-                if not isinstance(value, torch.Tensor):
-                    raise ValueError(f"{path}: {name} is not a tensor")
-            chunks.append({name: stored_tensor(path, records, value) for name, value in tensors.items()})
+            chunks.append({name: stored_tensor(path, records, name, value) for name, value in tensors.items()})
         return args, _RankFile(path, chunks)
 
     def _with_vocabulary(self, model: ModelConfig, fallback: int | None) -> ModelConfig:
@@ -220,7 +223,7 @@ class MegatronSource:
         ranks: tuple[int, int, int],
         path: Path,
         found: dict[str, tuple[str, Stored]],
-    ) -> dict[str, torch.dtype]:
+    ) -> dict[str, str]:
         """Types of a file's tensors, after every name and shape has been accounted for."""
         experts = range(ranks[2] * self._experts, (ranks[2] + 1) * self._experts)
         rules = dict(stage_weights(model, stage, experts, self._padded))
@@ -251,23 +254,30 @@ class MegatronSource:
             for held in (parts[rank][0] for rank in sorted(parts))
         ]
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
-        """Some rows of one Megatron weight, in the description's type."""
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
+        """Some rows of one Megatron weight, in the description's type; vocabulary padding is zero."""
+        array = rows_of(rule, rows, self._description.dtype, out)
         if rule.padded_rows is None:
-            return self._read(rule, rows).to(self._description.dtype)
+            self._read(rule, rows, array)
+            return array
         length = rule.sources[0].shape[0]  # rows after it are padding, here and there of different length
         real = range(min(rows.start, length), min(rows.stop, length))
-        if not real:
-            return torch.zeros(len(rows), *rule.shape[1:], dtype=self._description.dtype)
-        tensor = self._read(replace(rule, padded_rows=self._padded), real).to(self._description.dtype)
-        return pad_rows(tensor, len(rows))
+        self._read(replace(rule, padded_rows=self._padded), real, array[: len(real)])
+        array[len(real) :] = 0
+        return array
 
-    def _read(self, rule: WeightRule, rows: range) -> torch.Tensor:
-        if rule.partition_dim != 0:
-            pieces = [self._read_part(rule, rank, rows) for rank in sorted(self._parts[rule.name])]
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        pieces = [self._read_part(rule, rank, local) for rank, local in self._overlaps(rule, rows)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def _read(self, rule: WeightRule, rows: range, array: Array) -> None:
+        parts = sorted(self._parts[rule.name])
+        if rule.partition_dim == 0:
+            start = 0
+            for rank, local in self._overlaps(rule, rows):
+                self._read_part(rule, rank, local, array[start : start + len(local)])
+                start += len(local)
+        elif len(parts) == 1:
+            self._read_part(rule, parts[0], rows, array)
+        else:
+            for rank, columns in zip(parts, np.split(array, len(parts), axis=1), strict=True):
+                self._read_part(rule, rank, rows, columns)
 
     def _overlaps(self, rule: WeightRule, rows: range) -> Iterator[tuple[int, range]]:
         """The parts of a weight cut by rows that hold `rows`, and where in them, in order."""
@@ -282,20 +292,18 @@ class MegatronSource:
                 before += len(held)
         yield from ((rank, local) for _, rank, local in sorted(found, key=lambda entry: entry[0]))
 
-    def _read_part(self, rule: WeightRule, rank: int, rows: range) -> torch.Tensor:
+    def _read_part(self, rule: WeightRule, rank: int, rows: range, array: Array) -> None:
         """Rows of one part; every other file that has the same part must have the same bits."""
         first, *copies = self._parts[rule.name][rank]
-        tensor = first.tensor.read(rows, in_order=rule.padded_rows is None)  # padding is never read
+        first.tensor.read_into(array, rows, self._description.dtype, in_order=rule.padded_rows is None)
         for copy in copies:
             sums = first.tensor.checksum, copy.tensor.checksum
-            same = sums[0] == sums[1] if None not in sums else _same_bits(tensor, copy.tensor.read(rows))
+            if None not in sums:
+                same = sums[0] == sums[1]
+            else:
+                same = bytes_of(first.tensor.read(rows)) == bytes_of(copy.tensor.read(rows))
             if not same:
                 raise ValueError(
                     f"{self.folder}: {rule.name} differs between ranks: {first.file.parent.name} and "
                     f"{copy.file.parent.name}"
                 )
-        return tensor
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)))

@@ -1,16 +1,16 @@
 """Loader: a Mixtral model folder in Hugging Face's format, both spellings of its tensors, read slice by slice."""
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf, sliding_window_from_hf
 from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import HuggingFaceFolder
-from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some
+from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some, rows_of
 
 # Buffers that old versions of transformers saved with the weights; they follow from the config.
 _BUFFERS = (".rotary_emb.inv_freq",)
@@ -52,11 +52,11 @@ class HuggingFaceSource:
         """What the checkpoint holds."""
         return self._description
 
-    def _check_names(self, num_layers: int, sources: list[HuggingFaceTensor]) -> dict[str, torch.dtype]:
+    def _check_names(self, num_layers: int, sources: list[HuggingFaceTensor]) -> dict[str, str]:
         """Types of the tensors that are used, after every name and shape has been accounted for."""
         stored = self._folder.tensors
         where = self._folder.folder
-        used: dict[str, torch.dtype] = {}
+        used: dict[str, str] = {}
         missing = []
         for source in sources:
             if source.name != source.fused_name and source.name in stored and source.fused_name in stored:
@@ -83,10 +83,14 @@ class HuggingFaceSource:
             return source.name, source.shape
         return source.fused_name, source.fused_shape
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
-        """Some rows of one Megatron weight, in the description's type."""
-        parts = [self._located(source).read(part) for source, part in rule.source_rows(rows)]
-        return rule.from_huggingface(parts, rows).to(self._description.dtype)
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
+        """Some rows of one Megatron weight, in the description's type; vocabulary padding is zero."""
+        array = rows_of(rule, rows, self._description.dtype, out)
+        for (source, part), view in zip(rule.source_rows(rows), rule.source_views(array, rows), strict=True):
+            self._located(source).read_into(view, part, self._description.dtype)
+        if rule.padded_rows is not None:
+            array[max(rule.sources[0].shape[0] - rows.start, 0) :] = 0
+        return array
 
     def _located(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
         """The tensor that holds `source`: under its own name, or an expert's as a part of transformers 5's stack."""
@@ -96,14 +100,14 @@ class HuggingFaceSource:
         if source.expert is None:
             return stored
         if isinstance(stored, LoadedTensor):
-            part = stored.tensor[source.expert, source.first_row : source.first_row + source.shape[0]]
-            return LoadedTensor(stored.file, part)
-        strides = torch.empty(stored.shape, device="meta").stride() if stored.stride is None else stored.stride
+            part = stored.array[source.expert, source.first_row : source.first_row + source.shape[0]]
+            return LoadedTensor(stored.file, stored.dtype, part)
+        strides = (math.prod(stored.shape[1:]), stored.shape[2]) if stored.stride is None else stored.stride
         skip = source.expert * strides[0] + source.first_row * strides[1]
         return replace(
             stored,
             shape=source.shape,
-            offset=stored.offset + skip * stored.dtype.itemsize,
+            offset=stored.offset + skip * STORED_AS[stored.dtype].itemsize,
             stride=None if stored.stride is None else stored.stride[1:],
         )
 

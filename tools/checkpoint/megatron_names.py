@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from megatron.core.interchange.element_types import STORED_AS
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 
 _LAYER = re.compile(r"decoder\.layers\.([0-9]+)\.(?:input_layernorm|self_attention|pre_mlp_layernorm|mlp)\.")
@@ -62,9 +61,9 @@ def _expert_of_stack(path: Path, name: str, stored: Stored, gate_up: bool, exper
         raise ValueError(f"{path}: {name} of shape {list(stored.shape)} does not hold {experts} experts")
     rows, columns = (stored.shape[0], width // experts) if gate_up else (width // experts, stored.shape[1])
     if isinstance(stored, LoadedTensor):
-        matrix = stored.tensor.contiguous().view(experts, rows, columns)[expert].T
-        return LoadedTensor(stored.file, matrix)
+        matrix = stored.read().reshape(experts, rows, columns)[expert].T
+        return LoadedTensor(stored.file, stored.dtype, matrix)
     if stored.stride is not None:
         raise ValueError(f"{path}: {name} is not stored in one piece")
-    offset = stored.offset + expert * rows * columns * torch.empty(0, dtype=stored.dtype).element_size()
+    offset = stored.offset + expert * rows * columns * STORED_AS[stored.dtype].itemsize
     return replace(stored, shape=(columns, rows), stride=(1, columns), offset=offset)

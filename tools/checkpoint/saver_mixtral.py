@@ -2,13 +2,14 @@
 
 import argparse
 import contextlib
+import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from megatron.core.atomic_files import exclusive_folder
 from megatron.core.config import ModelConfig, ParallelConfig
@@ -20,6 +21,7 @@ from megatron.core.interchange import (
     commit_step,
     model_args_namespace,
 )
+from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import abandon_step
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
@@ -33,7 +35,8 @@ from tools.checkpoint.stream import (
     rows_at_a_time,
     transfer,
 )
-from tools.checkpoint.writers import TensorPlan, TorchFile
+from tools.checkpoint.torch_writer import TorchFile
+from tools.checkpoint.writers import TensorPlan
 
 TOKENIZER_TYPES = ("PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
 
@@ -192,24 +195,17 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
     }
-    ranks = [
-        PipelineRankWriter(model, layout, rank, stages, description.dtype)
-        for rank, stages in enumerate(parallel.stages(model.num_layers))
-    ]
+    writer = RankFilesWriter(model, layout, parallel.stages(model.num_layers), description.dtype)
     if source.dry_run:
-        for rank in ranks:
-            print_plan(source, rank, rank.rules)
-    sizes = {file: size for rank in ranks for file, size in planned_bytes(rank, rank.rules).items()}
-    check_disk(root, sizes, report=source.dry_run)
+        print_plan(source, writer, writer.rules)
+    check_disk(root, planned_bytes(writer, writer.rules), report=source.dry_run)
     if source.dry_run:
         return
     with exclusive_folder(begin_step(root, "release")):
         try:
-            for rank in ranks:
-                rank.open(begin_step(root, "release"), content)
-                transfer(source, rank, rank.rules)
-            for rank in ranks:
-                rank.check_complete()
+            writer.open(begin_step(root, "release"), content)
+            transfer(source, writer, writer.rules)
+            writer.check_complete()
             source.check_complete()
             commit_step(root, "release", layout)
         except BaseException:
@@ -218,8 +214,7 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
                 with contextlib.suppress(OSError):  # only if nothing else has come into it
                     root.rmdir()
             raise
-    dtype = str(description.dtype).removeprefix("torch.")
-    print(f"wrote {root / 'release'}: {layout}, {dtype}, weights only")
+    print(f"wrote {root / 'release'}: {layout}, {description.dtype}, weights only")
 
 
 def _extra_args(
@@ -230,8 +225,8 @@ def _extra_args(
         "tokenizer_type": tokenizer[0],
         "tokenizer_model": tokenizer[1],
         "sliding_window": description.sliding_window,
-        "params_dtype": str(description.dtype).removeprefix("torch."),
-        "fp16": description.dtype == torch.float16,
+        "params_dtype": description.dtype,
+        "fp16": description.dtype == "float16",
         "virtual_pipeline_model_parallel_size": chunks if chunks != 1 else None,
         "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers,
         "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers,
@@ -240,53 +235,55 @@ def _extra_args(
 
 @dataclass(frozen=True)
 class _Place:
-    """A weight's place in the files of a pipeline rank."""
+    """A weight's place in the files of all ranks."""
 
     key: str
     """`model`, or `model0` ... for virtual stages."""
     name: str
     size: int
     """Parts it is cut into."""
-    files: dict[int, list[tuple[int, int]]]
-    """The (tensor, expert) ranks that hold each part."""
+    files: dict[int, list[tuple[int, int, int]]]
+    """The (tensor, pipeline, expert) ranks that hold each part."""
 
 
-class PipelineRankWriter:
-    """The files of one pipeline rank, all of them open at once so that every weight is read only once."""
+class RankFilesWriter:
+    """The files of all ranks, written side by side so that every weight is read only once.
 
-    def __init__(
-        self, model: ModelConfig, layout: Layout, rank: int, stages: tuple[Stage, ...], dtype: torch.dtype
-    ) -> None:
-        self._layout, self._rank, self._dtype = layout, rank, dtype
-        self._ranks = [(tp, ep) for tp, stage, ep in layout.ranks() if stage == rank]
-        self._keys = ["model"] if len(stages) == 1 else [f"model{chunk}" for chunk in range(len(stages))]
+    `stages` are those of each pipeline rank, several of the interleaved schedule.
+    """
+
+    def __init__(self, model: ModelConfig, layout: Layout, stages: Sequence[Sequence[Stage]], dtype: str) -> None:
+        self._layout, self._dtype = layout, dtype
+        chunks = len(stages[0])
+        self._keys = ["model"] if chunks == 1 else [f"model{chunk}" for chunk in range(chunks)]
         self._places: dict[str, _Place] = {}
-        self._files: dict[tuple[int, int], TorchFile] = {}
+        self._files: dict[tuple[int, int, int], TorchFile] = {}
         self.rules: list[WeightRule] = []
-        per_rank = model.num_experts // layout.expert
-        for key, stage in zip(self._keys, stages, strict=True):
-            for expert_rank in range(layout.expert):
-                experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
-                for name, rule in stage_weights(model, stage, experts, model.padded_vocab_size(layout.tensor)):
-                    if rule.expert is not None or expert_rank == 0:
-                        self.rules.append(rule)
-                        self._places[rule.name] = self._place(key, name, rule, expert_rank)
+        per_rank, padded = model.num_experts // layout.expert, model.padded_vocab_size(layout.tensor)
+        for rank, own in enumerate(stages):
+            for key, stage in zip(self._keys, own, strict=True):
+                for expert_rank in range(layout.expert):
+                    experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
+                    for name, rule in stage_weights(model, stage, experts, padded):
+                        if rule.expert is not None or expert_rank == 0:
+                            self.rules.append(rule)
+                            self._places[rule.name] = self._place(key, name, rule, rank, expert_rank)
 
-    def _place(self, key: str, name: str, rule: WeightRule, expert_rank: int) -> _Place:
+    def _place(self, key: str, name: str, rule: WeightRule, rank: int, expert_rank: int) -> _Place:
         size = self._layout.tensor if rule.expert is None else self._layout.etp
         rule.part_shape(size)
         if rule.partition_dim is None:
             size = 1
-        files: dict[int, list[tuple[int, int]]] = {part: [] for part in range(size)}
-        for tp, ep in self._ranks:
-            if rule.expert is None or ep == expert_rank:
-                files[tp % size].append((tp, ep))
+        files: dict[int, list[tuple[int, int, int]]] = {part: [] for part in range(size)}
+        for tp, pp, ep in self._layout.ranks():
+            if pp == rank and (rule.expert is None or ep == expert_rank):
+                files[tp % size].append((tp, pp, ep))
         return _Place(key, name, size, files)
 
     def open(self, folder: Path, content: dict[str, object]) -> None:
-        """Makes the files, full of holes."""
-        plans: dict[tuple[int, int], dict[str, list[TensorPlan]]] = {
-            ranks: {key: [] for key in self._keys} for ranks in self._ranks
+        """Makes the files, with nothing in them yet."""
+        plans: dict[tuple[int, int, int], dict[str, list[TensorPlan]]] = {
+            ranks: {key: [] for key in self._keys} for ranks in self._layout.ranks()
         }
         for rule in self.rules:
             place = self._places[rule.name]
@@ -294,10 +291,10 @@ class PipelineRankWriter:
             for holders in place.files.values():
                 for ranks in holders:
                     plans[ranks][place.key].append(plan)
-        for (tp, ep), keys in plans.items():
-            path = folder / self._layout.folder(tp, self._rank, ep) / CHECKPOINT_FILE
+        for ranks, keys in plans.items():
+            path = folder / self._layout.folder(*ranks) / CHECKPOINT_FILE
             path.parent.mkdir(exist_ok=True)
-            self._files[tp, ep] = TorchFile(path, content, keys)
+            self._files[ranks] = TorchFile(path, content, keys)
 
     def check_complete(self) -> None:
         """Raises ValueError naming a tensor of which not every row was written."""
@@ -311,7 +308,7 @@ class PipelineRankWriter:
     def destinations(self, rule: WeightRule) -> list[Destination]:
         """All tensors that hold some of a weight."""
         place = self._places[rule.name]
-        nbytes = torch.Size(rule.part_shape(place.size)).numel() * self._dtype.itemsize
+        nbytes = math.prod(rule.part_shape(place.size)) * STORED_AS[self._dtype].itemsize
         found = []
         for part, holders in place.files.items():
             words = ""
@@ -321,21 +318,20 @@ class PipelineRankWriter:
             elif place.size > 1:
                 width = rule.shape[1] // place.size
                 words = f"columns {part * width}:{(part + 1) * width}"
-            for tp, ep in holders:
-                file = f"release/{self._layout.folder(tp, self._rank, ep)}/{CHECKPOINT_FILE}"
+            for ranks in holders:
+                file = f"release/{self._layout.folder(*ranks)}/{CHECKPOINT_FILE}"
                 found.append(Destination(file, place.name, nbytes, words))
         return found
 
-    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+    def write(self, rule: WeightRule, rows: range, array: Array) -> None:
         """Puts rows of a weight into the files of the ranks that hold them."""
         place = self._places[rule.name]
         if place.size == 1:
-            parts = {0: tensor}
+            parts = {0: array}
         elif rule.partition_dim == 0:
-            parts = {rule.owner(rows, place.size): tensor}
+            parts = {rule.owner(rows, place.size): array}
         else:
-            parts = dict(enumerate(tensor.chunk(place.size, dim=1)))
+            parts = dict(enumerate(np.split(array, place.size, axis=1)))
         for part, piece in parts.items():
-            contiguous = piece.contiguous()
             for ranks in place.files[part]:
-                self._files[ranks].append(f"{place.key}/{place.name}", contiguous)
+                self._files[ranks].append(f"{place.key}/{place.name}", piece)

@@ -15,10 +15,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from megatron.core.atomic_files import atomic_writer, exclusive_folder, sync_folder
 from megatron.core.config import ModelConfig
+from megatron.core.interchange.element_types import Array
 from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import (
@@ -100,7 +99,7 @@ def save_huggingface(source: CheckedSource, config_folder: Path, target: Path, m
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-    print(f"wrote {target}: {len(names)} weight file(s), {str(description.dtype).removeprefix('torch.')}")
+    print(f"wrote {target}: {len(names)} weight file(s), {description.dtype}")
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -108,7 +107,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfileobj(old, new, 1 << 20)
 
 
-def _write_config(config: dict[str, object], config_folder: Path, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(config: dict[str, object], config_folder: Path, folder: Path, dtype: str) -> None:
     updated = hf_config_with_dtype(config, dtype)
     if updated == read_config(config_folder):
         return _copy(config_folder / "config.json", folder / "config.json")
@@ -131,7 +130,7 @@ def _shard_names(count: int, avoid: Path | None) -> list[str]:
 class ShardsWriter:
     """The weight files of a model folder; new ones have names that no file in the folder `avoid` has."""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, max_shard_size: int, avoid: Path | None) -> None:
+    def __init__(self, model: ModelConfig, dtype: str, max_shard_size: int, avoid: Path | None) -> None:
         self._dtype = dtype
         self.rules = list(mixtral_weights(model))
         self._plans = plan_shards(
@@ -145,7 +144,7 @@ class ShardsWriter:
         self._files: dict[str, SafetensorsFile] = {}
 
     def open(self, folder: Path) -> None:
-        """Makes the files, full of holes."""
+        """Makes the files, with nothing in them yet."""
         for name, plan in zip(self.names, self._plans, strict=True):
             self._files[name] = SafetensorsFile(folder / name, plan)
 
@@ -180,9 +179,10 @@ class ShardsWriter:
             start += source.shape[0]
         return found
 
-    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+    def write(self, rule: WeightRule, rows: range, array: Array) -> None:
         """Puts rows of a weight into the tensors it is made of."""
-        for (source, _), piece in zip(rule.source_rows(rows), rule.to_huggingface(tensor, rows), strict=True):
+        for (source, part), view in zip(rule.source_rows(rows), rule.source_views(array, rows), strict=True):
+            piece = view.reshape(len(part), *source.shape[1:])
             self._files[self._shard_of[source.name]].append(source.name, piece)
 
 

@@ -7,10 +7,11 @@ A plugin is a file `loader_NAME.py` or `saver_NAME.py`, ours or anywhere on the 
     save(source, args) -> None        (saver; the source is a CheckedSource)
 
 The saver asks for the rows of each weight once, in their order; several weights at once. `transfer` does that for a
-`Writer`, on all cores, and prints the plan instead with --dry-run.
+`Writer`, in several threads, and `print_plan` prints the plan instead with --dry-run.
 """
 
-import os
+import math
+import mmap
 import shutil
 import sys
 import threading
@@ -22,14 +23,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-import torch
+import numpy as np
 
 from megatron.core.config import ModelConfig
+from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
 """Size of the rows that a thread holds at a time, about."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+THREADS = 16
+"""That move weights: more than cores, since most of them wait for the disk."""
+PAGE = 4096
+"""What files are aligned to in memory and on disk, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,8 @@ class Description:
 
     model: ModelConfig
     """Shape of the model, with its true vocabulary size."""
-    dtype: torch.dtype
-    """Type of every tensor the source gives."""
+    dtype: str
+    """Type of every element the source gives, such as `bfloat16`."""
     folder: Path
     """Folder it was read from."""
     seq_length: int
@@ -61,8 +66,11 @@ class Source(Protocol):
     def description(self) -> Description:
         """What the checkpoint holds."""
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
-        """Some rows of one Megatron weight, in the description's type, as `WeightRule.chunks` gives them."""
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
+        """Some rows of one Megatron weight, in the description's type, as `WeightRule.chunks` gives them.
+
+        `out` is an array of just that shape and type that they can be put in, which saves a copy.
+        """
 
     def origin(self, rule: WeightRule) -> list[str]:
         """Where a weight comes from: a file and a tensor in it, for each tensor it is made of."""
@@ -86,15 +94,15 @@ class CheckedSource:
         """Where a weight comes from."""
         return self._source.origin(rule)
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one weight; raises ValueError if they are not those after the last ones read."""
         done, total = self._done.get(rule.name, (0, rule.shape[0]))
         if rows.start != done or total != rule.shape[0]:
             raise ValueError(f"{rule.name}: rows {rows.start} to {rows.stop} are asked for after row {done}")
-        tensor = self._source.read(rule, rows)
+        array = self._source.read(rule, rows, out)
         self._done[rule.name] = (rows.stop, total)
-        self._progress.advance(tensor.numel() * tensor.element_size())
-        return tensor
+        self._progress.advance(array.nbytes)
+        return array
 
     def check_complete(self) -> None:
         """Raises ValueError naming the first weight of which not every row was read."""
@@ -124,24 +132,45 @@ class Writer(Protocol):
     def destinations(self, rule: WeightRule) -> list[Destination]:
         """All tensors that hold some of a weight."""
 
-    def write(self, rule: WeightRule, rows: range, tensor: torch.Tensor) -> None:
+    def write(self, rule: WeightRule, rows: range, array: Array) -> None:
         """Puts rows of a weight where they belong; called in their order for each weight."""
 
 
 def transfer(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
     """Moves weights, each by one thread; the first error stops all."""
 
+    buffers, dtype = ThreadBuffer(), source.description.dtype
+
     def move(rule: WeightRule) -> None:
         for rows in writer.chunks(rule):
-            writer.write(rule, rows, source.read(rule, rows))
+            out = buffers.array((len(rows), *rule.shape[1:]), STORED_AS[dtype])
+            writer.write(rule, rows, source.read(rule, rows, out))
 
-    on_all_cores(move, rules)
+    in_threads(move, rules)
 
 
-def on_all_cores(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]) -> None:
+def rows_of(rule: WeightRule, rows: range, dtype: str, out: Array | None) -> Array:
+    """`out`, or else a new array for `rows` of a weight as elements of type `dtype`."""
+    return np.empty((len(rows), *rule.shape[1:]), STORED_AS[dtype]) if out is None else out
+
+
+class ThreadBuffer(threading.local):
+    """Memory of each thread's own that begins where a page does, used again and again."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Array:
+        """An array in this memory; the one before it is lost."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self._bytes.size < nbytes:
+            self._bytes = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return self._bytes[:nbytes].view(dtype).reshape(shape)
+
+
+def in_threads(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]) -> None:
     """Calls `action` with every weight, several at once; the first error stops all."""
-    threads = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         running = [pool.submit(action, rule) for rule in rules]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -152,17 +181,17 @@ def on_all_cores(action: Callable[[WeightRule], None], rules: Iterable[WeightRul
             raise
 
 
-def rows_at_a_time(rule: WeightRule, dtype: torch.dtype) -> int:
-    """Rows of a weight that make up `CHUNK_BYTES`."""
-    row_bytes = torch.Size(rule.shape[1:]).numel() * dtype.itemsize
-    return max(CHUNK_BYTES // row_bytes, 1)
+def rows_at_a_time(rule: WeightRule, dtype: str) -> int:
+    """Rows of a weight that make up `CHUNK_BYTES`; many are a multiple of 64, so that their parts fill whole pages."""
+    rows = max(CHUNK_BYTES // (math.prod(rule.shape[1:]) * STORED_AS[dtype].itemsize), 1)
+    return rows - rows % 64 if rows > 64 else rows
 
 
 def print_plan(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
     """Every weight with where it comes from and goes to."""
-    dtype = str(source.description.dtype).removeprefix("torch.")
+    dtype = source.description.dtype
     for rule in rules:
-        size = torch.Size(rule.shape).numel() * source.description.dtype.itemsize
+        size = math.prod(rule.shape) * STORED_AS[dtype].itemsize
         print(f"{rule.name} {list(rule.shape)} {dtype}, {size:,} bytes")
         for origin in source.origin(rule):
             print(f"    from {origin}")
@@ -175,7 +204,7 @@ def planned_bytes(writer: Writer, rules: Iterable[WeightRule]) -> dict[str, int]
     sizes: dict[str, int] = {}
     for rule in rules:
         for to in writer.destinations(rule):
-            sizes[to.file] = sizes.get(to.file, 1 << 16) + to.nbytes + 512
+            sizes[to.file] = sizes.get(to.file, 1 << 16) + to.nbytes + 512 + (to.nbytes >= PAGE) * PAGE
     return sizes
 
 
@@ -227,7 +256,7 @@ class Progress:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
-def describe_training(args: object, model: ModelConfig, dtype: torch.dtype, folder: Path) -> Description:
+def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path) -> Description:
     """What the training arguments stored in a checkpoint say of it, in tensors of `dtype`."""
     return Description(
         model=replace(model, params_dtype=config_dtype(dtype)),
@@ -240,22 +269,20 @@ def describe_training(args: object, model: ModelConfig, dtype: torch.dtype, fold
     )
 
 
-def config_dtype(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float64"]:
+def config_dtype(dtype: str) -> Literal["float32", "bfloat16", "float64"]:
     """The type `ModelConfig` gets for weights of type `dtype`: float16, which it does not have, widens to float32."""
-    if dtype == torch.bfloat16:
-        return "bfloat16"
-    return "float64" if dtype == torch.float64 else "float32"
+    return dtype if dtype in ("bfloat16", "float64") else "float32"  # type: ignore[return-value]
 
 
-def model_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+def model_bytes(model: ModelConfig, dtype: str) -> int:
     """Size of all weights without vocabulary padding."""
-    return sum(torch.Size(rule.shape).numel() for rule in mixtral_weights(model)) * dtype.itemsize
+    return sum(math.prod(rule.shape) for rule in mixtral_weights(model)) * STORED_AS[dtype].itemsize
 
 
-def common_dtype(dtypes: dict[str, torch.dtype], requested: str | None) -> torch.dtype:
+def common_dtype(dtypes: dict[str, str], requested: str | None) -> str:
     """`requested`, or else the one type that all tensors have. Raises ValueError naming a tensor that differs."""
     if requested is not None:
-        return DTYPES[requested]
+        return requested
     first_name, first = next(iter(dtypes.items()))
     for name, dtype in dtypes.items():
         if dtype != first:

@@ -3,13 +3,12 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.interchange import Layout, model_config_from_args
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, pad_rows
+from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch
+from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.stages import whole_model
-from tools.checkpoint.stream import Description, common_dtype, describe_training, list_some
+from tools.checkpoint.stream import Description, common_dtype, describe_training, list_some, rows_of
 
 
 class TrainingSource:
@@ -36,7 +35,7 @@ class TrainingSource:
             if found[name].shape != rule.shape:
                 raise ValueError(f"{folder}: {name} is of shape {found[name].shape}, expected {rule.shape}")
         self._reader.verify(("weight",))
-        dtype = common_dtype({name: tensor.dtype for name, tensor in found.items()}, params_dtype)
+        dtype = common_dtype({name: dtype_name(tensor.dtype) for name, tensor in found.items()}, params_dtype)
         self._description = describe_training(args, model, dtype, folder)
 
     @property
@@ -48,9 +47,12 @@ class TrainingSource:
         """Where a weight comes from."""
         return sorted({f"{stored.file}: {rule.name}" for stored in self._reader.tensors("weight")[rule.name].blocks})
 
-    def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
+    def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one Megatron weight, in the description's type; vocabulary padding is zero."""
-        length = self._reader.metadata.tensors["weight", rule.name].shape[0]
-        real = range(min(rows.start, length), min(rows.stop, length))
-        tensor = self._reader.read_rows(rule.name, real).to(self._description.dtype)
-        return pad_rows(tensor, len(rows))
+        stored = self._reader.metadata.tensors["weight", rule.name]
+        real = range(min(rows.start, stored.shape[0]), min(rows.stop, stored.shape[0]))
+        array = rows_of(rule, rows, self._description.dtype, out)
+        found = from_torch(self._reader.read_rows(rule.name, real))
+        array[: len(real)] = cast(found, dtype_name(stored.dtype), self._description.dtype)
+        array[len(real) :] = 0
+        return array

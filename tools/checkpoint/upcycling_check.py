@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core.fusions.rotary import rotary_tables
+from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE
@@ -33,7 +34,7 @@ def check_logits(source: Source) -> float:
 
     def read(name: str) -> torch.Tensor:
         rule = rules[name]
-        return torch.cat([source.read(rule, rows) for rows in _all_rows(rule)]).double()
+        return torch.cat([_read(source, rule, rows) for rows in _all_rows(rule)])
 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (_TOKENS,), generator=generator)
@@ -73,7 +74,7 @@ def check_logits(source: Source) -> float:
     difference, largest = 0.0, 0.0
     rule = rules["output_layer.weight"]
     for rows in _all_rows(rule):
-        weight = source.read(rule, rows).double()
+        weight = _read(source, rule, rows)
         ours, theirs = (F.linear(norm(hidden), weight) for hidden in (sparse, dense))
         difference = max(difference, (ours - theirs).abs().max().item())
         largest = max(largest, theirs.abs().max().item())
@@ -89,14 +90,18 @@ def _common(source: Source, rules: dict[str, WeightRule], experts: str, kind: st
     parts = []
     for rows in _all_rows(rules[f"{experts}.local_experts.0.{kind}.weight"]):
         copies = [
-            source.read(rules[f"{experts}.local_experts.{expert}.{kind}.weight"], rows)
+            _read(source, rules[f"{experts}.local_experts.{expert}.{kind}.weight"], rows)
             for expert in range(source.description.model.num_experts)
         ]
         for expert, copy in enumerate(copies):
             if not torch.equal(copies[0], copy):
                 raise ValueError(f"{experts}: expert {expert} is not what expert 0 is, before noise")
-        parts.append(copies[0].double())
+        parts.append(copies[0])
     return torch.cat(parts)
+
+
+def _read(source: Source, rule: WeightRule, rows: range) -> torch.Tensor:
+    return to_torch(source.read(rule, rows), source.description.dtype).double()
 
 
 def _all_rows(rule: WeightRule) -> Iterator[range]:

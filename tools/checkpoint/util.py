@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.interchange.element_types import STORED_AS
 from tools.checkpoint.expert_selection import SelectedExperts, chosen_experts
-from tools.checkpoint.stream import DTYPES, CheckedSource, Progress, Source, model_bytes
+from tools.checkpoint.stream import CheckedSource, Progress, Source, model_bytes
 from tools.run_tool import run_tool
 
 _SHOWN_IN_HELP = {"loader": "mixtral_hf", "saver": "mixtral"}
@@ -51,7 +50,6 @@ def convert(source: Source, write: Callable[[CheckedSource], None], dry_run: boo
     description = source.description
     total = model_bytes(description.model, description.dtype)
     checked = CheckedSource(source, Progress("converting", total), dry_run)
-    torch.set_num_threads(1)  # each thread moves weights of its own
     write(checked)
     if not dry_run:
         checked.check_complete()
@@ -68,7 +66,7 @@ def run_conversion(action: Callable[[], object]) -> int:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --params-dtype and --dry-run."""
-    parser.add_argument("--params-dtype", choices=tuple(DTYPES), help="type to write (default: the source's)")
+    parser.add_argument("--params-dtype", choices=tuple(STORED_AS), help="type to write (default: the source's)")
     parser.add_argument(
         "--dry-run",
         action="store_true",

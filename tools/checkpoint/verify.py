@@ -14,17 +14,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from megatron.core.interchange.element_types import cast
+from megatron.core.interchange.stored_tensor import bytes_of
 from megatron.core.models.mixtral.hf_config import check_config_matches
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mistral_hf import UpcycledSource
 from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
-from tools.checkpoint.stream import Progress, Source, model_bytes, on_all_cores, rows_at_a_time
+from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time
 from tools.checkpoint.util import run_conversion
 from tools.checkpoint.verify_logits import Comparison, compare_logits
 
@@ -55,12 +57,12 @@ def compare_weights(theirs: Source, ours: Source) -> list[str]:
     def compare(rule: WeightRule) -> None:
         different, largest = 0, 0.0
         for rows in rule.chunks(1, rows_at_a_time(rule, dtype)):
-            first, second = theirs.read(rule, rows).to(dtype), ours.read(rule, rows)
+            first, second = cast(theirs.read(rule, rows), theirs.description.dtype, dtype), ours.read(rule, rows)
             progress.advance(second.nbytes)
-            if not torch.equal(first.flatten().view(torch.uint8), second.contiguous().flatten().view(torch.uint8)):
-                apart = (first.double() - second.double()).abs()
-                different += int((first != second).sum()) or 1
-                largest = max(largest, float(apart.max()))
+            if not np.array_equal(bytes_of(first), bytes_of(second)):
+                left, right = (cast(array, dtype, "float64") for array in (first, second))
+                different += int((left != right).sum()) or 1
+                largest = max(largest, float(np.abs(left - right).max()))
         if different:
             differences[rule.name] = f"{rule.name}: {different} elements differ, by {largest:.3e} at most"
 
@@ -69,7 +71,7 @@ def compare_weights(theirs: Source, ours: Source) -> list[str]:
         for rule in mixtral_weights(model)
         if not (isinstance(theirs, UpcycledSource) and rule.name.endswith(".router.weight"))
     ]
-    on_all_cores(compare, rules)
+    in_threads(compare, rules)
     return [differences[rule.name] for rule in rules if rule.name in differences]
 
 
@@ -90,10 +92,9 @@ def verify(args: argparse.Namespace) -> None:
     else:
         theirs = HuggingFaceSource(folder)
     check_config_matches(model, {**config, **theirs.description.config_changes})
-    torch.set_num_threads(1)
     if theirs.description.dtype != ours.description.dtype:
-        names = (str(source.description.dtype).removeprefix("torch.") for source in (theirs, ours))
-        print("note: types differ, {} there and {} here: compared as the latter".format(*names))
+        there, here = theirs.description.dtype, ours.description.dtype
+        print(f"note: types differ, {there} there and {here} here: compared as the latter")
     differences = compare_weights(theirs, ours)
     print(f"weights: {'equal bit for bit' if not differences else f'{len(differences)} differ'}")
     for difference in differences[:10]:

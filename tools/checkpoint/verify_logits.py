@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.interchange import CHECKPOINT_FILE, Layout
+from megatron.core.interchange.element_types import to_torch
 from megatron.core.interchange.stored_tensor import open_torch, stored_tensor
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -183,13 +184,14 @@ def _stage(task: _Task, groups: ProcessGroups, place: tuple[int, int]) -> Mixtra
     content, records = open_torch(path)
     key = "model" if "model" in content else f"model{place[1]}"
     tensors = {
-        name: stored_tensor(path, records, value)
+        name: stored_tensor(path, records, name, value)
         for name, value in content[key].items()
         if not name.endswith("_extra_state")
     }
     stored = plain_names(path, tensors, task.model.num_experts // task.layout.expert)
     for shard in named_shards(stage, stage.first_layer):
-        tensor = stored[shard.stage_name][1].read()
+        held = stored[shard.stage_name][1]
+        tensor = to_torch(held.read(), held.dtype)
         if tensor.shape != shard.data.shape:  # another --make-vocab-size-divisible-by
             raise ValueError(f"{path}: {shard.stage_name} has shape {list(tensor.shape)}, not {list(shard.data.shape)}")
         shard.data.copy_(tensor)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.core.atomic_files import atomic_writer, sync_folder
-from megatron.core.interchange.torch_file import load_torch
+from megatron.core.interchange.torch_file import index_torch
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 CHECKPOINT_FILE = "model_optim_rng.pt"
@@ -214,7 +214,7 @@ def available_layout(folder: Path) -> Layout:
     first, second, third = (
         max(int(match.group(group) or 0) for match in matches.values() if match is not None) + 1 for group in (1, 2, 3)
     )
-    args = load_torch(folder / names[0] / CHECKPOINT_FILE, mmap=True, verify=False).get("args")
+    args = index_torch(folder / names[0] / CHECKPOINT_FILE).get("args")
     stored = [getattr(args, f"{kind}_model_parallel_size", None) for kind in ("tensor", "pipeline", "expert")]
     expert_tensor = getattr(args, "expert_tensor_parallel_size", None)
     if second > 1 and third == 1 and stored[1] == 1:

@@ -4,6 +4,7 @@ Nothing is mapped into memory: pages of a mapped file count as the process's own
 of the machines that convert it.
 """
 
+import math
 import os
 import struct
 import threading
@@ -13,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
+from megatron.core.interchange.element_types import STORED_AS, Array, cast, dtype_name, from_torch
 from megatron.core.interchange.torch_file import index_torch
+from megatron.core.interchange.torch_pickle import TensorEntry
 
 _BLOCK = 1 << 22
 
@@ -29,8 +32,9 @@ def _fill(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+def bytes_of(array: Array) -> memoryview:
+    """The memory of an array that has no gaps."""
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
 class ZipRecords:
@@ -39,6 +43,7 @@ class ZipRecords:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records: dict[int, zipfile.ZipInfo] = {}
+        self._starts: dict[str, int] = {}
         self._good: set[int] = set()
         self._running: dict[int, tuple[int, int]] = {}
         """Bytes of a record that were read in their order, and their checksum."""
@@ -46,7 +51,15 @@ class ZipRecords:
             for info in archive.infolist():
                 file.seek(info.header_offset + 26)
                 name_length, extra_length = struct.unpack("<HH", file.read(4))
-                self._records[info.header_offset + 30 + name_length + extra_length] = info
+                start = info.header_offset + 30 + name_length + extra_length
+                self._records[start] = info
+                self._starts[info.filename.partition("/")[2]] = start
+
+    def start(self, name: str) -> int:
+        """Where the bytes of the record `name` begin. Raises ValueError if there is none."""
+        if name not in self._starts:
+            raise ValueError(f"cannot read {self.path}: it has no record {name}; restore the file from its source")
+        return self._starts[name]
 
     def checksum(self, offset: int, nbytes: int) -> int | None:
         """The stored checksum of the `nbytes` bytes at `offset`, None if they are only a part of a record."""
@@ -97,7 +110,7 @@ class _LastWhole(threading.local):
     """The tensor not stored row by row that this thread last read."""
 
     key: object = None
-    tensor: torch.Tensor = torch.empty(0)
+    array: Array = np.empty(0)
 
 
 _last_whole = _LastWhole()
@@ -109,7 +122,7 @@ class StoredTensor:
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
     offset: int
     """Of its first element, in bytes."""
     stride: tuple[int, ...] | None = None
@@ -119,51 +132,60 @@ class StoredTensor:
     """Where the zip record with its bytes begins."""
 
     @property
-    def nbytes(self) -> int:
-        """Size of its elements."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    @property
     def checksum(self) -> int | None:
         """The stored checksum of exactly its bytes, if there is one: equal tensors have equal ones."""
         if self.records is None or self.stride is not None or self.offset != self.record_offset:
             return None
-        return self.records.checksum(self.offset, self.nbytes)
+        return self.records.checksum(self.offset, math.prod(self.shape) * STORED_AS[self.dtype].itemsize)
 
-    def read(self, rows: range | None = None, *, in_order: bool = False) -> torch.Tensor:
-        """`rows` of the tensor (all, if not given). Raises ValueError naming the file if it is damaged.
+    def read(self, rows: range | None = None) -> Array:
+        """`rows` of the tensor (all, if not given) in its own type. Raises ValueError naming the file if it is damaged.
 
-        Its checksum is compared before the first rows are given: one more pass over it. Who reads every row once, in
-        their order, and uses none before all are there, says `in_order`; then it is compared with the last rows.
+        Its checksum is compared before the first rows are given: one more pass over it.
+        """
+        rows = range(self.shape[0]) if rows is None else rows
+        array = np.empty((len(rows), *self.shape[1:]), STORED_AS[self.dtype])
+        self.read_into(array, rows, self.dtype)
+        return array
+
+    def read_into(self, target: Array, rows: range, dtype: str, *, in_order: bool = False) -> None:
+        """Fills `target`, of whatever shape, with `rows` of the tensor as elements of type `dtype`.
+
+        Who reads every row once, in their order, and uses none before all are there, says `in_order`; then the
+        checksum is compared with the last rows, without another pass.
         """
         in_order = in_order and self.checksum is not None
         if self.records is not None and not in_order:
             self.records.verify(self.record_offset)
         if self.stride is not None:
             whole = self._read_strided(self.stride)
-            return whole if rows is None else whole[rows.start : rows.stop]
-        shape = self.shape if rows is None else (len(rows), *self.shape[1:])
-        skip = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize * (rows.start if rows else 0)
-        tensor = self._read_flat(torch.Size(shape).numel(), skip)
+            target[...] = cast(whole[rows.start : rows.stop], self.dtype, dtype).reshape(target.shape)
+            return
+        direct = dtype == self.dtype and target.flags.c_contiguous
+        array = target if direct else np.empty((len(rows), *self.shape[1:]), STORED_AS[self.dtype])
+        skip = math.prod(self.shape[1:]) * array.itemsize * rows.start
+        self._fill(array, skip)
         if self.records is not None and in_order:
-            self.records.verify_next(self.offset, skip, _bytes(tensor))
-        return tensor.reshape(shape)
+            self.records.verify_next(self.offset, skip, bytes_of(array))
+        if not direct:
+            target[...] = cast(array, self.dtype, dtype).reshape(target.shape)
 
-    def _read_flat(self, elements: int, skip: int = 0) -> torch.Tensor:
-        tensor = torch.empty(elements, dtype=self.dtype)
+    def _fill(self, array: Array, skip: int = 0) -> None:
         with open(self.file, "rb", buffering=0) as file:
-            _fill(file.fileno(), _bytes(tensor), self.offset + skip, self.file)
-        return tensor
+            _fill(file.fileno(), bytes_of(array), self.offset + skip, self.file)
 
-    def _read_strided(self, stride: tuple[int, ...]) -> torch.Tensor:
+    def _read_strided(self, stride: tuple[int, ...]) -> Array:
         """The whole tensor, since its rows lie scattered; kept until the thread reads another one."""
         key = (self.file, self.offset, self.shape, stride)
         if _last_whole.key != key:
             span = 1 + sum((length - 1) * step for length, step in zip(self.shape, stride, strict=True))
-            _last_whole.key, _last_whole.tensor = None, torch.empty(0)
-            _last_whole.tensor = self._read_flat(span).as_strided(self.shape, stride).contiguous()
+            _last_whole.key, _last_whole.array = None, np.empty(0)
+            memory = np.empty(span, STORED_AS[self.dtype])
+            self._fill(memory)
+            steps = [step * memory.itemsize for step in stride]
+            _last_whole.array = np.ascontiguousarray(np.lib.stride_tricks.as_strided(memory, self.shape, steps))
             _last_whole.key = key
-        return _last_whole.tensor
+        return _last_whole.array
 
 
 @dataclass(frozen=True)
@@ -171,22 +193,22 @@ class LoadedTensor:
     """A tensor of a file of before torch 1.6, which can only be read as a whole."""
 
     file: Path
-    tensor: torch.Tensor
+    dtype: str
+    array: Array
     checksum: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return tuple(self.tensor.shape)
+        return self.array.shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its type."""
-        return self.tensor.dtype
-
-    def read(self, rows: range | None = None, *, in_order: bool = False) -> torch.Tensor:
+    def read(self, rows: range | None = None) -> Array:
         """`rows` of the tensor (all, if not given)."""
-        return (self.tensor if rows is None else self.tensor[rows.start : rows.stop]).contiguous()
+        return np.ascontiguousarray(self.array if rows is None else self.array[rows.start : rows.stop])
+
+    def read_into(self, target: Array, rows: range, dtype: str, *, in_order: bool = False) -> None:
+        """Fills `target`, of whatever shape, with `rows` of the tensor as elements of type `dtype`."""
+        target[...] = cast(self.read(rows), self.dtype, dtype).reshape(target.shape)
 
 
 def open_torch(path: Path) -> tuple[dict[str, Any], ZipRecords | None]:
@@ -198,11 +220,21 @@ def open_torch(path: Path) -> tuple[dict[str, Any], ZipRecords | None]:
     return content, ZipRecords(path) if zipfile.is_zipfile(path) else None
 
 
-def stored_tensor(path: Path, records: ZipRecords | None, tensor: torch.Tensor) -> StoredTensor | LoadedTensor:
-    """Where the bytes of a tensor of `open_torch`'s content are."""
-    if records is None:
-        return LoadedTensor(path, tensor)
-    start: int = tensor.untyped_storage()._checkpoint_offset  # type: ignore[assignment]
-    offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
-    stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return StoredTensor(path, tuple(tensor.shape), tensor.dtype, offset, stride, records, start)
+def stored_tensor(path: Path, records: ZipRecords | None, name: str, value: Any) -> StoredTensor | LoadedTensor:
+    """Where the bytes of `value`, the tensor `name` of `open_torch`'s content, are.
+
+    Raises ValueError if it is not a tensor of floating-point numbers.
+    """
+    is_tensor = isinstance(value, TensorEntry) if records is not None else hasattr(value, "untyped_storage")
+    if not is_tensor:
+        raise ValueError(f"{path}: {name} is not a tensor")
+    dtype = value.dtype if isinstance(value, TensorEntry) else dtype_name(value.dtype)
+    if dtype not in STORED_AS:
+        raise ValueError(f"{path}: {name} is of type {dtype}: only {', '.join(STORED_AS)} are supported")
+    if not isinstance(value, TensorEntry) or records is None:
+        return LoadedTensor(path, dtype, from_torch(value))
+    start = records.start(value.record)
+    steps = [math.prod(value.shape[number + 1 :]) for number in range(len(value.shape))]
+    whole = all(size == 1 or step == own for size, step, own in zip(value.shape, value.stride, steps, strict=True))
+    offset = start + value.start * STORED_AS[dtype].itemsize
+    return StoredTensor(path, value.shape, dtype, offset, None if whole else value.stride, records, start)

@@ -1,31 +1,20 @@
-"""`.pt` files without open pickle: written atomically, read so that nothing in them can run."""
+"""`.pt` files without open pickle: written atomically, read so that nothing in them can run.
+
+torch is imported by the functions that need it: importing it takes longer than most of what is done without it.
+"""
 
 import contextlib
 import pickle
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron.core.atomic_files import atomic_writer
-
-# NVIDIA's checkpoints keep enumerations of its own in `args`. They are read as inert objects; their modules are never
-# imported. Any other foreign name is refused.
-_INERT_PREFIXES = ("megatron.", "transformer_engine.")
-_INERT_NAMES = ("signal.Signals",)
-
-
-class _Inert:
-    """Stands for an object of a class that is not ours: keeps nothing, does nothing."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
+from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, read_pickle
 
 
 class _DamagedError(ValueError):
@@ -37,6 +26,8 @@ def save_torch(path: Path, content: dict[str, Any]) -> None:
 
     Raises OSError naming the file if the disk is full or cannot be written.
     """
+    import torch
+
     try:
         with atomic_writer(Path(path)) as file:
             torch.save(content, file)
@@ -59,50 +50,68 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
     (one pass over it). Raises FileNotFoundError, or ValueError naming the file if it is damaged, cut short or holds
     anything that would run code.
     """
-    return _load(Path(path), "cpu", mmap, verify)
+    import torch
 
-
-def index_torch(path: Path) -> dict[str, Any]:
-    """The same without the tensors' bytes: tensors are on the device "meta".
-
-    Their storages know the offset of their bytes in the file (`_checkpoint_offset`). A file of before torch 1.6 has no
-    such offsets and is read whole.
-    """
-    return _load(Path(path), "meta" if zipfile.is_zipfile(path) else "cpu", False, False)
-
-
-def _load(path: Path, device: str, mmap: bool, verify: bool) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}")
-    try:
+    with _readable(Path(path)):
         zipped = zipfile.is_zipfile(path)
         if zipped and verify:
             _check_sums(path)
         with torch.serialization.safe_globals([Namespace, *_inert_globals(path, zipped)]):
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+        return _dictionary(content)
+
+
+def index_torch(path: Path) -> dict[str, Any]:
+    """The same without the tensors' bytes and without torch: tensors are `TensorEntry`.
+
+    A file of before torch 1.6, which is no archive, is read whole.
+    """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        return load_torch(path)
+    with _readable(path), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        described = next(name for name in names if name.endswith("/data.pkl") and name.count("/") == 1)
+        order = described.replace("data.pkl", "byteorder")
+        if order in names and archive.read(order) != b"little":
+            raise _DamagedError("its numbers are big-endian, which is not supported")
+        return _dictionary(read_pickle(archive.read(described)))
+
+
+def _dictionary(content: object) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise _DamagedError(f"it holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns whatever torch, pickle or zip make of a damaged file into one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        yield
     except (PermissionError, MemoryError):
         raise
-    except Exception as error:  # whatever torch, pickle or zip make of a damaged file
+    except Exception as error:
         reason = str(error) if isinstance(error, _DamagedError) else "it is damaged or cut short"
         if isinstance(error, pickle.UnpicklingError):
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = found.group(1) if found else "something other than tensors and plain values"
             reason = f"it is damaged, or made to do harm: it holds {what}, which is never run"
         raise ValueError(f"cannot read {path}: {reason}; restore the file from its source") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"cannot read {path}: it holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def _inert_globals(path: Path, zipped: bool) -> list[tuple[type, str]]:
     """Placeholders for the names of NVIDIA's classes that the file mentions."""
+    import torch
+
     if not zipped:
         return []
     names: list[str] = []
     with contextlib.suppress(ValueError):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [
-        (type(name.rpartition(".")[2], (_Inert,), {}), name)
+        (type(name.rpartition(".")[2], (Inert,), {}), name)
         for name in names
-        if name.startswith(_INERT_PREFIXES) or name in _INERT_NAMES
+        if name.startswith(INERT_PREFIXES) or name in INERT_NAMES
     ]

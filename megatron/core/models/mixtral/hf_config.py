@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from megatron.core.config import ModelConfig
 
 SHAPE_FIELDS: dict[str, str] = {
@@ -125,8 +123,7 @@ def check_config_matches(model: ModelConfig, config: dict[str, Any]) -> None:
         raise ValueError("the Hugging Face config is of another model: " + "; ".join(differences))
 
 
-def hf_config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def hf_config_with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """`config` with every field kept and the type of the weights set to `dtype`."""
-    name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
-    return {**config, **dict.fromkeys(keys, name)}
+    return {**config, **dict.fromkeys(keys, dtype)}

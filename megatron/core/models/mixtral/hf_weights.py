@@ -6,10 +6,9 @@ the whole model and experts have one name each. Any rows of a weight are made of
 to one rank's part or to the same rows of every part, so that tools can move a model a few rows at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
+from typing import Any
 
 from megatron.core.config import ModelConfig
 from megatron.core.stages import Stage
@@ -114,34 +113,24 @@ class WeightRule:
             start += source.shape[0]
         return found
 
-    def from_huggingface(self, parts: Sequence[torch.Tensor], rows: range | None = None) -> torch.Tensor:
-        """`rows` of the tensor (all, if not given) from what `source_rows` names. Vocabulary padding is zero."""
-        rows = range(self.shape[0]) if rows is None else rows
-        if self.padded_rows is not None:
-            return pad_rows(parts[0], len(rows))
-        if len(parts) == 1:
-            return parts[0]
-        groups = len(rows) * self.groups // self.shape[0]
-        tail = parts[0].shape[1:]
-        return torch.cat([part.reshape(groups, -1, *tail) for part in parts], dim=1).reshape(-1, *tail)
+    def source_views(self, tensor: Any, rows: range | None = None) -> list[Any]:
+        """The parts of `tensor`, `rows` of this weight (all, if not given), that `source_rows` names, in its order.
 
-    def to_huggingface(self, tensor: torch.Tensor, rows: range | None = None) -> list[torch.Tensor]:
-        """What `source_rows` names, from `rows` of the tensor (all, if not given): inverts `from_huggingface`."""
+        They are views of the same memory, of as many elements as the source's rows and in their order, so that either
+        side can be filled from the other. `tensor` is a numpy array or torch tensor without gaps; rows of vocabulary
+        padding are in no part.
+        """
         pieces = self.source_rows(range(self.shape[0]) if rows is None else rows)
         if self.padded_rows is not None:
             return [tensor[: len(pieces[0][1])]]
-        if len(pieces) == 1:
-            return [tensor]
-        groups = tensor.shape[0] * self.groups // self.shape[0]
-        split = tensor.reshape(groups, -1, *tensor.shape[1:]).split([len(part) // groups for _, part in pieces], dim=1)
-        return [part.reshape(-1, *tensor.shape[1:]) for part in split]
-
-
-def pad_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """`tensor` with zero rows added until there are `rows`."""
-    missing = rows - tensor.shape[0]
-    assert missing >= 0, (tuple(tensor.shape), rows)
-    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+        groups = len(tensor) * self.groups // self.shape[0] if self.groups > 1 else 1
+        blocks = tensor.reshape(groups, -1, *self.shape[1:])
+        views, start = [], 0
+        for _, part in pieces:
+            height = len(part) // groups
+            views.append(blocks[:, start : start + height] if groups > 1 else tensor[start : start + height])
+            start += height
+        return views
 
 
 def _same(name: str, *shape: int) -> HuggingFaceTensor:

@@ -12,7 +12,7 @@ from megatron.core.models.mixtral.hf_config import (
     model_config_from_hf,
     sliding_window_from_hf,
 )
-from megatron.core.models.mixtral.hf_weights import mixtral_weights, stage_weights
+from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, stage_weights
 from megatron.core.stages import divide_layers
 from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
 
@@ -27,6 +27,19 @@ HF_CONFIG = {
     "rope_theta": 1000000.0, "rms_norm_eps": 1e-5, "vocab_size": 10, "num_local_experts": 3,
     "num_experts_per_tok": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
+
+
+def together(rule: WeightRule, parts: list[torch.Tensor], rows: range | None = None) -> torch.Tensor:
+    """Some rows of a weight, from the tensors they are made of."""
+    whole = torch.zeros(len(rows) if rows else rule.shape[0], *rule.shape[1:])
+    for part, view in zip(parts, rule.source_views(whole, rows), strict=True):
+        view.copy_(part.reshape(view.shape))
+    return whole
+
+
+def apart(rule: WeightRule, tensor: torch.Tensor, rows: range | None = None) -> list[torch.Tensor]:
+    """What `together` was given."""
+    return [view.reshape(-1, *rule.shape[1:]) for view in rule.source_views(tensor, rows)]
 
 
 def test_table_is_the_documented_one() -> None:
@@ -86,9 +99,9 @@ def test_qkv_interleaves_by_group() -> None:
         expected += [100 + group * 4 + row for row in range(4)]
         expected += [200 + group * 2 + row for row in range(2)]
         expected += [300 + group * 2 + row for row in range(2)]
-    whole = rule.from_huggingface([query, key, value])
+    whole = together(rule, [query, key, value])
     assert whole[:, 0].tolist() == expected
-    for tensor, original in zip(rule.to_huggingface(whole), (query, key, value), strict=True):
+    for tensor, original in zip(apart(rule, whole), (query, key, value), strict=True):
         assert torch.equal(tensor, original)
 
 
@@ -98,7 +111,7 @@ def test_rows_of_a_rank_are_those_of_its_slice(size: int) -> None:
     generator = torch.Generator().manual_seed(1)
     for rule in mixtral_weights(MODEL, padded_vocab_size=16):
         sources = [torch.randn(source.shape, generator=generator) for source in rule.sources]
-        whole = rule.from_huggingface(sources)
+        whole = together(rule, sources)
         assert whole.shape == rule.shape
         ranks = []
         for rank in range(size):
@@ -108,7 +121,7 @@ def test_rows_of_a_rank_are_those_of_its_slice(size: int) -> None:
                 rows = torch.cat([whole[part.start : part.stop] for part in rule.part_rows(rank, size)])
                 assert torch.equal(ranks[-1], rows)
         joined = join_from_tp(ranks, rule.partition_dim, rule.partition_stride)
-        for tensor, original in zip(rule.to_huggingface(joined), sources, strict=True):
+        for tensor, original in zip(apart(rule, joined), sources, strict=True):
             assert torch.equal(tensor, original), rule.name
 
 
@@ -119,7 +132,7 @@ def test_any_rows_are_made_of_rows_of_the_sources(size: int, at_most: int) -> No
     generator = torch.Generator().manual_seed(1)
     for rule in mixtral_weights(MODEL, padded_vocab_size=16):
         sources = [torch.randn(source.shape, generator=generator) for source in rule.sources]
-        whole = rule.from_huggingface(sources)
+        whole = together(rule, sources)
         back: dict[str, list[torch.Tensor]] = {source.name: [] for source in rule.sources}
         done = 0
         for rows in rule.chunks(size, at_most):
@@ -128,11 +141,11 @@ def test_any_rows_are_made_of_rows_of_the_sources(size: int, at_most: int) -> No
             pieces = [
                 sources[rule.sources.index(source)][part.start : part.stop] for source, part in rule.source_rows(rows)
             ]
-            assert torch.equal(rule.from_huggingface(pieces, rows), whole[rows.start : rows.stop]), rule.name
+            assert torch.equal(together(rule, pieces, rows), whole[rows.start : rows.stop]), rule.name
             if rule.partition_dim == 0:
                 held = rule.part_rows(rule.owner(rows, size), size)
                 assert any(part.start <= rows.start and rows.stop <= part.stop for part in held)
-            parts = rule.to_huggingface(whole[rows.start : rows.stop], rows)
+            parts = apart(rule, whole[rows.start : rows.stop], rows)
             for (source, _), part in zip(rule.source_rows(rows), parts, strict=True):
                 back[source.name].append(part)
         assert done == rule.shape[0]
@@ -207,8 +220,8 @@ def test_config_of_another_model_is_named() -> None:
 
 def test_exported_config_keeps_every_field() -> None:
     source = {**HF_CONFIG, "something_else": [1, 2]}
-    assert hf_config_with_dtype(source, torch.bfloat16) == source
-    assert hf_config_with_dtype(source, torch.float32) == {**source, "torch_dtype": "float32"}
+    assert hf_config_with_dtype(source, "bfloat16") == source
+    assert hf_config_with_dtype(source, "float32") == {**source, "torch_dtype": "float32"}
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, None), (4096, 4096), (32768, None)])

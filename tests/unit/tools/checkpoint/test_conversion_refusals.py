@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron.core.atomic_files import exclusive_folder
 from megatron.core.interchange import load_torch, save_torch
-from megatron.core.interchange.torch_file import index_torch
+from megatron.core.interchange.stored_tensor import StoredTensor, open_torch, stored_tensor
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, stream, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.saver_mixtral import find_tokenizer
 from tools.checkpoint.stream import CheckedSource, Progress, byte_size
-from tools.checkpoint.writers import SafetensorsFile, TensorPlan, TorchFile, plan_shards
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 Capture = pytest.CaptureFixture[str]
@@ -172,14 +171,16 @@ def test_an_altered_byte_of_a_rank_file_is_found(
     assert convert(source, tmp_path / "m", "--target-tensor-parallel-size", "2") == 0
     path = tmp_path / "m" / "release" / "mp_rank_01" / "model_optim_rng.pt"
     good = path.read_bytes()
-    weights = index_torch(path)["model"]
+    content, records = open_torch(path)
     for name in (
         "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight",
         "decoder.layers.1.mlp.experts.local_experts.0.linear_fc2.weight",
         "decoder.layers.1.self_attention.linear_qkv.weight",
         "output_layer.weight",  # its last bytes are padding, which is not written
     ):
-        start, size = weights[name].untyped_storage()._checkpoint_offset, weights[name].nbytes
+        stored = stored_tensor(path, records, name, content["model"][name])
+        assert isinstance(stored, StoredTensor)
+        start, size = stored.offset, stored.read().nbytes
         for place in (start, start + size // 2, start + size - 1):
             data = bytearray(good)
             data[place] ^= 1
@@ -313,34 +314,6 @@ def test_parts_read_twice_or_never_are_noticed(make_model: MakeModel) -> None:
             source.read(rules[-1], rows)
     source.read(rules[-1], range(75, 150))
     source.check_complete()
-
-
-def test_shards(tmp_path: Path) -> None:
-    plans = [TensorPlan(name, (rows, 2), torch.float32) for name, rows in (("a", 3), ("b", 3), ("c", 9), ("d", 1))]
-    assert [[plan.name for plan in shard] for shard in plan_shards(plans, 50)] == [["a", "b"], ["c"], ["d"]]
-    tensors = {plan.name: torch.randn(plan.shape) for plan in plans}
-    for file, prefix in (
-        (SafetensorsFile(tmp_path / "s.safetensors", plans), ""),
-        (TorchFile(tmp_path / "s.pt", {"n": 3}, {"model": plans}), "model/"),
-    ):
-        file.append(prefix + "c", tensors["c"][:4])
-        for name in ("d", "a", "b"):
-            file.append(prefix + name, tensors[name])
-        with pytest.raises(ValueError, match=r"c in .* was not written completely: 32 of 72 bytes"):
-            file.check_complete()
-        with pytest.raises(ValueError, match=r"d in .* is written twice"):
-            file.append(prefix + "d", tensors["d"])
-        with pytest.raises(ValueError, match="no place for e"):
-            file.append("e", tensors["a"])
-        for wrong in (tensors["a"].double(), torch.ones(1, 3)):
-            with pytest.raises(ValueError, match="expected rows of"):
-                file.append(prefix + "c", wrong)
-        file.append(prefix + "c", tensors["c"][4:])
-        file.check_complete()
-    for loaded in (load_file(tmp_path / "s.safetensors"), load_torch(tmp_path / "s.pt")["model"]):
-        assert set(loaded) == set(tensors) and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    theirs = torch.load(tmp_path / "s.pt", weights_only=True, mmap=True)
-    assert theirs["n"] == 3 and torch.equal(theirs["model"]["c"], tensors["c"])
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5MB", 1_500_000), ("2GiB", 2 * 2**30), ("7", 7)])

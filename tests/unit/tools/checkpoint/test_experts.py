@@ -8,6 +8,7 @@ import pytest
 import torch
 from conversion_testing import MakeModel, disk_tensors
 
+from megatron.core.interchange.element_types import Array
 from megatron.core.models.mixtral.hf_weights import WeightRule
 from megatron.core.transformer.moe import experts as experts_module
 from tools.checkpoint import loader_mistral_hf, util, verify
@@ -149,9 +150,9 @@ def test_the_check_of_logits_can_fail(dense: Path, monkeypatch: pytest.MonkeyPat
     """An expert that is not the others' equal, and chosen experts whose weights do not sum to one."""
 
     class Different(loader_mistral_hf.UpcycledSource):
-        def read(self, rule: WeightRule, rows: range) -> torch.Tensor:
-            tensor = super().read(rule, rows)
-            return tensor * 1.001 if rule.layer == 1 and rule.expert == 2 else tensor
+        def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
+            array = super().read(rule, rows, out)
+            return array * 1.001 if rule.layer == 1 and rule.expert == 2 else array
 
     assert check_logits(loader_mistral_hf.UpcycledSource(dense, 4)) < 1e-9
     with pytest.raises(ValueError, match="expert 2 is not what expert 0 is"):

@@ -8,6 +8,7 @@ from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
 
 from megatron.core.dist_checkpointing import TensorShard, write_metadata, write_shards
 from megatron.core.interchange import load_torch
+from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 from tools.checkpoint.loader_mixtral import MegatronSource
@@ -26,7 +27,7 @@ def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
     for rank in range(2):
         shards = []
         for rule in mixtral_weights(source.description.model):
-            whole = source.read(rule, range(rule.shape[0]))
+            whole = to_torch(source.read(rule, range(rule.shape[0])), "bfloat16")
             if rule.partition_dim is None:
                 part = whole.flatten() if rank == 0 else whole.flatten()[:0]
             elif rule.partition_dim == 0:
