@@ -137,7 +137,9 @@ class LoggingConfig:
     log_interval: int = 100
     """Steps between log lines."""
     log_throughput: bool = False
-    """Print TFLOP/s per GPU, counted from active parameters and attention."""
+    """Print TFLOP/s per GPU, counted from active parameters and attention, and MFU, their share of the GPU's peak."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s, for MFU; in 16 bits that of common NVIDIA GPUs is known."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files."""
     metrics_path: str | None = None
@@ -148,6 +150,8 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.log_interval <= 0:
             raise ValueError(f"--log-interval must be positive, got {self.log_interval}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"--peak-tflops must be positive, got {self.peak_tflops}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from megatron.core.fusions.grouped_gemm import Backend, seconds_of_products
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.config import Arguments
-from megatron.training.initialize import on_first
+from megatron.training.initialize import on_first, print_once
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
@@ -43,20 +43,22 @@ def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> flo
     return longest.item()
 
 
-def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure = _measure) -> str:
-    """Sets the backend of all experts, and remembers it in `progress`; collective. Returns a line for the log, or ''.
+def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure = _measure) -> None:
+    """Sets the backend of all experts, prints it, and remembers it in `progress`; collective.
 
     There is nothing to choose if a flag says what to use, on a CPU, and where grouped_mm does not take the operands.
+    With --deterministic-mode nothing may depend on a measurement: then it is grouped_mm.
     """
     experts = [module for module in trainer.model.modules() if isinstance(module, Experts)]
-    chosen_by_flag = trainer.arguments.model.moe_grouped_gemm_backend != "auto"
-    if chosen_by_flag or trainer.device.type == "cpu" or not experts[0].takes_grouped_mm:
-        return ""
-    return choose(trainer, progress, experts, measure)
+    arguments = trainer.arguments
+    fixed = arguments.model.moe_grouped_gemm_backend != "auto" or arguments.training.deterministic_mode
+    if fixed or trainer.device.type == "cpu" or not experts[0].takes_grouped_mm:
+        return
+    print_once(trainer.groups, choose(trainer, progress, experts, measure))
 
 
 def choose(trainer: Trainer, progress: Progress, experts: list[Experts], measure: Measure) -> str:
-    """The same where there is a choice."""
+    """The same where there is a choice; returns the line to print."""
     groups, device, rows = trainer.groups, trainer.device, rows_per_expert(trainer.arguments)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     local, hidden, width = experts[0].linear_fc2.weight.shape

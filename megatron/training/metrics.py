@@ -131,10 +131,16 @@ class MetricsLog:
     """Console, JSON lines and TensorBoard; only the first rank makes one."""
 
     def __init__(
-        self, config: LoggingConfig, *, total_iterations: int, flops_per_sample_and_rank: float, resumed_at: int
+        self,
+        config: LoggingConfig,
+        *,
+        total_iterations: int,
+        flops_per_sample_and_rank: float,
+        resumed_at: int,
+        peak_tflops: float | None = None,
     ) -> None:
         self.config, self.total_iterations = config, total_iterations
-        self.flops = flops_per_sample_and_rank
+        self.flops, self.peak_tflops = flops_per_sample_and_rank, peak_tflops
         self.interval: list[StepRecord] = []
         self.json_file = _open_json_lines(Path(config.metrics_path), resumed_at) if config.metrics_path else None
         self.tensorboard = _tensorboard_writer(config.tensorboard_dir, resumed_at) if config.tensorboard_dir else None
@@ -223,7 +229,10 @@ class MetricsLog:
         seconds = sum(record.seconds for record in records) / len(records)
         load = model_load(last.tokens_per_expert)
         samples = sum(record.global_batch_size for record in records) / len(records)
-        throughput = f" throughput per GPU (TFLOP/s/GPU): {self.flops * samples / seconds / 1e12:.1f} |"
+        tflops = self.flops * samples / seconds / 1e12
+        throughput = f" throughput per GPU (TFLOP/s/GPU): {tflops:.1f} |"
+        if self.peak_tflops is not None:
+            throughput += f" MFU: {100 * tflops / self.peak_tflops:.1f}% |"
         return (
             f" [{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {last.iteration:8d}/{self.total_iterations:8d} |"
             f" consumed samples: {last.consumed_samples:12d} |"

@@ -41,6 +41,7 @@ from megatron.training.initialize import (
     together,
 )
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+from megatron.training.peak import peak_tflops
 from megatron.training.setup import (
     Batch,
     DatasetsProvider,
@@ -94,8 +95,7 @@ def _pretrain(
     trainer = replace(settle_resumed_schedule(trainer, progress), monitor=start_monitor(arguments, groups))
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
-    if measured := settle_grouped_gemm(trainer, progress):
-        print_once(groups, measured)
+    settle_grouped_gemm(trainer, progress)
     train(trainer, datasets, progress, stop_signal)
 
 
@@ -371,16 +371,18 @@ def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, 
 def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None:
     """The log on the first rank, None on the others."""
     length = trainer.arguments.data.seq_length
-    flops = length * training_flops_per_token(trainer.arguments.model, length)
+    model, logging = trainer.arguments.model, trainer.arguments.logging
+    flops = length * training_flops_per_token(model, length)
 
     def make() -> MetricsLog | None:
         if not trainer.groups.world.is_first:
             return None
         return MetricsLog(
-            trainer.arguments.logging,
+            logging,
             total_iterations=last,
             flops_per_sample_and_rank=flops / trainer.groups.world.size,
             resumed_at=resumed_at,
+            peak_tflops=logging.peak_tflops or peak_tflops(trainer.device, model.dtype),
         )
 
     return together(make, trainer.groups)

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
 from megatron.training.expert_load import layer_load, model_load
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks, slow_ranks
+from megatron.training.peak import peak_tflops
 
 LINE = re.compile(
     r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +\d+ \| "
@@ -62,6 +63,24 @@ def test_the_console_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> No
     assert match.groups() == (
         "3", "100", "4.0", "1.000000E-03", "8", "2.000000E+00", "1.062500E+00", "0.500", "1", "1",
     )  # fmt: skip
+
+
+def test_mfu_is_the_share_of_a_known_peak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(peak: float | None) -> str:
+        config = LoggingConfig(log_interval=1, log_throughput=True)
+        log = MetricsLog(config, total_iterations=100, flops_per_sample_and_rank=2.5e11, resumed_at=0, peak_tflops=peak)
+        log.step(_record(1))
+        return capsys.readouterr().out
+
+    # 8 samples of 0.25 TFLOP in 0.5 s
+    assert "throughput per GPU (TFLOP/s/GPU): 4.0 | MFU: 40.0% | learning rate" in line(10.0)
+    assert "MFU" not in line(None)
+    names = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H100 PCIe": 756.0, "NVIDIA L40S": 362.0, "another": None}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_tflops(torch.device("cuda"), torch.bfloat16) == peak
+        assert peak_tflops(torch.device("cuda"), torch.float32) is None
+    assert peak_tflops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_json_lines_are_exact_and_taken_up_again_after_a_restart(tmp_path: Path) -> None:

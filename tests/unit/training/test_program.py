@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,20 @@ def test_each_split_is_read_for_its_purpose(monkeypatch: pytest.MonkeyPatch, tmp
     assert len(validation) == len(test) == 1
     # tokens that were never seen in training stay improbable, each to its own degree
     assert validation[0] > 3 and test[0] > 3 and validation[0] != test[0]
+
+
+def test_the_log_counts_operations_of_active_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--mock-data --global-batch-size 4 --train-iters 3 --lr 0.01 --eval-interval 0 --num-experts 4"
+    pretrain(monkeypatch, *flags.split(), "--log-throughput", "--peak-tflops", "1e-5")
+    layer = 4 * 16 * 16 + 2 * 3 * 16 * 16 + 4 * 16  # q, k, v and o; two experts of four; the router
+    attention = 2 * 16 * 4.5  # each position sees (8 + 1) / 2 in the mean
+    flops = 4 * 8 * 6 * (layer + attention + 64 * 16)  # of a step: samples, tokens, the weights and the vocabulary
+    lines = re.findall(r"iteration \(ms\): ([\d.]+) .* MFU: ([\d.]+)%", capsys.readouterr().out)
+    assert len(lines) == 3
+    for milliseconds, mfu in lines:
+        assert float(mfu) == pytest.approx(100 * flops / (float(milliseconds) / 1e3) / 1e7, rel=0.05)
 
 
 def test_each_split_may_have_files_of_its_own(
