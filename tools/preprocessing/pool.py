@@ -4,6 +4,7 @@ Each has a pipe of its own, so that one that is killed in the middle of an answe
 the standard library's executors the reader waits for the rest for ever).
 """
 
+import mmap
 import os
 import pickle
 import signal
@@ -18,6 +19,8 @@ from tools.preprocessing.reader import Block
 from tools.preprocessing.worker import Encoder, Result
 
 _BLOCKS_AHEAD = 3
+# Room for the tokens of nearly every block; larger ones go through the pipe.
+_SLOT_BYTES = 4 << 20
 
 
 class WorkerDied(Exception):
@@ -36,10 +39,12 @@ class WorkerPool:
         context = get_context("fork")
         self._processes = []
         self._pipes: list[Connection] = []
+        self._ahead = workers * _BLOCKS_AHEAD
+        self._slots = Slots(self._ahead if workers > 1 else 0)
         for _ in range(workers if workers > 1 else 0):
             ours, theirs = context.Pipe()
             self._pipes.append(ours)
-            process = context.Process(target=_work, args=(encoder, theirs, list(self._pipes)), daemon=True)
+            process = context.Process(target=_work, args=(encoder, theirs, self._slots, list(self._pipes)), daemon=True)
             self._processes.append(process)
             process.start()
             theirs.close()
@@ -66,11 +71,10 @@ class WorkerPool:
             return
         done: dict[int, tuple[Block, Result]] = {}
         given = taken = 0
-        ahead = len(self._processes) * _BLOCKS_AHEAD
         block = next(blocks, None)
         while block is not None or taken < given:
             worker = min(range(len(self._processes)), key=lambda i: len(self._waiting[i]))
-            if block is not None and given - taken < ahead and len(self._waiting[worker]) < _BLOCKS_AHEAD:
+            if block is not None and given - taken < self._ahead and len(self._waiting[worker]) < _BLOCKS_AHEAD:
                 self._give(worker, given, block)
                 given += 1
                 block = next(blocks, None)
@@ -93,7 +97,7 @@ class WorkerPool:
             assert isinstance(pipe, Connection)
             worker = self._pipes.index(pipe)
             try:
-                number, answer = receive_arrays(pipe)
+                number, answer = self._slots.receive(pipe)
             except (EOFError, OSError):
                 raise self._death(worker) from None
             if isinstance(answer, Exception):
@@ -106,22 +110,48 @@ class WorkerPool:
         return WorkerDied(f"a worker process ended unexpectedly (status {code}; killed, or out of memory?)")
 
 
-def send_arrays(pipe: Connection, content: Any) -> None:
-    """Send what holds arrays; these are sent from where they are."""
-    arrays: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(content, protocol=5, buffer_callback=arrays.append)
-    pipe.send((head, len(arrays)))
-    for array in arrays:
-        pipe.send_bytes(array.raw())
+class Slots:
+    """Memory that is shared with forked processes, through which arrays are handed over without a copy in the pipe.
+
+    An answer's slot is its number modulo `count`: as long as answer n is in use, answer n + count must not be sent.
+    """
+
+    def __init__(self, count: int, size: int = _SLOT_BYTES) -> None:
+        self._count, self._size = count, size
+        self._memory = memoryview(mmap.mmap(-1, max(count, 1) * size))
+
+    def send(self, pipe: Connection, number: int, content: Any) -> None:
+        """Send answer `number`."""
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
+        arrays = [buffer.raw() for buffer in buffers]
+        sizes = [len(array) for array in arrays]
+        fits = sum(map(_aligned, sizes)) <= self._size
+        if fits:
+            for slot, array in zip(self._slot(number, sizes), arrays):
+                slot[:] = array
+        pipe.send((number, head, sizes, fits))
+        for array in arrays if not fits else ():
+            pipe.send_bytes(array)
+
+    def receive(self, pipe: Connection) -> tuple[int, Any]:
+        """An answer and its number. Raises EOFError or OSError if the sender is gone."""
+        number, head, sizes, fits = pipe.recv()
+        arrays: Any = self._slot(number, sizes) if fits else [pipe.recv_bytes() for _ in sizes]
+        return number, pickle.loads(head, buffers=arrays)
+
+    def _slot(self, number: int, sizes: list[int]) -> Iterator[memoryview]:
+        position = number % self._count * self._size
+        for size in sizes:
+            yield self._memory[position : position + size]
+            position += _aligned(size)
 
 
-def receive_arrays(pipe: Connection) -> Any:
-    """What `send_arrays` sent; its arrays cannot be written to. Raises EOFError or OSError if the sender is gone."""
-    head, count = pipe.recv()
-    return pickle.loads(head, buffers=[pipe.recv_bytes() for _ in range(count)])
+def _aligned(size: int) -> int:
+    return -(-size // 8) * 8
 
 
-def _work(encoder: Encoder, pipe: Connection, of_parent: list[Connection]) -> None:
+def _work(encoder: Encoder, pipe: Connection, slots: Slots, of_parent: list[Connection]) -> None:
     # The parent answers Ctrl-C for all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -139,7 +169,7 @@ def _work(encoder: Encoder, pipe: Connection, of_parent: list[Connection]) -> No
             answer = encoder.encode(block)
         except Exception as error:
             answer = ValueError(f"{block.path}, bytes {block.start} to {block.end}: {error}")
-        send_arrays(pipe, (number, answer))
+        slots.send(pipe, number, answer)
 
 
 def _receive(pipe: Connection, messages: "SimpleQueue[Any]") -> None:

@@ -13,7 +13,8 @@ from tools.preprocessing.reader import TOO_LONG, Block, lines_of
 from tools.preprocessing.settings import Settings, token_type
 
 BROKEN_FILE = "broken file"
-_CHECKED_CHARACTERS = 2000
+_CHECKED_CHARACTERS = 500
+_BLOCKS_BETWEEN_LOOKS = 8
 _BATCH = 64
 # An engine that holds more begins anew: what it has seen grows with the text.
 _MEMORY_OF_ALL = 600 << 20
@@ -82,6 +83,7 @@ class Encoder:
         self._keys = settings.json_keys
         self._bos = self._reference.bos if settings.append_bos else None
         self._eod = self._reference.eod if settings.append_eod else None
+        self._blocks = 0
         self._memory_limit = _MEMORY_OF_WORKER + _MEMORY_OF_ALL // settings.workers
 
     @property
@@ -130,26 +132,26 @@ class Encoder:
         return found
 
     def _assemble(self, documents: list[Any]) -> Encoded:
-        lengths = np.fromiter(map(len, documents), np.int32, len(documents))
-        empty = len(documents) - int(np.count_nonzero(lengths))
-        lengths = lengths[lengths > 0]
-        tokens = np.concatenate(documents) if len(lengths) else np.empty(0, np.uint32)
+        bos, eod = self._bos, self._eod
+        begin, end = np.array([bos or 0], np.uint32), np.array([eod or 0], np.uint32)
+        pieces: list[Any] = []
+        lengths: list[int] = []
+        for ids in documents:
+            size = len(ids)
+            if not size:
+                continue
+            if bos is not None and ids[0] != bos:
+                pieces.append(begin)
+                size += 1
+            pieces.append(ids)
+            if eod is not None and ids[-1] != eod:
+                pieces.append(end)
+                size += 1
+            lengths.append(size)
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         if len(tokens) and tokens.max() >= self._reference.vocab_size:
             raise ValueError(f"token id {tokens.max()} is outside the vocabulary of {self._reference.vocab_size}")
-        tokens = tokens.astype(self._dtype)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        starts = ends - lengths
-        # Where one document ends the next begins: the end's token is given first and so comes first.
-        places, added = [], []
-        for token, at, last in ((self._eod, ends, ends - 1), (self._bos, starts, starts)):
-            if token is not None and len(tokens):
-                missing = tokens[last] != token
-                lengths = lengths + missing.astype(np.int32)
-                places.append(at[missing])
-                added.append(np.full(len(places[-1]), token, self._dtype))
-        if places:
-            tokens = np.insert(tokens, np.concatenate(places), np.concatenate(added))
-        return Encoded(tokens, lengths, empty)
+        return Encoded(tokens.astype(self._dtype), np.array(lengths, np.int32), len(documents) - len(lengths))
 
     def _check(self, texts: list[str], block: Block) -> str | None:
         """Compare a piece of one document of the block with the reference."""
@@ -162,7 +164,8 @@ class Encoder:
 
     def _bound_memory(self) -> None:
         restart = getattr(self._engine, "restart", None)
-        if restart and resident_bytes() > self._memory_limit:
+        self._blocks += 1
+        if restart and self._blocks % _BLOCKS_BETWEEN_LOOKS == 0 and resident_bytes() > self._memory_limit:
             restart()
 
 
