@@ -121,7 +121,7 @@ def test_gather_and_combine(tokens: int, width: int, top_k: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 70), (0, 1, 64), (65, 7, 0)], ids=str)
+@pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 70), (0, 1, 64), (65, 7, 0), (127, 1, 129)], ids=str)
 def test_weight_gradient(counts: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     rows, out_width, in_width = sum(counts), 130, 34
     # rows after the last expert's end belong to nobody and must stay out
@@ -139,6 +139,36 @@ def test_weight_gradient(counts: tuple[int, ...], dtype: torch.dtype, device: to
             assert torch.equal(main_grad[expert], before[expert])
             continue
         assert_close(main_grad[expert], before[expert].double() + grad[part].double().T @ x[part].double())
+
+
+# 80,000 rows of the two inner products of Mixtral 8x7B are more than 2^31 numbers
+MANY_ROWS, WIDE = 80_000, 28_672
+
+
+def test_rows_beyond_32_bits_are_moved(device: torch.device) -> None:
+    # on a CPU only pages that are touched take memory, on a GPU it is 4.6 GB
+    y = torch.empty((MANY_ROWS, WIDE), dtype=torch.float16, device=device)
+    y[-2], y[-1] = 1, torch.arange(WIDE, device=device) % 100
+    pairs = torch.tensor([2 * MANY_ROWS - 1, -1], device=device)
+    assert torch.equal(permute.gather(y, pairs, 2), torch.stack((y[-1], torch.zeros_like(y[-1]))))
+    rows = torch.tensor([[MANY_ROWS - 1, MANY_ROWS - 2]], device=device)
+    assert torch.equal(permute.combine(y, rows), y[-1:] + 1)
+
+
+@pytest.mark.gpu
+def test_rows_beyond_32_bits_are_computed(device: torch.device) -> None:
+    last = slice(MANY_ROWS - 64, MANY_ROWS)
+    gate_up = torch.empty((MANY_ROWS, WIDE), dtype=torch.bfloat16, device=device).normal_()
+    probs, grad = torch.rand(MANY_ROWS, device=device), torch.empty_like(gate_up[:, ::2]).normal_()
+    y, (grad_gate_up, grad_probs, again) = swiglu.forward(gate_up, probs), swiglu.backward(grad, gate_up, probs)
+    small = swiglu.backward(grad[last].clone(), gate_up[last].clone(), probs[last].clone())
+    for ours, expected in zip((grad_gate_up[last], grad_probs[last], again[last]), small, strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(y[last], small[2])
+    ends = torch.tensor((MANY_ROWS - 64, MANY_ROWS), dtype=torch.int32, device=device)
+    main_grad, x = torch.zeros((2, WIDE, 64), device=device), drawn((MANY_ROWS, 64), torch.bfloat16, device)
+    grouped_gemm.accumulate_weight_gradient(gate_up, x, ends, main_grad)
+    assert_close(main_grad[1], gate_up[last].double().T @ x[last].double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
