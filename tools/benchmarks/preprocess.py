@@ -2,6 +2,7 @@
 """How fast tools/preprocess_data.py is, beside bare tokenizers and other pipelines on the same text, in one run."""
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,12 @@ EXAMPLES = """examples:
   python tools/benchmarks/preprocess.py --tokenizer-model mixtral/tokenizer.model
   python tools/benchmarks/preprocess.py --input corpus.jsonl --tokenizer-type PretrainedTokenizerFromHF \\
       --tokenizer-model mixtral/ --workers 16
+  python tools/benchmarks/preprocess.py --tokenizer-model tokenizer.model --megatron-lm ../Megatron-LM --only Megatron
 MB are of UTF-8 text, without JSON. Rounds alternate between the contestants, so that a noisy machine disturbs all.
 Processor time, of all processes together, is disturbed less: from it come the MB per core and second."""
 DOCUMENT_CHARACTERS = (800, 2000, 4000, 8000, 100_000)
+_BEGINNING = 100
+_MEGATRON = "Megatron-LM's tool"
 CHINESE = "我们训练一个混合专家模型。数据先被切分成词元，然后写入索引文件；每个文档都以结束符结尾。"
 
 
@@ -167,17 +172,28 @@ def run_stand_in(flags: TokenizerFlags, path: str, workers: int, output: Path) -
     pool.join()
 
 
-def contestants(args: argparse.Namespace, path: str, folder: Path) -> dict[str, Callable[[], Seconds]]:
-    """Name of each contestant and what measures its seconds; those that cannot run here are listed at once."""
+class Contestant(NamedTuple):
+    """What is measured: `seconds` of a file. A tool starts anew each time, a bare tokenizer has everything ready."""
+
+    name: str
+    seconds: Callable[[str], Seconds]
+    is_tool: bool
+
+
+def contestants(args: argparse.Namespace, folder: Path) -> list[Contestant]:
+    """All that can run here, this project's tool first; those that cannot are listed at once."""
     flags = TokenizerFlags(tokenizer_type=args.tokenizer_type, tokenizer_model=args.tokenizer_model)
     words = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", args.tokenizer_model]
     workers: int = args.workers
-    ours = ROOT / "tools" / "preprocess_data.py"
-    found: dict[str, Callable[[], Seconds]] = {
-        "preprocess_data.py, whole run": lambda: measured(
-            lambda: run_tool(ours, words, path, workers, folder / "ours")
-        ),
-    }
+
+    def tool(name: str, run: Callable[[str], None]) -> Contestant:
+        return Contestant(name, lambda path: measured(lambda: run(path)), True)
+
+    def script(name: str, checkout: Path, output: str) -> Contestant:
+        path_of_script = checkout / "tools" / "preprocess_data.py"
+        return tool(name, lambda path: run_tool(path_of_script, words, path, workers, folder / output))
+
+    found = [script("preprocess_data.py", ROOT, "ours")]
     tokenizer = build_tokenizer(flags)
     for name in ("gigatoken", "sentencepiece", "hf"):
         try:
@@ -185,19 +201,15 @@ def contestants(args: argparse.Namespace, path: str, folder: Path) -> dict[str, 
         except EngineUnavailable as error:
             print(f"absent: bare {name} ({error})")
         else:
-            found[f"bare {name}"] = lambda name=name: bare_seconds(name, flags, path, workers)  # type: ignore[misc]
-    found["stand-in pipeline, whole run"] = lambda: measured(
-        lambda: run_stand_in(flags, path, workers, folder / "stand_in")
-    )
+            found.append(Contestant(f"bare {name}", partial(bare_seconds, name, flags, workers=workers), False))
+    found.append(tool("stand-in pipeline", lambda path: run_stand_in(flags, path, workers, folder / "stand_in")))
     if args.megatron_lm:
-        found["Megatron-LM's tool, whole run"] = lambda: measured(
-            lambda: run_tool(
-                Path(args.megatron_lm) / "tools" / "preprocess_data.py", words, path, workers, folder / "megatron"
-            )
-        )
+        found.append(script(_MEGATRON, Path(args.megatron_lm), "megatron"))
     else:
         print("absent: Megatron-LM's tool (give a checkout with --megatron-lm)")
-    return found
+    return [
+        each for each in found if not args.only or any(word in each.name for word in ("preprocess_data", *args.only))
+    ]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
@@ -207,27 +219,59 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     if path is None:
         path = str(folder / "corpus.jsonl")
         write_corpus(Path(path), args.megabytes)
-    texts = read_texts(path)
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    print(f"{len(texts)} documents, {size:.1f} MB of text, {args.workers} workers, {args.rounds} rounds")
-    del texts
-    entries = contestants(args, path, folder)
-    times: dict[str, list[Seconds]] = {name: [] for name in entries}
+    beginning = folder / "beginning.jsonl"
+    with open(path, "rb") as whole, open(beginning, "wb") as part:
+        part.writelines(itertools.islice(whole, _BEGINNING))
+    size, small = (sum(len(text.encode()) for text in read_texts(each)) / 1e6 for each in (path, str(beginning)))
+    print(f"{size:.1f} MB of text, {args.workers} workers, {args.rounds} rounds")
+    entries = contestants(args, folder)
+    times: dict[str, list[Seconds]] = {each.name: [] for each in entries}
+    starts: dict[str, list[Seconds]] = {each.name: [] for each in entries}
     for number in range(args.rounds):
-        for name, seconds in entries.items():
-            times[name].append(seconds())
-            print(f"round {number + 1}: {name} {size / times[name][-1].wall:.2f} MB/s", file=sys.stderr)
-    ours = next(iter(times.values()))
-    print(f"{'':30} {'MB/s':>7} {'lowest':>7} {'highest':>8} {'ours is':>8} | {'MB per core-s':>13} {'ours is':>8}")
-    for name, values in times.items():
-        rates = [size / each.wall for each in values]
-        core_rate = statistics.median(size / each.processor for each in values)
-        ratios = [statistics.median(b[i] / a[i] for a, b in zip(ours, values)) for i in (0, 1)]
-        print(
-            f"{name:30} {statistics.median(rates):7.2f} {min(rates):7.2f} {max(rates):8.2f} {ratios[0]:7.2f}x | "
-            f"{core_rate:13.2f} {ratios[1]:7.2f}x"
-        )
-    print("The stand-in is no Megatron-LM: it is the same shape of program with this project's reference tokenizer.")
+        for each in entries:
+            starts[each.name].append(each.seconds(str(beginning)) if each.is_tool else Seconds(0, 0))
+            times[each.name].append(each.seconds(path))
+            rate = size / times[each.name][-1].wall
+            print(f"round {number + 1}: {each.name} {rate:.2f} MB/s", file=sys.stderr)
+    print(f"{'':20} {'MB/s':>7} {'lowest':>7} {'highest':>8} {'ours is':>8} | {'once started':>12} {'ours is':>8} |"
+          f" {'start, s':>8} | {'MB per core-s':>13} {'ours is':>8}")  # fmt: skip
+    for each in entries:
+        print(_row(each, size, small, times, starts))
+    print(
+        f"Once started: {size - small:.1f} MB in the time beyond that of a run over the first {_BEGINNING} documents, "
+        "which is the start.\nThe stand-in is no Megatron-LM: it is the same shape of program with this project's "
+        "reference tokenizer."
+    )
+    if _MEGATRON in times:
+        outputs = [(folder / f"{name}_text_document.bin").read_bytes() for name in ("ours", "megatron")]
+        print("Megatron-LM's tokens and ours are " + ("equal." if outputs[0] == outputs[1] else "NOT equal."))
+
+
+def _row(
+    each: Contestant, size: float, small: float, times: dict[str, list[Seconds]], starts: dict[str, list[Seconds]]
+) -> str:
+    """A row of the table: medians, and medians of the ratios in each round."""
+    name, ours = each.name, next(iter(times))
+
+    def rates(name: str) -> list[float]:
+        return [size / whole.wall for whole in times[name]]
+
+    def started(name: str) -> list[float]:
+        pairs = zip(times[name], starts[name])
+        return [(size - small * bool(start.wall)) / (whole.wall - start.wall) for whole, start in pairs]
+
+    def per_core(name: str) -> list[float]:
+        return [size / whole.processor for whole in times[name]]
+
+    def ratio(values: Callable[[str], list[float]]) -> float:
+        return statistics.median(a / b for a, b in zip(values(ours), values(name)))
+
+    start = f"{statistics.median(start.wall for start in starts[name]):.2f}" if each.is_tool else ""
+    return (
+        f"{name:20} {statistics.median(rates(name)):7.2f} {min(rates(name)):7.2f} {max(rates(name)):8.2f} "
+        f"{ratio(rates):7.2f}x | {statistics.median(started(name)):12.2f} {ratio(started):7.2f}x | {start:>8} | "
+        f"{statistics.median(per_core(name)):13.2f} {ratio(per_core):7.2f}x"
+    )
 
 
 def main() -> int:
@@ -246,6 +290,7 @@ def main() -> int:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes of each contestant (default: all cores)")
     add("--rounds", type=int, default=5, help="measurements of each contestant (default: 5)")
     add("--megatron-lm", metavar="FOLDER", help="a checkout of Megatron-LM to measure too")
+    add("--only", nargs="+", metavar="WORD", help="beside this project's tool, only contestants with these in the name")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
