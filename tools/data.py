@@ -162,13 +162,16 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Prints documents as text, or as ids where no tokenizer is given. Raises ValueError if there are not so many."""
-    indexed = IndexedDataset(prefix_of(args.dataset))
-    last = args.first + args.number
-    if args.first < 0 or args.number < 1 or args.first >= indexed.document_count:
+    """Prints documents as text, or as ids where no tokenizer is given. Raises ValueError if the first is not there."""
+    if args.number < 1:
         raise ValueError(
-            f"{indexed.prefix} has documents 0 to {indexed.document_count - 1}: there is no document {args.first}"
+            f"N is how many documents to show, at least 1, not {args.number}; for the last ones give --first -K"
         )
+    indexed = IndexedDataset(prefix_of(args.dataset))
+    count = indexed.document_count
+    first = args.first + count if args.first < 0 else args.first
+    if not 0 <= first < count:
+        raise ValueError(f"{indexed.prefix} has documents 0 to {count - 1}: there is no document {args.first}")
     tokenizer: Tokenizer | None = None
     if args.tokenizer_model or args.vocab_file or args.tokenizer_type == "NullTokenizer":
         tokenizer = build_tokenizer(args, args.vocab_size)
@@ -176,7 +179,7 @@ def show(args: argparse.Namespace) -> None:
         differences = description.tokenizer_differences(tokenizer.identity) if description else []
         if differences:
             print(f"warning: this is not the tokenizer of the data: {'; '.join(differences)}", file=sys.stderr)
-    for document in range(args.first, min(last, indexed.document_count)):
+    for document in range(first, min(first + args.number, count)):
         ids = indexed.get_document(document).tolist()
         print(f"--- document {document}: {len(ids):,} tokens")
         shown = ids if args.tokens is None else ids[: args.tokens]
@@ -239,7 +242,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     one = command("show", show, "Decode documents, to see what was stored.")
     one.add_argument("dataset", metavar="DATASET", help="path without .bin and .idx")
     one.add_argument("number", type=int, metavar="N", nargs="?", default=1, help="how many documents (default: 1)")
-    one.add_argument("--first", type=int, metavar="K", default=0, help="number of the first one (default: 0)")
+    one.add_argument(
+        "--first", type=int, metavar="K", default=0, help="number of the first one; -K counts from the end (default: 0)"
+    )
     one.add_argument("--tokens", type=int, metavar="T", help="show only the first T tokens of each")
     one.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, default="PretrainedTokenizerFromHF")
     one.add_argument("--tokenizer-model", metavar="PATH", help="tokenizer to decode with; without one, ids are shown")

@@ -10,6 +10,8 @@ except ImportError:  # the standard library reads the same, several times slower
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = "blank line"
+NOT_JSON, NOT_AN_OBJECT = "invalid JSON", "not an object"
+ONE_A_LINE = "each line must be a JSON object, so write arrays and indented files as one object a line (jq -c)"
 
 
 class BadDocument(ValueError):
@@ -35,7 +37,7 @@ def texts_of_line(line: bytes, keys: list[str]) -> list[str]:
         document = _parse(line)
         strict = False
     if type(document) is not dict:
-        raise BadDocument("not an object", f"a JSON object is expected on each line, this is {_kind(document)}")
+        raise BadDocument(NOT_AN_OBJECT, f"a JSON object is expected on each line, this is {_kind(document)}")
     try:
         texts = [document[key] for key in keys]
     except KeyError as error:
@@ -77,7 +79,9 @@ def _parse(line: bytes) -> Any:
         detail = str(error)
         if isinstance(error, json.JSONDecodeError):
             detail = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-        raise BadDocument("invalid JSON", detail) from None
+        if line.strip() in (b"[", b"{"):
+            detail = ONE_A_LINE
+        raise BadDocument(NOT_JSON, detail) from None
 
 
 def _kind(value: object) -> str:

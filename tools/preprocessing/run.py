@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.preprocessing import inputs
-from tools.preprocessing.documents import BLANK
+from tools.preprocessing.documents import BLANK, NOT_AN_OBJECT, NOT_JSON, ONE_A_LINE
 from tools.preprocessing.engine import (
     PROBES,
     Engine,
@@ -91,10 +91,12 @@ def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], 
 def check_outcome(settings: Settings, statistics: Statistics, documents: list[int]) -> None:
     """Raises TooManyBad or ValueError if what was written must not be taken for a data set."""
     if statistics.bad_fraction > settings.max_bad_fraction:
+        format_errors = sum(statistics.bad.get(reason, 0) for reason in (NOT_JSON, NOT_AN_OBJECT))
+        form = f" ({ONE_A_LINE})" if 2 * format_errors > statistics.bad_lines else ""
         raise TooManyBad(
             f"{100 * statistics.bad_fraction:.3g}% of the input is bad ({statistics.bad_summary()}; listed in "
             f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
-            "allows: mend the input, or give a larger fraction together with --resume to keep what is done"
+            f"allows: mend the input{form}, or give a larger fraction together with --resume to keep what is done"
         )
     for key, count in zip(settings.json_keys, documents):
         if count == 0:

@@ -119,8 +119,14 @@ def test_show(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "--- document 39: 41 tokens\n40 40 ...\n"
     assert data.main(["show", dataset, *flags, "101"]) == 0
     assert "warning: this is not the tokenizer of the data: vocabulary size" in capsys.readouterr().err
-    assert data.main(["show", dataset, "--first", "40"]) == 1
-    assert "error: " in capsys.readouterr().err
+    assert data.main(["show", dataset, "9", "--first", "-1", "--tokens", "2"]) == 0
+    assert capsys.readouterr().out == "--- document 39: 41 tokens\n40 40 ...\n"
+    for first in ("40", "-41"):
+        assert data.main(["show", dataset, "--first", first]) == 1
+        assert f"has documents 0 to 39: there is no document {first}" in capsys.readouterr().err
+    for number in ("-1", "0"):
+        assert data.main(["show", dataset, number]) == 1
+        assert "N is how many documents to show, at least 1" in capsys.readouterr().err
 
 
 def test_training_finds_the_indices_that_were_built_ahead(dataset: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron.core.datasets.description import Origin, file_sha256, read_description
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import CODES, HEADER, MAGIC, IndexedDataset
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools import merge_datasets
 
@@ -61,3 +61,31 @@ def test_a_data_set_from_elsewhere_is_merged_without_a_description(tmp_path: Pat
     assert merge_datasets.main([*command, str(tmp_path / "out")]) == 0
     assert "has no description" in capsys.readouterr().err
     assert len(IndexedDataset(tmp_path / "out")) == 2 and not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    """Two sparse data sets of 3 GiB each, of which the last document is not empty; their sum is on disk for a while."""
+    size = 3 << 30
+    for name, last in (("a", [1, 2]), ("b", [3, 4])):
+        lengths = np.array([size // 4 - 1, size // 4 - 1, 2], "<i4")
+        with open(tmp_path / f"{name}.bin", "wb") as file:
+            file.truncate(size)
+            file.seek(size - 4)
+            file.write(np.array(last, "<u2").tobytes())
+        offsets = np.array([0, size // 2 - 2, size - 4], "<i8")
+        header = HEADER.pack(MAGIC, 1, CODES[np.dtype("<u2")], 3, 4)
+        index = header + lengths.tobytes() + offsets.tobytes() + np.arange(4, dtype="<i8").tobytes()
+        (tmp_path / f"{name}.idx").write_bytes(index)
+    try:
+        inputs = [str(tmp_path / "a"), str(tmp_path / "b")]
+        assert merge_datasets.main(["--input", *inputs, "--output-prefix", str(tmp_path / "all")]) == 0
+        merged = IndexedDataset(tmp_path / "all")
+        assert merged.token_count == size and merged.document_count == 6
+        assert [merged[i].tolist() for i in (2, 5)] == [[1, 2], [3, 4]]
+        assert merged.get_document(4, size // 4 - 3).tolist() == [0, 0]
+        raw = (tmp_path / "all.idx").read_bytes()[HEADER.size + 24 : HEADER.size + 72]
+        expected = [0, size // 2 - 2, size - 4, size, size + size // 2 - 2, 2 * size - 4]
+        assert np.frombuffer(raw, "<i8").tolist() == expected
+    finally:
+        (tmp_path / "all.bin").unlink(missing_ok=True)

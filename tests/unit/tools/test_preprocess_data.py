@@ -113,6 +113,8 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, monkeypatch
 
 BAD_LINES = {
     "not json": (b'{"text": "1"', "invalid JSON", "delimiter"),
+    "first line of an array": (b"[", "invalid JSON", "one object a line"),
+    "first line of an object": (b"{ ", "invalid JSON", "one object a line"),
     "too deep": (b"[" * 100_000, "invalid JSON", "recursion"),
     "array": (b"[1, 2]", "not an object", "this is an array"),
     "number": (b"3", "not an object", "this is a number"),
@@ -354,3 +356,29 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(capsys, monkeypatch
     assert capsys.readouterr().err == ""
     progress.update(1_000_000, 1000, 0)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_preview_decodes_what_was_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ends, more documents than there are, and a long one, of which the beginning is shown."""
+    long = " ".join(["7"] * 401)
+    texts = ["1 2", "3 99", long, "5"]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text, "title": "8"} for text in texts])
+    more = ("--append-eod", "--json-keys", "text", "title")
+    assert preprocess_data.main(arguments(source, tmp_path / "out", "--preview", "3", *more)) == 0
+    shown = capsys.readouterr().out.split("--- ")[1:]
+    assert [text.splitlines() for text in shown[:3]] == [
+        ["text, document 0: 3 tokens, begins with token 1, ends with token 99 (eod)", "1 2 99"],
+        ["text, document 1: 2 tokens, begins with token 3, ends with token 99 (eod)", "3 99"],
+        ["text, document 2: 402 tokens, begins with token 7, ends with token 99 (eod)", long[: 2 * 400 - 1] + "..."],
+    ]
+    assert len(shown) == 6 and shown[3].startswith("title, document 0: 2 tokens")
+    assert preprocess_data.main(arguments(source, tmp_path / "out", "--preview", "9")) == 0
+    output = capsys.readouterr().out
+    assert output.count("--- ") == 4 and "document 0: 2 tokens, begins with token 1, ends with token 2\n1 2" in output
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_file_that_is_one_array_is_refused_with_advice(tmp_path: Path, capsys, indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "1"}, {"text": "2"}], indent=indent))
+    assert preprocess_data.main(arguments(tmp_path / "a.json", tmp_path / "out")) == 1
+    assert "each line must be a JSON object" in capsys.readouterr().err.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -131,3 +132,26 @@ def test_what_does_not_fit_is_not_resumed(tmp_path: Path, corpus: Path, capsys, 
 def test_nothing_to_resume_is_a_start(tmp_path: Path, corpus: Path, capsys) -> None:
     assert preprocess_data.main(arguments(corpus, tmp_path / "out", "--resume")) == 0
     assert "there is no interrupted run to resume" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [500, 3000, 9000])
+def test_a_disk_that_fills_up_ends_the_run_and_resume_goes_on(tmp_path: Path, corpus: Path, capsys, size: int) -> None:
+    """No file may grow beyond `size` bytes, which is what a full disk looks like from here."""
+    assert preprocess_data.main(arguments(corpus, tmp_path / "clean")) == 0
+    prefix = tmp_path / "out"
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        status = preprocess_data.main(arguments(corpus, prefix))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and error.startswith("error: ") and "File too large" in error and str(prefix) in error
+    with pytest.raises(FileNotFoundError):
+        IndexedDataset(f"{prefix}_text_document")
+    kept = Path(f"{prefix}_resume.json").exists()
+    assert kept == ("the same command with --resume goes on" in error) and kept == (size > 500)
+    assert preprocess_data.main(arguments(corpus, prefix, "--resume")) == 0
+    assert ("resuming after" in capsys.readouterr().out) == kept
+    assert outputs(prefix) == outputs(tmp_path / "clean")
