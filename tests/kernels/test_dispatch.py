@@ -7,7 +7,7 @@ import torch
 from kernel_testing import assert_close, drawn
 from torch import Tensor
 
-from megatron.core.fusions import backend
+from megatron.core.fusions import backend, grouped_gemm
 from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.permute import combine_rows, gather_rows, permutation_map
 from megatron.core.fusions.rms_norm import rms_norm
@@ -79,6 +79,30 @@ def test_kernels_equal_the_plain_form(name: str, device: torch.device, monkeypat
 
     for ours, reference in zip(run(True, torch.float32), run(False, torch.float64), strict=True):
         assert_close(ours, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("tokens", [0, 1, 131])
+def test_experts_in_bfloat16(tokens: int, products: grouped_gemm.Backend, device: torch.device) -> None:
+    shapes = ((tokens, 64), (5, 2 * 48, 64), (5, 64, 48))
+    inputs = [drawn(shape, torch.bfloat16, device, i) for i, shape in enumerate(shapes)]
+    probs = drawn((tokens, 2), torch.float32, device, 3).sigmoid()
+    chosen = drawn((tokens, 5), torch.float32, device, 4).topk(2).indices
+    grad = drawn((tokens, 64), torch.bfloat16, device, 5)
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        x, gate_up, down = (tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs)
+        weights = probs.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        y = expert_mlp(x, weights, permutation_map(chosen, 5), gate_up, down, products)
+        y.backward(grad.to(dtype))
+        return [y, *(leaf.grad for leaf in (x, weights, gate_up, down) if leaf.grad is not None)]
+
+    ours, reference = run(torch.bfloat16), run(torch.float64)
+    assert len(ours) == 5
+    for a, b in zip(ours, reference, strict=True):
+        # probabilities are in float32, but what their gradients are made of is not
+        assert_close(a.to(torch.bfloat16), b)
 
 
 def test_kernels_repeat_themselves_and_leave_no_dirt(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

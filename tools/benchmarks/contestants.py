@@ -7,11 +7,11 @@ answers every further line with its next step. Nothing of this project is import
 
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
-import resource
 import sys
 import time
 import warnings
@@ -164,7 +164,11 @@ def _without_cuda() -> None:
 
 
 def megatron_core_step(shape: StepShape, folder: str) -> Contestant:
-    """Megatron-Core's GPTModel of local layers, its experts one after another, and torch's fused AdamW."""
+    """Megatron-Core's GPTModel and torch's fused AdamW.
+
+    On a GPU its layers and experts are Transformer Engine's, if that is installed; elsewhere they are its local ones,
+    with one expert after another.
+    """
     found = Path(_core("").__file__).resolve()
     if not found.is_relative_to(Path(folder).resolve()):
         raise ImportError(f"megatron.core came from {found}, not from {folder}")
@@ -174,6 +178,12 @@ def megatron_core_step(shape: StepShape, folder: str) -> Contestant:
     _core("parallel_state").initialize_model_parallel()
     if shape.device != "cpu":
         _core("tensor_parallel.random").model_parallel_cuda_manual_seed(1)
+    specs = _core("models.gpt.gpt_layer_specs")
+    engine = shape.device != "cpu" and importlib.util.find_spec("transformer_engine") is not None
+    if engine:
+        layers = specs.get_gpt_layer_with_transformer_engine_spec(num_experts=shape.num_experts, moe_grouped_gemm=True)
+    else:
+        layers = specs.get_gpt_layer_local_spec(num_experts=shape.num_experts, normalization="RMSNorm")
     config = _core("transformer.transformer_config").TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -195,24 +205,20 @@ def megatron_core_step(shape: StepShape, folder: str) -> Contestant:
         attention_dropout=0.0,
         use_cpu_initialization=shape.device == "cpu",
         gradient_accumulation_fusion=False,
-        masked_softmax_fusion=shape.device != "cpu",
+        masked_softmax_fusion=False,
+        moe_grouped_gemm=engine,
         bf16=shape.dtype == torch.bfloat16,
         params_dtype=shape.dtype,
     )
-    model = (
-        _core("models.gpt.gpt_model")
-        .GPTModel(
-            config,
-            _core("models.gpt.gpt_layer_specs").get_gpt_layer_local_spec(
-                num_experts=shape.num_experts, normalization="RMSNorm"
-            ),
-            vocab_size=shape.vocab_size,
-            max_sequence_length=shape.seq_length,
-            position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
-        )
-        .to(shape.device, shape.dtype)
+    model = _core("models.gpt.gpt_model").GPTModel(
+        config,
+        layers,
+        vocab_size=shape.vocab_size,
+        max_sequence_length=shape.seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
     )
+    model.to(shape.device, shape.dtype)
     tokens = shape.tokens()
     positions = torch.arange(shape.seq_length, device=shape.device).expand_as(tokens).contiguous()
     mask = torch.ones(shape.seq_length, shape.seq_length, dtype=torch.bool, device=shape.device).triu(1)[None, None]
@@ -228,6 +234,14 @@ def build(kind: str, argument: str, shape: StepShape) -> Contestant:
     return megatron_core_step(shape, argument)
 
 
+def _peak_resident_bytes() -> int:
+    """The most memory this process was resident with; not getrusage's, which the parent's counts into."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
 def _timed(contestant: Contestant, shape: StepShape) -> dict[str, float]:
     synchronize = torch.cuda.synchronize if shape.device == "cuda" else lambda: None
     synchronize()
@@ -237,11 +251,7 @@ def _timed(contestant: Contestant, shape: StepShape) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if not math.isfinite(loss):
         raise ArithmeticError(f"the loss is {loss}")
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if shape.device == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    peak = torch.cuda.max_memory_allocated() if shape.device == "cuda" else _peak_resident_bytes()
     return {"seconds": seconds, "loss": loss, "peak_bytes": peak}
 
 
