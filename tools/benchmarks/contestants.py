@@ -235,11 +235,13 @@ def build(kind: str, argument: str, shape: StepShape) -> Contestant:
 
 
 def _peak_resident_bytes() -> int:
-    """The most memory this process was resident with; not getrusage's, which the parent's counts into."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    return 0
+    """The most memory this process was resident with, 0 where Linux does not say it.
+
+    The parent's counts into what getrusage says.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _timed(contestant: Contestant, shape: StepShape) -> dict[str, float]:
