@@ -12,6 +12,7 @@ The saver asks for the rows of each weight once, in their order; several weights
 
 import math
 import mmap
+import os
 import shutil
 import sys
 import threading
@@ -31,10 +32,6 @@ from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 
 CHUNK_BYTES = 2 << 20
 """Size of the rows that a thread holds at a time, about."""
-THREADS = 16
-"""That move weights: more than cores, since most of them wait for the disk."""
-PAGE = 4096
-"""What files are aligned to in memory and on disk, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +152,7 @@ def rows_of(rule: WeightRule, rows: range, dtype: str, out: Array | None) -> Arr
 
 
 class ThreadBuffer(threading.local):
-    """Memory of each thread's own that begins where a page does, used again and again."""
+    """Memory of each thread's own, used again and again."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -170,7 +167,8 @@ class ThreadBuffer(threading.local):
 
 def in_threads(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]) -> None:
     """Calls `action` with every weight, several at once; the first error stops all."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(max(cores, 2), 8)) as pool:
         running = [pool.submit(action, rule) for rule in rules]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)
@@ -182,9 +180,8 @@ def in_threads(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]
 
 
 def rows_at_a_time(rule: WeightRule, dtype: str) -> int:
-    """Rows of a weight that make up `CHUNK_BYTES`; many are a multiple of 64, so that their parts fill whole pages."""
-    rows = max(CHUNK_BYTES // (math.prod(rule.shape[1:]) * STORED_AS[dtype].itemsize), 1)
-    return rows - rows % 64 if rows > 64 else rows
+    """Rows of a weight that make up `CHUNK_BYTES`."""
+    return max(CHUNK_BYTES // (math.prod(rule.shape[1:]) * STORED_AS[dtype].itemsize), 1)
 
 
 def print_plan(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
@@ -204,7 +201,7 @@ def planned_bytes(writer: Writer, rules: Iterable[WeightRule]) -> dict[str, int]
     sizes: dict[str, int] = {}
     for rule in rules:
         for to in writer.destinations(rule):
-            sizes[to.file] = sizes.get(to.file, 1 << 16) + to.nbytes + 512 + (to.nbytes >= PAGE) * PAGE
+            sizes[to.file] = sizes.get(to.file, 1 << 16) + to.nbytes + 512
     return sizes
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.core.interchange.torch_pickle import TensorEntry, write_pickle
-from tools.checkpoint.stream import PAGE
 from tools.checkpoint.writers import Place, TensorFile, TensorPlan
 
 _DATE = (1 << 5) | 1  # 1 January 1980, as everywhere where no time is meant
@@ -82,9 +81,8 @@ class TorchFile(TensorFile):
     def _add(self, path: Path, name: str, content: bytes | TensorPlan) -> None:
         full = f"{path.stem}/{name}".encode()
         nbytes = content.nbytes if isinstance(content, TensorPlan) else len(content)
-        alignment = PAGE if nbytes >= PAGE else 64
         least = self._end + 30 + len(full) + 4 + (20 if nbytes >= 1 << 32 else 0)
-        start = -(-least // alignment) * alignment
+        start = -(-least // 64) * 64
         place = Place(content, start) if isinstance(content, TensorPlan) else None
         kept = content if isinstance(content, bytes) else b""
         self._records.append(_Record(full, self._end, start, nbytes, place, kept))

@@ -3,9 +3,9 @@
 A file gets its whole size and every tensor its place before the first byte is written. Rows are appended to a tensor;
 a file is finished (checksums, sync) as soon as its last row is there, while others are still written.
 
-Whole pages go from the thread's memory straight to the disk where the file system can do that (`O_DIRECT`): all has to
-be on disk at the end anyway, several writes keep the disk busy, and neither memory for a copy of the output is needed
-nor the time to find and fill it. What does not fill pages is written the ordinary way.
+All has to be on disk at the end, so the kernel is asked to begin with every few megabytes at once. It gets them in
+small pieces: for large ones it looks for large free blocks of memory, which a virtual machine's host may first have to
+find.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,9 @@ import numpy as np
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import bytes_of
 from tools.checkpoint.hf_files import SAFETENSORS_NAMES
-from tools.checkpoint.stream import PAGE, ThreadBuffer
+from tools.checkpoint.stream import ThreadBuffer
+
+_PIECE = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,6 @@ class TensorFile(ABC):
         self._synced: Future[None] | None = None
         with open(path, "wb") as file:
             _reserve(file.fileno(), size, path)
-        self._direct = _opens_directly(path)
 
     def append(self, name: str, rows: Array) -> None:
         """Adds rows to the tensor `name`."""
@@ -78,18 +79,12 @@ class TensorFile(ABC):
             raise ValueError(f"expected rows of {place.plan} but got {rows.shape}, {rows.dtype}")
         if place.done + rows.nbytes > place.plan.nbytes:
             raise ValueError(f"{name} in {self.path} is written twice")
-        offset = place.offset + place.done
-        direct = self._direct and offset % PAGE == rows.nbytes % PAGE == 0
-        if not rows.flags.c_contiguous or (direct and rows.__array_interface__["data"][0] % PAGE):
-            aligned = _buffers.array(rows.shape, rows.dtype)
-            np.copyto(aligned, rows)
-            rows = aligned
+        if not rows.flags.c_contiguous:
+            gathered = _buffers.array(rows.shape, rows.dtype)
+            np.copyto(gathered, rows)
+            rows = gathered
         data = bytes_of(rows)
-        if direct:
-            self._write(data, offset, os.O_DIRECT)
-        else:
-            with self._lock:  # the kernel's own lock would be waited for busily
-                self._write(data, offset)
+        self._write(data, place.offset + place.done)
         place.checksum = self.checksum(data, place.checksum)
         place.done += len(data)
         with self._lock:
@@ -118,18 +113,17 @@ class TensorFile(ABC):
     def _finish(self) -> None:
         """Writes what can only be known at the end."""
 
-    def _write(self, data: memoryview, offset: int, flags: int = 0) -> None:
+    def _write(self, data: memoryview, offset: int) -> None:
         try:
-            descriptor = os.open(self.path, os.O_WRONLY | flags)
-            try:
+            with (
+                self._lock,  # the kernel's own lock would be waited for busily
+                open(self.path, "r+b", buffering=0) as file,
+            ):
                 done = 0
                 while done < len(data):
-                    done += os.pwrite(descriptor, data[done:], offset + done)
-            finally:
-                os.close(descriptor)
+                    done += os.pwrite(file.fileno(), data[done : done + _PIECE], offset + done)
+                _begin_sync(file.fileno(), offset, len(data))
         except OSError as error:
-            if flags and error.errno == errno.EINVAL:  # a device that wants other alignment
-                return self._write(data, offset)
             error.filename = str(self.path)  # a full disk does not say which file it was
             raise
 
@@ -144,14 +138,22 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _opens_directly(path: Path) -> bool:
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_DIRECT))
-    except OSError:
-        return False
-    return True
+def _linux_call(name: str, *kinds: type) -> Callable[..., int]:
+    """A function of Linux's C library, or one that fails."""
+    found = getattr(ctypes.CDLL(None, use_errno=True), name, None) if sys.platform == "linux" else None
+    if found is None:
+        return lambda *_: -1
+    found.argtypes = kinds
+    return found  # type: ignore[no-any-return]
+
+
+_fallocate = _linux_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_sync_file_range = _linux_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+def _begin_sync(descriptor: int, offset: int, size: int) -> None:
+    """Lets the kernel begin to write these bytes to the disk, where it can be told so; nothing depends on it."""
+    _sync_file_range(descriptor, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
 
 
 def _reserve(descriptor: int, size: int, path: Path) -> None:
@@ -159,24 +161,22 @@ def _reserve(descriptor: int, size: int, path: Path) -> None:
 
     `os.posix_fallocate` would write every block where it cannot.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if sys.platform == "linux" else None
-    if fallocate is not None and size:
-        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-        if fallocate(descriptor, 0, 0, size) == 0:
-            return
-        if ctypes.get_errno() == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    ctypes.set_errno(0)
+    if _fallocate(descriptor, 0, 0, size) == 0:
+        return
+    if ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     os.ftruncate(descriptor, size)
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file. Tensors that do not fill pages come last, so that the others begin where a page does."""
+    """A safetensors file."""
 
     def __init__(self, path: Path, plan: Sequence[TensorPlan]) -> None:
         assert sys.byteorder == "little", "safetensors files are little-endian"
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         places, offset = [], 0
-        for tensor in sorted(plan, key=lambda tensor: tensor.nbytes % PAGE != 0):
+        for tensor in plan:
             end = offset + tensor.nbytes
             header[tensor.name] = {
                 "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
@@ -184,7 +184,7 @@ class SafetensorsFile(TensorFile):
             places.append(Place(tensor, offset))
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-        text += b" " * (-(8 + len(text)) % PAGE)
+        text += b" " * (-(8 + len(text)) % 64)  # as `.pt` files are: what is copied to odd addresses takes longer
         for place in places:
             place.offset += 8 + len(text)
         super().__init__(path, places, 8 + len(text) + offset)
