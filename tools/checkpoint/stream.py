@@ -206,9 +206,16 @@ def planned_bytes(writer: Writer, rules: Iterable[WeightRule]) -> dict[str, int]
 
 
 def check_disk(folder: Path, sizes: dict[str, int], *, report: bool) -> None:
-    """Raises ValueError if the disk of `folder` has no room for files of these sizes; with `report`, prints both."""
+    """Raises ValueError if `folder` cannot be made or its disk has no room for files of these sizes.
+
+    With `report`, prints both.
+    """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    needed, free = sum(sizes.values()), shutil.disk_usage(existing).free
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be made: {existing} is not a folder")
+    needed, (capacity, _, free) = sum(sizes.values()), shutil.disk_usage(existing)
+    if capacity == 0 or not os.access(existing, os.W_OK):
+        raise ValueError(f"{folder} cannot be made: nothing can be written to {existing}; choose a folder on a disk")
     if report:
         largest = max(sizes.values())
         print(

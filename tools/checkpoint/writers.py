@@ -4,8 +4,8 @@ A file gets its whole size and every tensor its place before the first byte is w
 a file is finished (checksums, sync) as soon as its last row is there, while others are still written.
 
 All has to be on disk at the end, so the kernel is asked to begin with every few megabytes at once. It gets them in
-small pieces: for large ones it looks for large free blocks of memory, which a virtual machine's host may first have to
-find.
+small pieces, and may use the memory of what is on disk again: large or much free memory is what the host of a virtual
+machine may first have to find.
 """
 
 import ctypes
@@ -29,6 +29,7 @@ from tools.checkpoint.hf_files import SAFETENSORS_NAMES
 from tools.checkpoint.stream import ThreadBuffer
 
 _PIECE = 256 << 10
+_KEPT = 16 << 20  # bytes of a file that stay in memory until they are on disk
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,13 @@ _sync_file_range = _linux_call("sync_file_range", ctypes.c_int, ctypes.c_int64, 
 
 
 def _begin_sync(descriptor: int, offset: int, size: int) -> None:
-    """Lets the kernel begin to write these bytes to the disk, where it can be told so; nothing depends on it."""
+    """Lets the kernel begin to write these bytes to the disk, and use the memory of earlier ones again.
+
+    Where it cannot be told so nothing is lost but time.
+    """
     _sync_file_range(descriptor, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, max(offset - _KEPT, 0), size, os.POSIX_FADV_DONTNEED)
 
 
 def _reserve(descriptor: int, size: int, path: Path) -> None:

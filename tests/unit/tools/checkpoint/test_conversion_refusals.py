@@ -299,6 +299,14 @@ def test_a_failure_in_the_middle_leaves_nothing(
         assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("saver", ["mixtral", "mixtral_hf"])
+@pytest.mark.parametrize("folder", ["/proc/model", "/dev/null/model"])
+def test_a_folder_that_cannot_be_made(make_model: MakeModel, capsys: Capture, saver: str, folder: str) -> None:
+    command = f"--loader mixtral_hf --saver {saver} --load-dir {make_model()} --save-dir {folder}"
+    assert util.main(command.split()) == 1
+    assert capsys.readouterr().err.count(f"error: {folder} cannot be made: ") == 1
+
+
 def test_parts_read_twice_or_never_are_noticed(make_model: MakeModel) -> None:
     source = CheckedSource(HuggingFaceSource(make_model()), Progress("", 1))
     rules = list(mixtral_weights(source.description.model))
