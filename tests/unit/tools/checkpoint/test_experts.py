@@ -1,9 +1,12 @@
 """Fewer experts than the source has, and experts made of a dense model."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conversion_testing import MakeModel, disk_tensors
@@ -60,6 +63,30 @@ def test_the_busiest_experts_are_kept(make_model: MakeModel, tmp_path: Path) -> 
     statistics.write_text("\n".join(map(json.dumps, steps)) + "\n")
     assert convert(source, tmp_path / "hf2", f"--keep-experts best:4 --routing-stats {statistics}") == 0
     _assert_kept(source, tmp_path / "hf2", [[0, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
+
+
+def test_the_busiest_experts_of_a_training_run(make_model: MakeModel, tmp_path: Path) -> None:
+    """A run's own statistic and checkpoint, against a choice made by hand."""
+    model = make_model(experts=8)
+    rope = json.loads((model / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    flags = (
+        f"--num-layers 4 --hidden-size 32 --ffn-hidden-size 24 --num-attention-heads 8 --num-query-groups 4 "
+        f"--num-experts 8 --rotary-base {rope} --seq-length 16 --max-position-embeddings 64 --vocab-size 150 "
+        "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 2 --train-iters 4 --lr 0.01 --eval-interval 0 "
+        f"--bf16 --device cpu --save {tmp_path / 'run'} --metrics-path {tmp_path / 'log'} --moe-per-layer-logging"
+    )
+    root = Path(__file__).resolve().parents[4]
+    subprocess.run([sys.executable, str(root / "pretrain_gpt.py"), *flags.split()], check=True, capture_output=True)
+    steps = [json.loads(line)["tokens_per_expert"] for line in (tmp_path / "log").read_text().splitlines()]
+    load = np.array(steps).sum(axis=0)
+    assert load.shape == (4, 8) and load.sum() == 4 * 4 * 2 * 16 * 2  # layers, steps, sequences, tokens, experts each
+    by_hand = [sorted(np.argsort(-counts, kind="stable")[:4].tolist()) for counts in load]
+    assert len(set(map(tuple, by_hand))) > 1, "layers that choose alike show nothing"
+    more = f"--huggingface-config-path {model}"
+    assert convert(tmp_path / "run", tmp_path / "eight", more, loader="mixtral") == 0
+    more += f" --keep-experts best:4 --routing-stats {tmp_path / 'log'}"
+    assert convert(tmp_path / "run", tmp_path / "four", more, loader="mixtral") == 0
+    _assert_kept(tmp_path / "eight", tmp_path / "four", by_hand)
 
 
 @pytest.mark.parametrize(
