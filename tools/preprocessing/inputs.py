@@ -52,7 +52,7 @@ def find_inputs(patterns: list[str]) -> list[Input]:
 def _files_of(pattern: str) -> list[str]:
     if os.path.isfile(pattern):
         return [pattern]
-    matches = [pattern] if os.path.isdir(pattern) else glob.glob(pattern, recursive=True)
+    matches = [pattern] if os.path.isdir(pattern) else _expand(pattern)
     files = [path for path in matches if os.path.isfile(path)]
     files += [path for match in matches if os.path.isdir(match) for path in _walk(match)]
     if not files and os.path.isdir(pattern):
@@ -62,21 +62,43 @@ def _files_of(pattern: str) -> list[str]:
     return files
 
 
+def _expand(pattern: str) -> list[str]:
+    """What a glob matches. `glob` itself would follow links that form a loop along every path of up to 40 links."""
+    head, *tail = re.split(r"(?:^|(?<=/))(?:\*\*/+)*\*\*(?:/+|$)", pattern, maxsplit=1)
+    if not tail:
+        return glob.glob(pattern)
+    matches = []
+    for root in filter(os.path.isdir, glob.glob(head or "./")):
+        for folder, files in _tree(root):
+            if tail[0]:
+                matches += _expand(os.path.join(glob.escape(folder), tail[0]))
+            else:
+                matches += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+    return matches if head else [path.removeprefix("./") for path in matches]
+
+
 def _walk(folder: str) -> Iterator[str]:
-    """Corpus files below a folder; hidden files and folders are left out, linked folders are entered once."""
-    seen = set()
-    for path, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Corpus files below a folder; hidden files and folders are left out."""
+    for path, files in _tree(folder):
         for name in files:
             if name.endswith(SUFFIXES) and not name.startswith("."):
                 if not os.path.isfile(os.path.join(path, name)):
                     raise ValueError(f"{os.path.join(path, name)} is a link to nothing: mend or remove it")
                 yield os.path.join(path, name)
+
+
+def _tree(root: str) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, with their files; linked folders are entered once, hidden ones not."""
+    seen = set()
+    for path, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        # By which of its names a folder is entered must not depend on the order in which a file system lists them.
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_order)
+        yield path, files
 
 
 def _refuse(error: OSError) -> None:

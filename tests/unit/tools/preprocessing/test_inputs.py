@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,29 @@ def test_folders_links_globs_and_several_inputs(tmp_path: Path) -> None:
     assert run(tmp_path, "--input", str(corpus)) == TOKENS[:5]
     again = ("--input", str(corpus / "*.jsonl"), str(corpus / "**" / "x.parquet"), "--input", str(corpus))
     assert run(tmp_path, *again) == [*TOKENS[3:5], TOKENS[0], *TOKENS[1:3]], "each file once, in the order named"
+
+
+def test_folders_that_link_to_each_other_are_entered_once_whatever_the_pattern(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path / "top" / "1.jsonl", LINES[:1])
+    write(tmp_path / "top" / "b" / "2.jsonl", LINES[1:2])
+    write(tmp_path / "top" / "b" / "c" / "3.jsonl", LINES[2:3])
+    (tmp_path / "top" / "a").symlink_to("b")
+    for name in ("up", "again", "back"):  # three loops: 3 ** 40 paths for whoever follows all of them
+        (tmp_path / "top" / "b" / name).symlink_to("..")
+    names = ["top/1.jsonl", "top/a/2.jsonl", "top/a/c/3.jsonl"]
+    walk = os.walk
+
+    def walk_backwards(*arguments, **options) -> Iterator[tuple[str, list[str], list[str]]]:
+        for path, folders, files in walk(*arguments, **options):
+            folders.reverse()
+            yield path, folders, files
+
+    monkeypatch.chdir(tmp_path)
+    for order in (walk, walk_backwards):  # the names must not depend on the order in which a folder is listed
+        monkeypatch.setattr(os, "walk", order)
+        for pattern in ("top", "top/**", "**", "**/*.jsonl", "top/**/[1-3].jsonl", "t*/**/**/*.jsonl"):
+            assert [part.path for part in find_inputs([pattern])] == names, pattern
+        assert [part.path for part in find_inputs([f"{tmp_path}/**/c/*"])] == [f"{tmp_path}/top/a/c/3.jsonl"]
 
 
 def test_a_link_to_nothing_is_refused(tmp_path: Path, capsys) -> None:
