@@ -79,7 +79,10 @@ class _OutputLoss(Function):
                 statistics, softmax_NV = softmax_statistics(
                     part_NH @ block.weight.t(), part_ids - block.first, block.columns
                 )
-                merged = statistics if merged is None else merged.merge(statistics)
+                if merged is None:
+                    merged = statistics
+                elif block.columns:
+                    merged = merged.merge(statistics)
                 if x_NH.shape[0] <= piece:
                     kept += [softmax_NV, statistics.logsumexp]
             assert merged is not None
