@@ -37,7 +37,9 @@ class StepMonitor:
         self._started: float | None = None
         self._step = 0
         self._looks = self._looks_at_work = 0
-        threading.Thread(target=self._run, name="step monitor", daemon=True).start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="step monitor", daemon=True)
+        self._thread.start()
 
     def begin(self, step: int) -> None:
         """Marks the start of a step."""
@@ -47,6 +49,14 @@ class StepMonitor:
     def end(self) -> None:
         """Marks the end of a step."""
         self._started = None
+
+    def stop(self) -> None:
+        """Ends the watch, before the interpreter does.
+
+        A thread that comes back from the store into an interpreter that is ending would abort the process.
+        """
+        self._stopped.set()
+        self._thread.join(_PATIENCE)
 
     def busy_seconds(self) -> float:
         """Time of the step so far in which this rank was not waiting for others."""
@@ -58,8 +68,7 @@ class StepMonitor:
         asked_at = 0.0
         answered = -1
         try:
-            while True:
-                time.sleep(_INTERVAL)
+            while not self._stopped.wait(_INTERVAL):
                 started, now = self._started, time.monotonic()
                 if started is not None:
                     self._looks += 1
@@ -89,7 +98,8 @@ class StepMonitor:
         keys = {rank: f"where/{self._step}/{rank}" for rank in range(self._world_size)}
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and not self._store.check(list(keys.values())):
-            time.sleep(_INTERVAL)
+            if self._stopped.wait(_INTERVAL):
+                return
         found = []
         for rank, key in keys.items():
             place = self._store.get(key).decode() if self._store.check([key]) else "not answering"

@@ -97,6 +97,8 @@ def _pretrain(
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
     settle_grouped_gemm(trainer, progress)
     train(trainer, datasets, progress, stop_signal)
+    if trainer.monitor is not None:
+        trainer.monitor.stop()
 
 
 def _print_dry_run(

@@ -38,6 +38,8 @@ def _step(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
     busy = monitor.busy_seconds() / (time.monotonic() - start)
     monitor.end()
     dist.barrier()
+    monitor.stop()
+    assert "step monitor" not in {thread.name for thread in threading.enumerate()}
     return reported, busy
 
 
