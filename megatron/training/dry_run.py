@@ -22,6 +22,7 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.pipeline_parallel.schedules import Forward, passes
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.stages import Stage, whole_model
+from megatron.core.tokenizers import build_tokenizer
 from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.config import Arguments
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
@@ -262,3 +263,15 @@ def table(result: DryRun, arguments: Arguments) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+def print_dry_run(
+    arguments: Arguments, world_size: int, model_provider: ModelProvider, forward_step: ForwardStep
+) -> None:
+    """Prints the rank that --dry-run asks for. Raises ValueError in a job of several processes."""
+    if world_size > 1:
+        raise ValueError("--dry-run is for one process: start it with python, without torchrun")
+    if arguments.model.vocab_size is None:
+        tokenizer = build_tokenizer(arguments.tokenizer, None)
+        arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
+    print(table(dry_run(arguments, model_provider, forward_step), arguments))

@@ -71,7 +71,7 @@ def _pretrain(
 ) -> None:
     arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
     if arguments.training.dry_run is not None:
-        _print_dry_run(arguments, environment, model_provider, forward_step)
+        dry_run.print_dry_run(arguments, environment.world_size, model_provider, forward_step)
         return
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
@@ -99,17 +99,6 @@ def _pretrain(
     train(trainer, datasets, progress, stop_signal)
     if trainer.monitor is not None:
         trainer.monitor.stop()
-
-
-def _print_dry_run(
-    arguments: Arguments, environment: Environment, model_provider: ModelProvider, forward_step: ForwardStep
-) -> None:
-    if environment.world_size > 1:
-        raise ValueError("--dry-run is for one process: start it with python, without torchrun")
-    if arguments.model.vocab_size is None:
-        tokenizer = build_tokenizer(arguments.tokenizer, None)
-        arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
-    print(dry_run.table(dry_run.dry_run(arguments, model_provider, forward_step), arguments))
 
 
 def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
