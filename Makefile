@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-HELPERS := megatron/core/datasets/helpers.cpp
+CPP := $(wildcard megatron/core/datasets/*.cpp megatron/core/fusions/native/*.cpp megatron/core/fusions/native/*.h)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 # An environment made in another folder, or whose Python is gone, does not count as installed.
@@ -27,7 +27,7 @@ help: ## show this list
 install: $(STAMP) ## make .venv from the pinned versions, unless it is there and up to date
 	@echo "$(VENV) is ready"
 
-$(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) $(wildcard $(HELPERS))
+$(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) $(CPP)
 	@command -v "$(PYTHON)" >/dev/null || \
 		{ echo "error: there is no '$(PYTHON)' here: install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.10 or newer is needed: name one with PYTHON=..." % v[:2])'
@@ -58,5 +58,5 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, built files, caches and the demo's output
-	rm -rf $(VENV) build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache megatron/core/datasets/*.so
+	rm -rf $(VENV) build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache megatron/core/*/*.so megatron/core/*/*/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

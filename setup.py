@@ -1,4 +1,4 @@
-"""The C++ extension; everything else about the package is in pyproject.toml."""
+"""The C++ extensions; everything else about the package is in pyproject.toml."""
 
 import sys
 from pathlib import Path
@@ -7,22 +7,36 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 HELPERS = "megatron.core.datasets.helpers_cpp"
+KERNELS = "megatron.core.fusions.native.kernels_cpp"
+WITHOUT = {HELPERS: "building data set indices", KERNELS: "training on a CPU"}
+_KERNEL_FILES = Path("megatron/core/fusions/native")
 
 
 class OptionalBuild(build_ext):
-    """Builds the extension where there is a compiler, and says what is lost where there is none."""
+    """Builds the extensions where there is a compiler, and says what is lost where there is none."""
 
     def run(self) -> None:
         super().run()
-        if not Path(self.build_lib, self.get_ext_filename(HELPERS)).exists():
-            print(
-                f"warning: {HELPERS} could not be compiled (is a C++ compiler installed?). "
-                "Everything works without it, but building data set indices is slower.",
-                file=sys.stderr,
-            )
+        for extension, slower in WITHOUT.items():
+            if not Path(self.build_lib, self.get_ext_filename(extension)).exists():
+                print(
+                    f"warning: {extension} could not be compiled (is a C++ compiler installed?). "
+                    f"Everything works without it, but {slower} is slower.",
+                    file=sys.stderr,
+                )
 
 
 setup(
-    ext_modules=[Pybind11Extension(HELPERS, ["megatron/core/datasets/helpers.cpp"], cxx_std=17, optional=True)],
+    ext_modules=[
+        Pybind11Extension(HELPERS, ["megatron/core/datasets/helpers.cpp"], cxx_std=17, optional=True),
+        Pybind11Extension(
+            KERNELS,
+            [str(_KERNEL_FILES / "module.cpp")],
+            depends=[str(path) for path in sorted(_KERNEL_FILES.glob("*.h"))],
+            extra_compile_args=["-O3", "-fopenmp-simd"],
+            cxx_std=17,
+            optional=True,
+        ),
+    ],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions import backend
+from megatron.core.fusions.native import kernels as native
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -47,6 +48,8 @@ def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[
     if not columns or not logits_NV.shape[0]:
         zero = logits_NV.new_zeros(logits_NV.shape[0], dtype=wide)
         return SoftmaxStatistics(torch.full_like(zero, float("-inf")), zero, zero), logits_NV
+    if backend.runs_native(logits_NV):
+        return SoftmaxStatistics(*native.softmax_statistics(logits_NV, ids_N, columns)), logits_NV
     real = logits_NV[:, :columns]
     # torch's softmax goes over each row once, while it is in the processor's cache
     softmax = torch.softmax(real, dim=1, dtype=wide)
@@ -70,6 +73,9 @@ def softmax_gradient_(
         from megatron.core.fusions.kernels import cross_entropy as kernels
 
         kernels.gradient_(kept_NV, ids_N, logsumexp_N, grad_N, columns)
+        return
+    if columns and backend.runs_native(kept_NV):
+        native.softmax_gradient_(kept_NV, own_logsumexp_N, ids_N, logsumexp_N, grad_N.contiguous(), columns)
         return
     kept_NV[:, columns:] = 0
     if not columns:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron.core.fusions import backend
+from megatron.core.fusions.native import kernels as native
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
     pairs = index.row_to_pair_R
     if x_TH.shape[0] == 0:
         return x_TH.new_zeros(pairs.shape[0], *x_TH.shape[1:])
+    if backend.runs_native(x_TH):
+        return native.gather(x_TH.contiguous(), pairs, index.top_k)
     rows = x_TH[pairs if index.top_k == 1 else pairs // index.top_k]
     return rows if index.bijective else rows.masked_fill_((pairs < 0).unsqueeze(-1), 0)
 
@@ -96,6 +99,8 @@ def combine(y_RH: Tensor, index: PermutationMap) -> Tensor:
     rows = index.pair_to_row_TK
     if y_RH.shape[0] == 0:
         return y_RH.new_zeros(rows.shape[0], *y_RH.shape[1:])
+    if backend.runs_native(y_RH):
+        return native.combine(y_RH.contiguous(), rows)
     parts = y_RH[rows]
     if not index.bijective:
         parts.masked_fill_((rows < 0).unsqueeze(-1), 0)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron.core.fusions import backend
+from megatron.core.fusions.native import kernels as native
 
 
 class _RMSNorm(Function):
@@ -21,6 +22,11 @@ class _RMSNorm(Function):
             y, inverse_rms = kernels.forward(x, weight, epsilon)
             ctx.save_for_backward(x, weight, inverse_rms)
             return y
+        if backend.runs_native(x, weight) and x.dtype == weight.dtype:
+            x = x.contiguous()
+            y, inverse_rms = native.rms_norm(x, weight, epsilon)
+            ctx.save_for_backward(x, weight, inverse_rms)
+            return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, inverse_rms)
@@ -33,6 +39,9 @@ class _RMSNorm(Function):
             from megatron.core.fusions.kernels import rms_norm as kernels
 
             grad_x, grad_weight = kernels.backward(grads[0].contiguous(), x, weight, inverse_rms)
+            return grad_x, grad_weight.to(weight.dtype), None
+        if backend.runs_native(x, weight) and x.dtype == weight.dtype:
+            grad_x, grad_weight = native.rms_norm_backward(grads[0].contiguous(), x, weight, inverse_rms)
             return grad_x, grad_weight.to(weight.dtype), None
         normalized = x.to(inverse_rms.dtype) * inverse_rms
         grad = grads[0].to(inverse_rms.dtype)

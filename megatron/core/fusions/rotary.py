@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron.core.fusions import backend
+from megatron.core.fusions.native import kernels as native
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -22,28 +23,32 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
     return angles.cos(), angles.sin()
 
 
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
+    if x.is_cuda:
+        from megatron.core.fusions.kernels import rotary as kernels
+
+        return kernels.rotate(x, cos, sin, inverse=inverse)
+    return native.rotate(x, cos, sin, inverse)
+
+
 class _Rotate(Function):
-    """The kernel; the gradient is rotated back, so that nothing but the tables is kept."""
+    """A kernel; the gradient is rotated back, so that nothing but the tables is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        from megatron.core.fusions.kernels import rotary as kernels
-
         if cos.ndim == 4:
             cos, sin = cos.squeeze(1), sin.squeeze(1)
         ctx.save_for_backward(cos, sin)
-        return kernels.rotate(x, cos, sin)
+        return _rotate(x, cos, sin, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        from megatron.core.fusions.kernels import rotary as kernels
-
-        return kernels.rotate(grads[0].contiguous(), *ctx.saved_tensors, inverse=True), None, None
+        return _rotate(grads[0].contiguous(), *ctx.saved_tensors, inverse=True), None, None
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair (x_i, x_{i+d/2}) by its position's angle: x [B, heads, S, d] -> the same shape."""
-    if backend.runs_triton(x, cos, sin):
+    if backend.runs_triton(x, cos, sin) or (backend.runs_native(x) and cos.dtype == torch.float32):
         return _Rotate.apply(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.fusions import backend
+from megatron.core.fusions.native import kernels as native
 
 # Rows are worked on in blocks of about this many elements, whose intermediate results stay in the processor's cache.
 BLOCK_ELEMENTS = 2**19
@@ -29,6 +30,8 @@ def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
         from megatron.core.fusions.kernels import swiglu as kernels
 
         return kernels.forward(gate_up, probs)
+    if backend.runs_native(gate_up) and probs.dtype == torch.float32:
+        return native.swiglu(gate_up, probs)
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     y = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
     for rows in _blocks(gate_up):
@@ -47,6 +50,8 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tenso
 
         grad_gate_up, grad_probs, y = kernels.backward(grad.contiguous(), gate_up, probs)
         return grad_gate_up, grad_probs.to(probs.dtype), y
+    if backend.runs_native(grad, gate_up) and probs.dtype == torch.float32:
+        return native.swiglu_backward(grad.contiguous(), gate_up, probs)
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     grad_gate_up, y, grad_probs = torch.empty_like(gate_up), torch.empty_like(grad), torch.empty_like(probs)
     for rows in _blocks(gate_up):

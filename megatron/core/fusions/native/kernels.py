@@ -1,0 +1,144 @@
+"""The functions of the C++ extension on tensors; what they compute is said in the files of the same operations above.
+
+T tokens, K experts a token, R rows, H hidden, F width of an expert, N tokens, V columns of logits. Operands must be
+contiguous unless it is said otherwise.
+"""
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+kernels_cpp: ModuleType | None
+try:
+    kernels_cpp = importlib.import_module("megatron.core.fusions.native.kernels_cpp")
+except ImportError:
+    kernels_cpp = None
+INTERFACE = 1
+"""What the extension must say of itself: one that was built from another version of the source is no use."""
+if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
+    kernels_cpp = None
+
+TYPES = (torch.float32, torch.bfloat16)
+_PARTIAL_SUMS = 32
+"""Pieces of rows that the gradient of a norm's weight is summed in; fixed, so that the threads do not show."""
+
+
+def _call(operation: str, tensor: Tensor, *arguments: object) -> None:
+    name = f"{operation}_{str(tensor.dtype).removeprefix('torch.')}"
+    getattr(kernels_cpp, name)(*arguments, torch.get_num_threads())
+
+
+def _check(*tensors: Tensor) -> None:
+    assert all(tensor.is_contiguous() for tensor in tensors), [tensor.stride() for tensor in tensors]
+
+
+def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """[R, 2F], float32 [R] -> [R, F]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(rows, width)
+    _check(gate_up, probs)
+    _call("swiglu", y, gate_up.data_ptr(), probs.data_ptr(), y.data_ptr(), rows, width)
+    return y
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate_up and probs, and the output."""
+    rows, width = grad.shape
+    grad_gate_up, grad_probs, y = torch.empty_like(gate_up), torch.empty_like(probs), torch.empty_like(grad)
+    _check(grad, gate_up, probs)
+    tensors = (grad, gate_up, probs, grad_gate_up, grad_probs, y)
+    _call("swiglu_backward", y, *(tensor.data_ptr() for tensor in tensors), rows, width)
+    return grad_gate_up, grad_probs, y
+
+
+def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
+    """[T, H], int64 [R] -> [R, H]."""
+    y_RH = x_TH.new_empty(row_to_pair_R.shape[0], x_TH.shape[1])
+    _check(x_TH, row_to_pair_R)
+    _call("gather", x_TH, x_TH.data_ptr(), row_to_pair_R.data_ptr(), y_RH.data_ptr(), *y_RH.shape, top_k)
+    return y_RH
+
+
+def combine(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
+    """[R, H], int64 [T, K] -> [T, H]."""
+    tokens, top_k = pair_to_row_TK.shape
+    x_TH = y_RH.new_empty(tokens, y_RH.shape[1])
+    _check(y_RH, pair_to_row_TK)
+    _call("combine", y_RH, y_RH.data_ptr(), pair_to_row_TK.data_ptr(), x_TH.data_ptr(), *x_TH.shape, top_k)
+    return x_TH
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """[..., H], [H] -> the normalised x, and 1 / rms of each row [..., 1] in float32."""
+    y, inverse_rms = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _check(x, weight)
+    tensors = (x, weight, y, inverse_rms)
+    _call("rms_norm", x, *(tensor.data_ptr() for tensor in tensors), inverse_rms.numel(), x.shape[-1], epsilon)
+    return y, inverse_rms
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of the weight in float32."""
+    rows, width = inverse_rms.numel(), x.shape[-1]
+    piece_rows = max(1, -(-rows // _PARTIAL_SUMS))
+    grad_x, partial = torch.empty_like(x), torch.zeros(-(-rows // piece_rows), width)
+    _check(grad, x, weight, inverse_rms)
+    tensors = (grad, x, weight, inverse_rms, grad_x, partial)
+    _call("rms_norm_backward", x, *(tensor.data_ptr() for tensor in tensors), rows, width, piece_rows)
+    return grad_x, partial.sum(dim=0)
+
+
+def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logit, sum of exponentials and the target's logit, float32 [N]; the logits become their softmax."""
+    largest, total, target = torch.empty(3, logits_NV.shape[0]).unbind()
+    _check(logits_NV, ids_N)
+    tensors = (logits_NV, ids_N, largest, total, target)
+    _call("softmax_statistics", logits_NV, *(tensor.data_ptr() for tensor in tensors), *logits_NV.shape, columns)
+    return largest, total, target
+
+
+def softmax_gradient_(
+    softmax_NV: Tensor, own_logsumexp_N: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int
+) -> None:
+    """Overwrites the softmax of these columns with the gradient of the logits."""
+    tensors = (softmax_NV, own_logsumexp_N, ids_N, logsumexp_N, grad_N)
+    _check(*tensors)
+    _call("softmax_gradient", softmax_NV, *(tensor.data_ptr() for tensor in tensors), *softmax_NV.shape, columns)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """x [B, heads, S, d], any strides but the last; float32 tables [S, d/2] or [B, S, d/2] -> contiguous [B, heads, S, d]."""
+    y = x.new_empty(x.shape)
+    assert x.stride(-1) == 1, x.stride()
+    _check(cos, sin)
+    shape = (*x.shape[:3], x.shape[3] // 2)
+    table_stride = cos.stride(0) if cos.ndim == 3 else 0
+    tensors = (x, cos, sin, y)
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    _call("rotary", x, *addresses, shape, x.stride()[:3], table_stride, -1.0 if inverse else 1.0)
+    return y
+
+
+class Product(NamedTuple):
+    """out = beta * out + a b, float32, each with any strides, but rows of `out` must lie together."""
+
+    a: Tensor
+    b: Tensor
+    out: Tensor
+    beta: float
+
+
+def multiply(products: Sequence[Product]) -> None:
+    """All of these products, whose outputs must not overlap, in one parallel section."""
+    arguments = []
+    for a, b, out, beta in products:
+        assert out.stride(1) == 1 or out.shape[1] <= 1, out.stride()
+        shape = (a.shape[0], a.shape[1], b.shape[1])
+        addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
+        arguments.append((*addresses, shape, beta))
+    assert kernels_cpp is not None
+    kernels_cpp.multiply_float32(arguments, torch.get_num_threads())

@@ -1,0 +1,177 @@
+// The operations of megatron.core.fusions for CPUs, compiled for several instruction sets: the best that the processor
+// has is taken when the module is loaded. Tensors come as addresses, shapes and strides, so that torch is not needed to
+// build this; kernels.py beside this file checks them.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "parallel.h"
+#include "types.h"
+
+// GCC compiles what lies between push and pop for these instructions; other compilers get the plain set alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_WIDE_SETS 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+namespace native::avx512 {
+constexpr int WIDTH = 16, ROWS = 8, VECTORS = 3;  // 24 of 32 registers hold sums
+#include "elementwise.h"
+#include "products.h"
+}  // namespace native::avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace native::avx2 {
+constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
+#include "elementwise.h"
+#include "products.h"
+}  // namespace native::avx2
+#pragma GCC pop_options
+#else
+#define HAS_WIDE_SETS 0
+#endif
+namespace native::plain {
+constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
+#include "elementwise.h"
+#include "products.h"
+}  // namespace native::plain
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+const std::vector<std::string>& instruction_sets() {
+    static const auto found = [] {
+        std::vector<std::string> sets;
+#if HAS_WIDE_SETS
+        __builtin_cpu_init();
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            sets.push_back("avx512");
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back("avx2");
+#endif
+        sets.push_back("plain");
+        return sets;
+    }();
+    return found;
+}
+
+std::string& chosen() {
+    static std::string set = instruction_sets().front();
+    return set;
+}
+
+// Calls the function of that name that was compiled for the chosen set.
+#if HAS_WIDE_SETS
+#define CALL(function, ...)                                                  \
+    [&] {                                                                    \
+        py::gil_scoped_release others_may_run;                               \
+        if (chosen() == "avx512") return native::avx512::function(__VA_ARGS__); \
+        if (chosen() == "avx2") return native::avx2::function(__VA_ARGS__);  \
+        return native::plain::function(__VA_ARGS__);                         \
+    }()
+#else
+#define CALL(function, ...)                          \
+    [&] {                                            \
+        py::gil_scoped_release others_may_run;       \
+        return native::plain::function(__VA_ARGS__); \
+    }()
+#endif
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Operations whose tensors have elements of type T, under names that end in `suffix`.
+template <class T>
+void define(py::module_& module, const std::string& suffix) {
+    const auto name = [&](const char* operation) { return operation + suffix; };
+    module.def(name("swiglu_").c_str(),
+               [](Address gate_up, Address probs, Address y, long rows, long width, int threads) {
+                   CALL(swiglu, at<T>(gate_up), at<float>(probs), at<T>(y), rows, width, threads);
+               });
+    module.def(name("swiglu_backward_").c_str(),
+               [](Address grad, Address gate_up, Address probs, Address grad_gate_up, Address grad_probs, Address y,
+                  long rows, long width, int threads) {
+                   CALL(swiglu_backward, at<T>(grad), at<T>(gate_up), at<float>(probs), at<T>(grad_gate_up),
+                        at<float>(grad_probs), at<T>(y), rows, width, threads);
+               });
+    module.def(name("gather_").c_str(),
+               [](Address x, Address pairs, Address y, long rows, long width, long top_k, int threads) {
+                   CALL(gather, at<T>(x), at<std::int64_t>(pairs), at<T>(y), rows, width, top_k, threads);
+               });
+    module.def(name("combine_").c_str(),
+               [](Address y, Address rows_TK, Address x, long tokens, long width, long top_k, int threads) {
+                   CALL(combine, at<T>(y), at<std::int64_t>(rows_TK), at<T>(x), tokens, width, top_k, threads);
+               });
+    module.def(name("rms_norm_").c_str(), [](Address x, Address weight, Address y, Address inverse_rms, long rows,
+                                             long width, float epsilon, int threads) {
+        CALL(rms_norm, at<T>(x), at<T>(weight), at<T>(y), at<float>(inverse_rms), rows, width, epsilon, threads);
+    });
+    module.def(name("rms_norm_backward_").c_str(),
+               [](Address grad, Address x, Address weight, Address inverse_rms, Address grad_x, Address partial,
+                  long rows, long width, long piece_rows, int threads) {
+                   CALL(rms_norm_backward, at<T>(grad), at<T>(x), at<T>(weight), at<float>(inverse_rms),
+                        at<T>(grad_x), at<float>(partial), rows, width, piece_rows, threads);
+               });
+    module.def(name("softmax_statistics_").c_str(),
+               [](Address logits, Address ids, Address largest, Address total, Address target, long rows, long stride,
+                  long columns, int threads) {
+                   CALL(softmax_statistics, at<T>(logits), at<std::int64_t>(ids), at<float>(largest),
+                        at<float>(total), at<float>(target), rows, stride, columns, threads);
+               });
+    module.def(name("softmax_gradient_").c_str(),
+               [](Address softmax, Address own_logsumexp, Address ids, Address logsumexp, Address grad, long rows,
+                  long width, long columns, int threads) {
+                   CALL(softmax_gradient, at<T>(softmax), at<float>(own_logsumexp), at<std::int64_t>(ids),
+                        at<float>(logsumexp), at<float>(grad), rows, width, columns, threads);
+               });
+    module.def(name("rotary_").c_str(), [](Address x, Address cos, Address sin, Address y,
+                                           std::tuple<long, long, long, long> shape,
+                                           std::tuple<long, long, long> strides, long table_stride, float direction,
+                                           int threads) {
+        const auto [batch, heads, positions, half] = shape;
+        const long steps[] = {std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
+        CALL(rotary, at<T>(x), at<float>(cos), at<float>(sin), at<T>(y), batch, heads, positions, half, steps,
+             table_stride, direction, threads);
+    });
+}
+
+// a and b: address, row stride, column stride; c: address, row stride; rows, inner, columns; beta.
+using ProductArguments = std::tuple<std::tuple<Address, long, long>, std::tuple<Address, long, long>,
+                                    std::tuple<Address, long>, std::tuple<long, long, long>, float>;
+
+native::Operand operand(const std::tuple<Address, long, long>& given) {
+    return {at<float>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
+}
+
+void multiply(const std::vector<ProductArguments>& wanted, int threads) {
+    std::vector<native::Product> products;
+    for (const auto& [a, b, c, shape, beta] : wanted) {
+        const auto [rows, inner, columns] = shape;
+        products.push_back({operand(a), operand(b), at<float>(std::get<0>(c)), std::get<1>(c), rows, inner, columns,
+                            beta});
+    }
+    CALL(multiply, products, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(kernels_cpp, module) {
+    module.doc() = "Operations of megatron.core.fusions for CPUs; see kernels.py.";
+    module.attr("INTERFACE") = 1;
+    define<float>(module, "float32");
+    define<native::BFloat16>(module, "bfloat16");
+    module.def("multiply_float32", &multiply);
+    module.def("instruction_sets", &instruction_sets, "Those compiled here that this processor has, best first.");
+    module.def("choose_instruction_set", [](const std::string& set) {
+        const auto& sets = instruction_sets();
+        if (std::find(sets.begin(), sets.end(), set) == sets.end())
+            throw py::value_error("instruction set " + set + " is not to be had here");
+        chosen() = set;
+    });
+}

@@ -1,0 +1,183 @@
+// Products of float32 matrices for one instruction set; included once for each, inside its namespace.
+//
+// A task makes a tile of C. It packs B into panels of VECTORS vectors a row of the inner axis, and takes A as it is where
+// its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors of C in
+// registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+constexpr long PANEL = WIDTH * VECTORS;
+constexpr long MAX_INNER = 512;     // inner steps between two visits of a tile of C: a panel fits the second-level cache
+constexpr long TILE_ROWS = 256;// of a task, at most
+constexpr long TILE_COLUMNS = 2 * PANEL;
+constexpr long WIDE_TILE = 512 / PANEL * PANEL + PANEL;  // where A is packed, so that this is worth it
+
+// Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
+inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
+    typedef int Lanes __attribute__((vector_size(4 * WIDTH)));
+    Lanes low, high;
+    for (int i = 0; i < WIDTH; i++) {
+        low[i] = i / 2 + i % 2 * WIDTH;
+        high[i] = low[i] + WIDTH / 2;
+    }
+    for (int stage = 1; stage < WIDTH; stage *= 2) {
+        Vector next[WIDTH];
+        for (int i = 0; i < WIDTH / 2; i++) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], high);
+        }
+        for (int i = 0; i < WIDTH; i++) rows[i] = next[i];
+    }
+}
+
+// A part of B, `inner` x `columns` (at most PANEL), as rows of `width` elements; what is beyond `columns` is zero.
+inline void pack_panel(const Operand& b, long inner, long columns, long width, float* packed) {
+    if (b.column_stride == 1) {
+        for (long k = 0; k < inner; k++, packed += width) {
+            const float* row = b.data + k * b.row_stride;
+            if (columns == PANEL) {
+                for (int v = 0; v < VECTORS; v++)
+                    *(Vector*)(packed + v * WIDTH) = *(const Vector*)(row + v * WIDTH);
+            } else {
+                for (long n = 0; n < width; n++) packed[n] = n < columns ? row[n] : 0.0f;
+            }
+        }
+        return;
+    }
+    for (long n = 0; n < width; n += WIDTH) {
+        const float* rows = b.data + n * b.column_stride;
+        long k = 0;
+        if (n + WIDTH <= columns && b.row_stride == 1) {
+            for (; k + WIDTH <= inner; k += WIDTH) {
+                Vector square[WIDTH];
+                for (int i = 0; i < WIDTH; i++) square[i] = *(const Vector*)(rows + i * b.column_stride + k);
+                transpose(square);
+                for (int i = 0; i < WIDTH; i++) *(Vector*)(packed + (k + i) * width + n) = square[i];
+            }
+        }
+        for (; k < inner; k++)
+            for (long i = 0; i < WIDTH; i++)
+                packed[k * width + n + i] =
+                    n + i < columns ? rows[i * b.column_stride + k * b.row_stride] : 0.0f;
+    }
+}
+
+// A part of A, `rows` x `inner`, in blocks of ROWS rows with their elements of one inner step side by side.
+inline void pack_rows(const Operand& a, long rows, long inner, float* packed) {
+    for (long k = 0; k < inner; k++) {
+        const float* from = a.data + k * a.column_stride;
+        float* to = packed + k * ROWS;
+        long m = 0;
+        for (; m + ROWS <= rows; m += ROWS, to += inner * ROWS)
+            for (long i = 0; i < ROWS; i++) to[i] = from[(m + i) * a.row_stride];
+        for (long i = 0; m + i < rows; i++) to[i] = from[(m + i) * a.row_stride];
+    }
+}
+
+// M rows of a tile of C: a panel of N vectors. Element (m, k) of A is a[m * step_m + k * step_k].
+template <int M, int N, bool PACKED>
+__attribute__((noinline)) void micro_kernel(const float* a, long row_stride, const float* panel, long inner, float* c, long c_stride,
+                         long columns, float beta) {
+    const long step_m = PACKED ? 1 : row_stride, step_k = PACKED ? ROWS : 1;
+    Vector sums[M][N] = {};
+    for (long k = 0; k < inner; k++, panel += N * WIDTH) {
+        Vector b[N];
+        for (int n = 0; n < N; n++) b[n] = *(const Vector*)(panel + n * WIDTH);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            const float x = a[m * step_m + k * step_k];
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) sums[m][n] += x * b[n];
+        }
+    }
+    if (columns == N * WIDTH) {
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                Vector* place = (Vector*)(c + m * c_stride + n * WIDTH);
+                *place = beta == 0.0f ? sums[m][n] : beta * *place + sums[m][n];
+            }
+        return;
+    }
+    for (int m = 0; m < M; m++)
+        for (long n = 0; n < columns; n++) {
+            const float sum = sums[m][n / WIDTH][n % WIDTH];
+            float* place = c + m * c_stride + n;
+            *place = beta == 0.0f ? sum : beta * *place + sum;
+        }
+}
+
+template <int N, bool PACKED>
+inline void tile_kernel(int rows, const float* a, long row_stride, const float* panel, long inner, float* c,
+                        long c_stride, long columns, float beta) {
+    switch (rows) {
+#define CASE(M) \
+    case M: return micro_kernel<(M <= ROWS ? M : ROWS), N, PACKED>(a, row_stride, panel, inner, c, c_stride, columns, beta);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#undef CASE
+    }
+}
+
+template <bool PACKED>
+inline void panel_times_rows(long rows, const float* a, long row_stride, const float* panel, long inner, float* c,
+                             long c_stride, long columns, float beta) {
+    const long vectors = (columns + WIDTH - 1) / WIDTH;
+    for (long m = 0; m < rows; m += ROWS) {
+        const int count = static_cast<int>(std::min<long>(ROWS, rows - m));
+        const float* from = a + (PACKED ? m * inner : m * row_stride);
+        float* to = c + m * c_stride;
+        for (int i = 0; i < count; i++)  // C is far away, and is needed when the kernel ends
+            for (long n = 0; n < columns; n += 16) __builtin_prefetch(to + i * c_stride + n, 1);
+        if (vectors == 1)
+            tile_kernel<1, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+        else if (vectors == 2)
+            tile_kernel<2, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+        else
+            tile_kernel<3, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+    }
+}
+
+// One tile of C = beta * C + A B.
+inline void make_tile(const Product& p, long row, long rows, long column, long columns) {
+    static thread_local Buffer buffer;
+    const bool direct = p.a.column_stride == 1;
+    const long longest = std::min(p.inner, MAX_INNER);
+    const long row_blocks = (rows + ROWS - 1) / ROWS * ROWS;
+    float* panel = buffer.floats(longest * PANEL + (direct ? 0 : longest * row_blocks));
+    float* packed_rows = panel + longest * PANEL;
+    const long blocks = (p.inner + MAX_INNER - 1) / MAX_INNER;
+    for (long block = 0; block < blocks; block++) {
+        const long k = p.inner * block / blocks, inner = p.inner * (block + 1) / blocks - k;
+        const float beta = block ? 1.0f : p.beta;
+        const Operand a = p.a.from(row, k);
+        if (!direct) pack_rows(a, rows, inner, packed_rows);
+        for (long n = column; n < column + columns; n += PANEL) {
+            const long here = std::min(PANEL, column + columns - n);
+            const long width = (here + WIDTH - 1) / WIDTH * WIDTH;
+            pack_panel(p.b.from(k, n), inner, here, width, panel);
+            float* c = p.c + row * p.c_stride + n;
+            if (direct)
+                panel_times_rows<false>(rows, a.data, a.row_stride, panel, inner, c, p.c_stride, here, beta);
+            else
+                panel_times_rows<true>(rows, packed_rows, 0, panel, inner, c, p.c_stride, here, beta);
+        }
+    }
+}
+
+inline void multiply(const std::vector<Product>& products, int threads) {
+    struct Tile {
+        const Product* product;
+        long row, rows, column, columns;
+    };
+    std::vector<Tile> tiles;
+    for (const Product& p : products) {
+        const long widest = p.a.column_stride == 1 ? TILE_COLUMNS : WIDE_TILE;
+        for (long row = 0; row < p.rows; row += TILE_ROWS)
+            for (long column = 0; column < p.columns; column += widest)
+                tiles.push_back({&p, row, std::min(TILE_ROWS, p.rows - row), column,
+                                 std::min(widest, p.columns - column)});
+    }
+    for_each_task(static_cast<long>(tiles.size()), threads, [&](long task) {
+        const Tile& tile = tiles[task];
+        make_tile(*tile.product, tile.row, tile.rows, tile.column, tile.columns);
+    });
+}

@@ -1,0 +1,69 @@
+// What the kernels of every instruction set take.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace native {
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+inline std::uint32_t float_to_bits(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// A matrix of float32; strides in elements.
+struct Operand {
+    const float* data;
+    long row_stride, column_stride;
+
+    Operand from(long row, long column) const {
+        return {data + row * row_stride + column * column_stride, row_stride, column_stride};
+    }
+};
+
+// C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta 0 nothing of C counts, NaN included.
+struct Product {
+    Operand a, b;
+    float* c;
+    long c_stride, rows, inner, columns;
+    float beta;
+};
+
+// Memory that a thread keeps for its next task.
+class Buffer {
+public:
+    float* floats(long count) {
+        if (count > size_) {
+            memory_.reset(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64)));
+            if (!memory_) throw std::bad_alloc();
+            size_ = count;
+        }
+        return memory_.get();
+    }
+
+private:
+    struct Free {
+        void operator()(float* memory) const { std::free(memory); }
+    };
+    std::unique_ptr<float, Free> memory_;
+    long size_ = 0;
+};
+
+}  // namespace native
