@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core.config import ParallelConfig
+from megatron.core.host_memory import zeros
 from megatron.core.parallel_state import Group, ProcessGroups, all_gather_single, reduce_scatter_single
 from megatron.core.tensor_parallel.parameter import spec_of
 
@@ -266,8 +267,8 @@ def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, gr
             cuts.append((parameters, offsets, _aligned(size, ALIGNMENT * group.size)))
             parameters, offsets, size = [], [], 0
     total = sum(length for _, _, length in cuts)
-    weights = members[0].new_zeros(total, requires_grad=False)
-    grads = torch.zeros(total, dtype=grad_dtype, device=weights.device)
+    weights = zeros(total, members[0].dtype, members[0].device)
+    grads = zeros(total, grad_dtype, members[0].device)
     buckets, start = [], 0
     for parameters, offsets, length in cuts:
         part = slice(start, start + length)

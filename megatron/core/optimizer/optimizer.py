@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
+from megatron.core.host_memory import zeros
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.param_scheduler import StepRates
@@ -108,7 +109,11 @@ class MixedPrecisionAdamW:
     def _new_state(self, bucket: Bucket) -> _BucketState:
         part = self.buffers.owned(bucket)
         weights = bucket.weights[part]
-        master = weights.to(torch.promote_types(weights.dtype, torch.float32))  # the same tensor if that is its type
+        master_type = torch.promote_types(weights.dtype, torch.float32)
+        exp_avg, exp_avg_sq = (zeros(weights.numel(), master_type, weights.device) for _ in range(2))
+        master = weights
+        if weights.dtype != master_type:
+            master = zeros(weights.numel(), master_type, weights.device).copy_(weights)
         runs: list[tuple[_ParameterKind, slice]] = []
         for piece in bucket.pieces(part):
             kind, start, end = self._kind(piece.parameter), piece.offset, piece.offset + piece.end - piece.start
@@ -121,8 +126,8 @@ class MixedPrecisionAdamW:
             bucket,
             part,
             master,
-            torch.zeros_like(master),
-            torch.zeros_like(master),
+            exp_avg,
+            exp_avg_sq,
             [(kind, place, master[place]) for kind, place in runs],
         )
 

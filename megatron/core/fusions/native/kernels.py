@@ -7,7 +7,6 @@ contiguous unless it is said otherwise.
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ INTERFACE = 1
 if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
     kernels_cpp = None
 
+FAST_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.instruction_sets()[0] == "avx512"
 TYPES = (torch.float32, torch.bfloat16)
 _PARTIAL_SUMS = 32
 """Pieces of rows that the gradient of a norm's weight is summed in; fixed, so that the threads do not show."""
@@ -123,22 +123,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return y
 
 
-class Product(NamedTuple):
-    """out = beta * out + a b, float32, each with any strides, but rows of `out` must lie together."""
-
-    a: Tensor
-    b: Tensor
-    out: Tensor
-    beta: float
+def multiplies(*tensors: Tensor) -> bool:
+    """Whether `multiply` takes these, and is faster here than the library."""
+    return FAST_PRODUCTS and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
 
 
-def multiply(products: Sequence[Product]) -> None:
-    """All of these products, whose outputs must not overlap, in one parallel section."""
+def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
+    """out = beta * out + a b for each (a, b, out) in float32, in one parallel section; rows of `out` lie together.
+
+    The outputs must not overlap. With beta 0 nothing of them counts, NaN included.
+    """
     arguments = []
-    for a, b, out, beta in products:
+    for a, b, out in products:
         assert out.stride(1) == 1 or out.shape[1] <= 1, out.stride()
-        shape = (a.shape[0], a.shape[1], b.shape[1])
         addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
-        arguments.append((*addresses, shape, beta))
+        arguments.append((*addresses, (a.shape[0], a.shape[1], b.shape[1]), beta))
     assert kernels_cpp is not None
     kernels_cpp.multiply_float32(arguments, torch.get_num_threads())

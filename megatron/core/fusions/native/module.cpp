@@ -16,7 +16,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace native::avx512 {
-constexpr int WIDTH = 16, ROWS = 8, VECTORS = 3;  // 24 of 32 registers hold sums
+constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;  // 24 of 32 registers hold sums
 #include "elementwise.h"
 #include "products.h"
 }  // namespace native::avx512

@@ -8,9 +8,9 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 
 constexpr long PANEL = WIDTH * VECTORS;
 constexpr long MAX_INNER = 512;     // inner steps between two visits of a tile of C: a panel fits the second-level cache
-constexpr long TILE_ROWS = 256;// of a task, at most
+constexpr long DIRECT_ROWS = 512, PACKED_ROWS = 256;  // of a task, at most
 constexpr long TILE_COLUMNS = 2 * PANEL;
-constexpr long WIDE_TILE = 512 / PANEL * PANEL + PANEL;  // where A is packed, so that this is worth it
+constexpr long WIDE_TILE = 512 / PANEL * PANEL;  // where A is packed, so that this is worth it
 
 // Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
 inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
@@ -68,9 +68,10 @@ inline void pack_rows(const Operand& a, long rows, long inner, float* packed) {
         const float* from = a.data + k * a.column_stride;
         float* to = packed + k * ROWS;
         long m = 0;
-        for (; m + ROWS <= rows; m += ROWS, to += inner * ROWS)
-            for (long i = 0; i < ROWS; i++) to[i] = from[(m + i) * a.row_stride];
-        for (long i = 0; m + i < rows; i++) to[i] = from[(m + i) * a.row_stride];
+        if (a.row_stride == 1)
+            for (; m + ROWS <= rows; m += ROWS, to += inner * ROWS) std::memcpy(to, from + m, ROWS * sizeof(float));
+        for (; m < rows; m += ROWS, to += inner * ROWS)
+            for (long i = 0; i < std::min<long>(ROWS, rows - m); i++) to[i] = from[(m + i) * a.row_stride];
     }
 }
 
@@ -127,12 +128,12 @@ inline void panel_times_rows(long rows, const float* a, long row_stride, const f
         float* to = c + m * c_stride;
         for (int i = 0; i < count; i++)  // C is far away, and is needed when the kernel ends
             for (long n = 0; n < columns; n += 16) __builtin_prefetch(to + i * c_stride + n, 1);
-        if (vectors == 1)
-            tile_kernel<1, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
-        else if (vectors == 2)
-            tile_kernel<2, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
-        else
-            tile_kernel<3, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+        switch (vectors) {
+            case 1: tile_kernel<1, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
+            case 2: tile_kernel<2, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
+            case 3: tile_kernel<3, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
+            default: tile_kernel<4, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+        }
     }
 }
 
@@ -170,11 +171,15 @@ inline void multiply(const std::vector<Product>& products, int threads) {
     };
     std::vector<Tile> tiles;
     for (const Product& p : products) {
-        const long widest = p.a.column_stride == 1 ? TILE_COLUMNS : WIDE_TILE;
-        for (long row = 0; row < p.rows; row += TILE_ROWS)
+        const bool direct = p.a.column_stride == 1;
+        const long widest = direct ? TILE_COLUMNS : WIDE_TILE, most = direct ? DIRECT_ROWS : PACKED_ROWS;
+        const long parts = (p.rows + most - 1) / most, blocks = (p.rows + ROWS - 1) / ROWS;
+        for (long part = 0; part < parts; part++) {
+            const long row = blocks * part / parts * ROWS;
+            const long rows = std::min(p.rows, blocks * (part + 1) / parts * ROWS) - row;
             for (long column = 0; column < p.columns; column += widest)
-                tiles.push_back({&p, row, std::min(TILE_ROWS, p.rows - row), column,
-                                 std::min(widest, p.columns - column)});
+                tiles.push_back({&p, row, rows, column, std::min(widest, p.columns - column)});
+        }
     }
     for_each_task(static_cast<long>(tiles.size()), threads, [&](long task) {
         const Tile& tile = tiles[task];
