@@ -29,8 +29,8 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "tensor_parallel": PARALLEL | {"fusions"},
     "context_parallel": PARALLEL | {"fusions"},
     "pipeline_parallel": {"parallel_state"},
-    "distributed": PARALLEL | {"tensor_parallel.parameter"},
-    "optimizer": PARALLEL | {"distributed", "tensor_parallel.parameter"},
+    "distributed": PARALLEL | {"tensor_parallel.parameter", "host_memory"},
+    "optimizer": PARALLEL | {"fusions", "distributed", "tensor_parallel.parameter", "host_memory"},
     "transformer": PARALLEL | {"fusions", "tensor_parallel", "context_parallel"},
     "models": PARALLEL | {"fusions", "tensor_parallel", "context_parallel", "transformer"},
 }

@@ -75,6 +75,23 @@ def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) ->
     return PermutationMap(row_to_pair[:total], torch.where(has_row, rows, -1), offsets, bijective=False)
 
 
+def align_rows(index: PermutationMap, multiple: int) -> PermutationMap:
+    """The same with empty rows until the number of every expert's rows is a multiple; waits for the device."""
+    device = index.offsets_E.device
+    counts_E = index.offsets_E.diff(prepend=index.offsets_E.new_zeros(1)).to(torch.int64)
+    aligned_E = (counts_E + multiple - 1) // multiple * multiple
+    if torch.equal(counts_E, aligned_E):
+        return index
+    offsets_E = aligned_E.cumsum(dim=0)
+    shift_R = ((offsets_E - aligned_E) - (counts_E.cumsum(dim=0) - counts_E)).repeat_interleave(counts_E)
+    old_R = torch.arange(shift_R.shape[0], device=device)
+    row_to_pair = torch.full((int(offsets_E[-1]),), -1, device=device)
+    row_to_pair[old_R + shift_R] = index.row_to_pair_R
+    rows = index.pair_to_row_TK
+    pair_to_row = torch.where(rows < 0, -1, rows + shift_R[rows.clamp(min=0)])
+    return PermutationMap(row_to_pair, pair_to_row, offsets_E.to(torch.int32), bijective=False)
+
+
 def gather(x_TH: Tensor, index: PermutationMap) -> Tensor:
     """The token of each row, zero for empty rows: [T, H] -> [R, H]; not differentiable."""
     if backend.runs_triton(x_TH):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
+from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.host_memory import zeros
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
@@ -64,8 +65,8 @@ class _BucketState:
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    segments: list[tuple[_ParameterKind, slice, Tensor]]
-    """Runs of one kind: their place in the part, and the view of the master that AdamW updates."""
+    segments: list[tuple[_ParameterKind, slice]]
+    """Runs of one kind, and their place in the part."""
 
     @property
     def has_own_master(self) -> bool:
@@ -86,21 +87,6 @@ class MixedPrecisionAdamW:
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
         self._states = [self._new_state(bucket) for bucket in buffers.buckets]
         self._counted = counted_gradients(buffers, groups)
-        kinds = sorted({kind for state in self._states for kind, _, _ in state.segments})
-        self._adam = torch.optim.AdamW(
-            [
-                {
-                    "params": [view for state in self._states for k, _, view in state.segments if k == kind],
-                    "kind": kind,
-                }
-                for kind in kinds
-            ],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            fused=True,
-        )
-        self._attach_moments()
 
     def _kind(self, parameter: nn.Parameter) -> _ParameterKind:
         spec = spec_of(parameter)
@@ -128,17 +114,8 @@ class MixedPrecisionAdamW:
             master,
             exp_avg,
             exp_avg_sq,
-            [(kind, place, master[place]) for kind, place in runs],
+            runs,
         )
-
-    def _attach_moments(self) -> None:
-        for state in self._states:
-            for _, place, view in state.segments:
-                self._adam.state[view] = {
-                    "step": torch.tensor(float(self.steps_taken), device=view.device),
-                    "exp_avg": state.exp_avg[place],
-                    "exp_avg_sq": state.exp_avg_sq[place],
-                }
 
     @torch.no_grad()
     def step(self, rates: StepRates, losses: Tensor | None = None) -> StepResult:
@@ -158,21 +135,28 @@ class MixedPrecisionAdamW:
             return result
         clip = self.config.clip_grad
         factor = (clip / (norm + 1e-6) if clip and norm > clip else 1.0) / scale
-        for group in self._adam.param_groups:
-            group["lr"] = rates.vocabulary_learning_rate if group["kind"].vocabulary else rates.learning_rate
-            group["weight_decay"] = rates.weight_decay if group["kind"].decayed else 0.0
-        for state in self._states:
-            grads = state.bucket.grads[state.part].to(state.master.dtype)
-            if factor != 1.0:
-                grads.mul_(factor)
-            for _, place, view in state.segments:
-                view.grad = grads[place]
-        self._adam.step()
         self.steps_taken += 1
         for state in self._states:
-            for _, _, view in state.segments:
-                view.grad = None
-        self._copy_masters_to_weights()
+            grads = state.bucket.grads[state.part]
+            weights = state.bucket.weights[state.part] if state.has_own_master else None
+            for kind, place in state.segments:
+                adamw_(
+                    state.master[place],
+                    state.exp_avg[place],
+                    state.exp_avg_sq[place],
+                    grads[place],
+                    AdamWStep(
+                        number=self.steps_taken,
+                        learning_rate=rates.vocabulary_learning_rate if kind.vocabulary else rates.learning_rate,
+                        beta1=self.config.adam_beta1,
+                        beta2=self.config.adam_beta2,
+                        epsilon=self.config.adam_eps,
+                        weight_decay=rates.weight_decay if kind.decayed else 0.0,
+                        factor=factor,
+                    ),
+                    None if weights is None else weights[place],
+                )
+        self.buffers.gather_parameters()
         return result
 
     def _copy_masters_to_weights(self) -> None:
@@ -209,7 +193,6 @@ class MixedPrecisionAdamW:
         """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
         self.steps_taken = int(scalars["steps_taken"])
         self.scaler.load(scalars)
-        self._attach_moments()
         self._copy_masters_to_weights()
         self.buffers.wait_for_parameters()
 

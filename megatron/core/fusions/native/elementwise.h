@@ -94,10 +94,10 @@ void gather(const T* x, const std::int64_t* pairs, T* y, long rows, long width, 
 template <class T>
 void combine(const T* y, const std::int64_t* rows_TK, T* x, long tokens, long width, long top_k, int threads) {
     for_each_piece(tokens, width, PIECE, threads, [=](long begin, long end) {
-        std::vector<float> sum(width);
+        static thread_local Buffer buffer;
+        float* total = buffer.floats(width);
         for (long token = begin; token < end; token++) {
-            std::fill(sum.begin(), sum.end(), 0.0f);
-            float* total = sum.data();
+            std::fill(total, total + width, 0.0f);
             for (long k = 0; k < top_k; k++) {
                 const long row = rows_TK[token * top_k + k];
                 if (row < 0) continue;
@@ -164,6 +164,8 @@ template <class T>
 void softmax_statistics(T* logits, const std::int64_t* ids, float* largest, float* total, float* target, long rows,
                         long stride, long columns, int threads) {
     for_each_piece(rows, columns, PIECE, threads, [=](long begin, long end) {
+        static thread_local Buffer buffer;
+        float* exponentials = buffer.floats(columns);
         for (long row = begin; row < end; row++) {
             T* in = logits + row * stride;
             target[row] = ids[row] >= 0 && ids[row] < columns ? load(in + ids[row]) : 0.0f;
@@ -171,12 +173,13 @@ void softmax_statistics(T* logits, const std::int64_t* ids, float* largest, floa
             _Pragma("omp simd reduction(max : most)") for (long i = 0; i < columns; i++) {
                 most = load(in + i) > most ? load(in + i) : most;
             }
-            // not kept in the row, where 16 bits would round it twice
+            // kept beside the row, where 16 bits would round them twice
             _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < columns; i++) {
-                sum += exponential(load(in + i) - most);
+                exponentials[i] = exponential(load(in + i) - most);
+                sum += exponentials[i];
             }
             const float scale = 1.0f / sum;
-            SIMD for (long i = 0; i < columns; i++) store(in + i, exponential(load(in + i) - most) * scale);
+            SIMD for (long i = 0; i < columns; i++) store(in + i, exponentials[i] * scale);
             largest[row] = most;
             total[row] = sum;
         }
@@ -217,6 +220,29 @@ void rotary(const T* x, const float* cos, const float* sin, T* y, long batch, lo
                 store(out + i, first * c[i] - second * sine);
                 store(out + half + i, second * c[i] + first * sine);
             }
+        }
+    });
+}
+
+// One update of `count` masters; `weights`, if there are any, get them rounded to T.
+template <class T>
+void adamw(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, T* weights, long count,
+           const AdamW& step, int threads) {
+    const float beta1 = step.beta1, beta2 = step.beta2, factor = step.factor;
+    const float rate = step.learning_rate / (1.0 - std::pow(step.beta1, step.number));
+    const float root = 1.0 / std::sqrt(1.0 - std::pow(step.beta2, step.number));
+    const float kept = 1.0 - step.learning_rate * step.weight_decay, epsilon = step.epsilon;
+    const float other1 = 1.0 - step.beta1, other2 = 1.0 - step.beta2;
+    for_each_piece(count, 1, 1L << 18, threads, [=](long begin, long end) {
+        SIMD for (long i = begin; i < end; i++) {
+            const float g = grad[i] * factor;
+            const float m = beta1 * exp_avg[i] + other1 * g, v = beta2 * exp_avg_sq[i] + other2 * g * g;
+            exp_avg[i] = m;
+            exp_avg_sq[i] = v;
+            master[i] = kept * master[i] - rate * m / (std::sqrt(v) * root + epsilon);
+        }
+        if (weights) {
+            SIMD for (long i = begin; i < end; i++) store(weights + i, master[i]);
         }
     });
 }

@@ -123,6 +123,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return y
 
 
+def adamw_(
+    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *numbers_and_weights: float | Tensor | None
+) -> None:
+    """One update of flat pieces [n]: masters, moments and gradients in float32, then AdamWStep's numbers, then weights."""
+    *numbers, weights = numbers_and_weights
+    assert weights is None or isinstance(weights, Tensor)
+    kept = (master, exp_avg, exp_avg_sq, grad)
+    _check(*kept)
+    addresses = (*(tensor.data_ptr() for tensor in kept), 0 if weights is None else weights.data_ptr())
+    _call("adamw", master if weights is None else weights, *addresses, master.numel(), tuple(numbers))
+
+
 def multiplies(*tensors: Tensor) -> bool:
     """Whether `multiply` takes these, and is faster here than the library."""
     return FAST_PRODUCTS and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)

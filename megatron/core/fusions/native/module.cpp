@@ -86,6 +86,16 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// `weights` is 0 where masters are the weights.
+template <class T>
+void adamw(Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weights, long count,
+           const std::tuple<double, double, double, double, double, double, double>& numbers, int threads) {
+    const auto [number, learning_rate, beta1, beta2, epsilon, weight_decay, factor] = numbers;
+    const native::AdamW step{number, learning_rate, beta1, beta2, epsilon, weight_decay, factor};
+    CALL(adamw, at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<T>(weights), count,
+         step, threads);
+}
+
 // Operations whose tensors have elements of type T, under names that end in `suffix`.
 template <class T>
 void define(py::module_& module, const std::string& suffix) {
@@ -100,6 +110,7 @@ void define(py::module_& module, const std::string& suffix) {
                    CALL(swiglu_backward, at<T>(grad), at<T>(gate_up), at<float>(probs), at<T>(grad_gate_up),
                         at<float>(grad_probs), at<T>(y), rows, width, threads);
                });
+    module.def(name("adamw_").c_str(), &adamw<T>);
     module.def(name("gather_").c_str(),
                [](Address x, Address pairs, Address y, long rows, long width, long top_k, int threads) {
                    CALL(gather, at<T>(x), at<std::int64_t>(pairs), at<T>(y), rows, width, top_k, threads);

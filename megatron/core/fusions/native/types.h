@@ -46,6 +46,11 @@ struct Product {
     float beta;
 };
 
+// The numbers of one update of AdamW.
+struct AdamW {
+    double number, learning_rate, beta1, beta2, epsilon, weight_decay, factor;
+};
+
 // Memory that a thread keeps for its next task.
 class Buffer {
 public:
