@@ -4,15 +4,19 @@ Every event's own time, what it does not spend in others, belongs to one group: 
 autograd function it runs in, and, for the backward of a plain operation, by where that ran forward.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
-import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "mkldnn::")
-_ATTENTION = ("scaled_dot_product", "flash_attention")
+from megatron.core.fusions.native import kernels as native
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "mkldnn::",
+             "native::multiply")  # fmt: skip
+_ATTENTION = ("scaled_dot_product", "flash_attention", "native::attention")
 # where an event runs -> the groups of the products there and of everything else; the innermost that matches counts
 _PLACES = {
     "optimizer": ("optimizer", "optimizer"),
@@ -70,6 +74,23 @@ def _named(module: nn.Module) -> None:
     module.forward = named  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _named_kernels() -> Iterator[None]:
+    """Lets the functions of the C++ extension appear in the profile as native::name."""
+    call, multiply = native._call, native.multiply
+
+    def named_call(operation: str, *args: Any) -> None:
+        with record_function(f"native::{operation}"):
+            call(operation, *args)
+
+    def named_multiply(*args: Any) -> None:
+        with record_function("native::multiply"):
+            multiply(*args)
+
+    with mock.patch.multiple(native, _call=named_call, multiply=named_multiply):
+        yield
+
+
 def profile_groups(model: nn.Module, step: Callable[[], object], steps: int = 3) -> dict[str, float]:
     """Seconds of each of GROUPS in a step on the processor, the mean of `steps`; they add up to the step."""
     for module in model.modules():
@@ -77,7 +98,7 @@ def profile_groups(model: nn.Module, step: Callable[[], object], steps: int = 3)
             _named(module)
     step()
     seconds = dict.fromkeys(GROUPS, 0.0)
-    with torch.profiler.record_function("warm"), profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with _named_kernels(), record_function("warm"), profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(steps):
             with record_function("one step"):
                 step()

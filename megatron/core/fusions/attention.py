@@ -7,10 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
+
+from megatron.core.fusions.native import kernels as native
 
 # torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so.
 _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+NATIVE_LENGTH = 1024
+"""The longest sequence that the C++ form takes: it is faster than torch's kernel for CPUs up to about 2048."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,24 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     return context
 
 
+class _NativeAttention(Function):
+    """Keeps its operands, its output and the log-sum-exp of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, logsumexp = native.attention(query, key, value)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        return native.attention_backward(grad, *ctx.saved_tensors)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if native.multiplies(query, key, value) and 0 < query.shape[2] <= NATIVE_LENGTH:
+        return _NativeAttention.apply(query, key, value)
     if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
         # on CUDA only the half-precision kernels take grouped heads; others would build the whole S x S matrix
         repeats = query.shape[1] // key.shape[1]

@@ -5,6 +5,7 @@ import torch
 from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
+from megatron.core.fusions.native import kernels as native
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training import training
@@ -67,8 +68,9 @@ def test_sharded_optimizer_and_interleaving() -> None:
     assert "distributed over 2" in table(wider, _mixtral(8, 4, "0/32"))
 
 
-def test_activations_are_those_of_the_real_model() -> None:
-    """What autograd keeps of one microbatch on the CPU, whose attention keeps what FlashAttention does."""
+def test_activations_are_those_of_the_real_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd keeps of one microbatch on the CPU, where torch's attention keeps what FlashAttention does."""
+    monkeypatch.setattr(native, "FAST_PRODUCTS", False)
     arguments = tiny_arguments("float32", {"dry_run": "0/1"})
     trainer = build_trainer(
         arguments, ProcessGroups(), torch.device("cpu"), pretrain_gpt.model_provider, pretrain_gpt.forward_step

@@ -233,7 +233,7 @@ void adamw(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, 
     const float root = 1.0 / std::sqrt(1.0 - std::pow(step.beta2, step.number));
     const float kept = 1.0 - step.learning_rate * step.weight_decay, epsilon = step.epsilon;
     const float other1 = 1.0 - step.beta1, other2 = 1.0 - step.beta2;
-    for_each_piece(count, 1, 1L << 18, threads, [=](long begin, long end) {
+    for_each_piece(count, 1, PIECE, threads, [=](long begin, long end) {
         SIMD for (long i = begin; i < end; i++) {
             const float g = grad[i] * factor;
             const float m = beta1 * exp_avg[i] + other1 * g, v = beta2 * exp_avg_sq[i] + other2 * g * g;

@@ -111,7 +111,7 @@ def softmax_gradient_(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """x [B, heads, S, d], any strides but the last; float32 tables [S, d/2] or [B, S, d/2] -> contiguous [B, heads, S, d]."""
+    """x [B, heads, S, d], any strides but the last, float32 tables [S, d/2] or [B, S, d/2] -> the same, contiguous."""
     y = x.new_empty(x.shape)
     assert x.stride(-1) == 1, x.stride()
     _check(cos, sin)
@@ -123,10 +123,45 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return y
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal: query [B, h, S, d], key and value [B, g, S, d], any strides but the last -> [B, h, S, d], lse [B, h, S].
+
+    The output lies in memory as [S, B, h, d], which is what the next product wants.
+    """
+    batch, heads, length, width = query.shape
+    out = query.new_empty(length, batch, heads, width).permute(1, 2, 0, 3)
+    logsumexp = query.new_empty(batch, heads, length, dtype=torch.float32)
+    tensors = (query, key, value, out)
+    assert all(tensor.stride(-1) == 1 for tensor in tensors), [tensor.stride() for tensor in tensors]
+    strides = [tensor.stride()[:3] for tensor in (*tensors, out)]
+    addresses = (tensor.data_ptr() for tensor in (*tensors, logsumexp))
+    _call("attention", query, *addresses, (batch, heads, key.shape[1], length, width), strides)
+    return out, logsumexp
+
+
+def attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    grad_query = query.new_empty(query.shape)
+    grad_key, grad_value = torch.zeros(2, *query.shape).unbind()
+    tensors = (query, key, value, out, grad)
+    assert all(tensor.stride(-1) == 1 for tensor in tensors), [tensor.stride() for tensor in tensors]
+    operands = (grad, query, key, value, out, logsumexp, grad_query, grad_key, grad_value)
+    strides = [tensor.stride()[:3] for tensor in tensors]
+    sizes = (batch, heads, groups, length, width)
+    _call("attention_backward", query, *(tensor.data_ptr() for tensor in operands), sizes, strides)
+    by_group = (part.view(batch, groups, -1, length, width).sum(dim=2) for part in (grad_key, grad_value))
+    grad_key, grad_value = (part.to(query.dtype) for part in by_group)
+    return grad_query, grad_key, grad_value
+
+
 def adamw_(
     master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *numbers_and_weights: float | Tensor | None
 ) -> None:
-    """One update of flat pieces [n]: masters, moments and gradients in float32, then AdamWStep's numbers, then weights."""
+    """One update of flat pieces [n]: masters, moments and gradients in float32, AdamWStep's numbers, the weights."""
     *numbers, weights = numbers_and_weights
     assert weights is None or isinstance(weights, Tensor)
     kept = (master, exp_avg, exp_avg_sq, grad)

@@ -19,6 +19,7 @@ namespace native::avx512 {
 constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;  // 24 of 32 registers hold sums
 #include "elementwise.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace native::avx512
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -27,6 +28,7 @@ namespace native::avx2 {
 constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
 #include "elementwise.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace native::avx2
 #pragma GCC pop_options
 #else
@@ -36,6 +38,7 @@ namespace native::plain {
 constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
 #include "elementwise.h"
 #include "products.h"
+#include "attention.h"
 }  // namespace native::plain
 
 namespace py = pybind11;
@@ -96,6 +99,20 @@ void adamw(Address master, Address exp_avg, Address exp_avg_sq, Address grad, Ad
          step, threads);
 }
 
+using Strides = std::tuple<long, long, long>;
+
+native::HeadStrides head_strides(const Strides& given) {
+    return {std::get<0>(given), std::get<1>(given), std::get<2>(given)};
+}
+
+// strides: of query, key, value, out and its gradient.
+native::AttentionShape attention_shape(const std::tuple<long, long, long, long, long>& sizes,
+                                       const std::vector<Strides>& strides) {
+    const auto [batch, heads, groups, length, width] = sizes;
+    return {batch, heads, groups, length, width, head_strides(strides.at(0)), head_strides(strides.at(1)),
+            head_strides(strides.at(2)), head_strides(strides.at(3)), head_strides(strides.at(4))};
+}
+
 // Operations whose tensors have elements of type T, under names that end in `suffix`.
 template <class T>
 void define(py::module_& module, const std::string& suffix) {
@@ -140,6 +157,24 @@ void define(py::module_& module, const std::string& suffix) {
                   long width, long columns, int threads) {
                    CALL(softmax_gradient, at<T>(softmax), at<float>(own_logsumexp), at<std::int64_t>(ids),
                         at<float>(logsumexp), at<float>(grad), rows, width, columns, threads);
+               });
+    module.def(name("attention_").c_str(),
+               [](Address query, Address key, Address value, Address out, Address logsumexp,
+                  const std::tuple<long, long, long, long, long>& sizes, const std::vector<Strides>& strides,
+                  int threads) {
+                   const auto shape = attention_shape(sizes, strides);
+                   CALL(attention, at<T>(query), at<T>(key), at<T>(value), at<T>(out), at<float>(logsumexp), shape,
+                        threads);
+               });
+    module.def(name("attention_backward_").c_str(),
+               [](Address grad, Address query, Address key, Address value, Address out, Address logsumexp,
+                  Address grad_query, Address grad_key, Address grad_value,
+                  const std::tuple<long, long, long, long, long>& sizes, const std::vector<Strides>& strides,
+                  int threads) {
+                   const auto shape = attention_shape(sizes, strides);
+                   CALL(attention_backward, at<T>(grad), at<T>(query), at<T>(key), at<T>(value), at<T>(out),
+                        at<float>(logsumexp), at<T>(grad_query), at<float>(grad_key), at<float>(grad_value), shape,
+                        threads);
                });
     module.def(name("rotary_").c_str(), [](Address x, Address cos, Address sin, Address y,
                                            std::tuple<long, long, long, long> shape,

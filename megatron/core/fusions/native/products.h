@@ -8,8 +8,8 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 
 constexpr long PANEL = WIDTH * VECTORS;
 constexpr long MAX_INNER = 512;     // inner steps between two visits of a tile of C: a panel fits the second-level cache
-constexpr long DIRECT_ROWS = 512, PACKED_ROWS = 256;  // of a task, at most
-constexpr long TILE_COLUMNS = 2 * PANEL;
+constexpr long DIRECT_ROWS = 384, PACKED_ROWS = 256;  // of a task, at most
+constexpr long TILE_COLUMNS = 1 * PANEL;
 constexpr long WIDE_TILE = 512 / PANEL * PANEL;  // where A is packed, so that this is worth it
 
 // Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
@@ -145,7 +145,7 @@ inline void make_tile(const Product& p, long row, long rows, long column, long c
     const long row_blocks = (rows + ROWS - 1) / ROWS * ROWS;
     float* panel = buffer.floats(longest * PANEL + (direct ? 0 : longest * row_blocks));
     float* packed_rows = panel + longest * PANEL;
-    const long blocks = (p.inner + MAX_INNER - 1) / MAX_INNER;
+    const long blocks = std::max(1L, (p.inner + MAX_INNER - 1) / MAX_INNER);  // of nothing it is beta * C
     for (long block = 0; block < blocks; block++) {
         const long k = p.inner * block / blocks, inner = p.inner * (block + 1) / blocks - k;
         const float beta = block ? 1.0f : p.beta;

@@ -46,6 +46,21 @@ struct Product {
     float beta;
 };
 
+// Where the vectors of [batch, heads, length, width] lie; strides in elements, 1 within a vector.
+struct HeadStrides {
+    long sample, head, position;
+
+    template <class T>
+    T* row(T* data, long b, long h, long s) const {
+        return data + b * sample + h * head + s * position;
+    }
+};
+
+struct AttentionShape {
+    long batch, heads, groups, length, width;
+    HeadStrides query, key, value, out, grad;
+};
+
 // The numbers of one update of AdamW.
 struct AdamW {
     double number, learning_rate, beta1, beta2, epsilon, weight_decay, factor;

@@ -1,0 +1,123 @@
+// Causal attention with grouped heads (arXiv:2307.08691), for one instruction set; included once for each, after
+// products.h, inside its namespace.
+//
+// A task works on QUERY_ROWS queries of a head and all keys before them, so that nothing of size S x S is made and the
+// softmax needs no second pass. The backward pass makes the probabilities again from the log-sum-exp.
+
+constexpr long QUERY_ROWS = 96;
+
+// Rows of a head as float32: where they are, or converted into `space`.
+inline Operand as_floats(const float* rows, long stride, long, long, float*) { return {rows, stride, 1}; }
+inline Operand as_floats(const BFloat16* rows, long stride, long count, long width, float* space) {
+    for (long row = 0; row < count; row++)
+        SIMD for (long i = 0; i < width; i++) space[row * width + i] = load(rows + row * stride + i);
+    return {space, width, 1};
+}
+
+inline Operand transposed(const Operand& x) { return {x.data, x.column_stride, x.row_stride}; }
+
+// C = beta * C + A B on this thread.
+inline void multiply_here(const Operand& a, const Operand& b, float* c, long c_stride, long rows, long inner,
+                          long columns, float beta) {
+    for (long row = 0; row < rows; row += PACKED_ROWS)
+        make_tile({a, b, c, c_stride, rows, inner, columns, beta}, row, std::min(PACKED_ROWS, rows - row), 0, columns);
+}
+
+// The softmax of scale * scores over the first `valid` of a row, 0 behind them, and their log-sum-exp.
+inline void softmax_row(float* scores, long valid, long width, float scale, float& logsumexp) {
+    float most = -INFINITY, sum = 0.0f;
+    _Pragma("omp simd reduction(max : most)") for (long i = 0; i < valid; i++) {
+        most = scores[i] > most ? scores[i] : most;
+    }
+    _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < valid; i++) {
+        scores[i] = exponential((scores[i] - most) * scale);
+        sum += scores[i];
+    }
+    const float inverse = 1.0f / sum;
+    SIMD for (long i = 0; i < valid; i++) scores[i] *= inverse;
+    std::fill(scores + valid, scores + width, 0.0f);
+    logsumexp = most * scale + std::log(sum);
+}
+
+template <class T>
+void attention(const T* query, const T* key, const T* value, T* out, float* logsumexp, const AttentionShape& shape,
+               int threads) {
+    const long width = shape.width, length = shape.length, blocks = (length + QUERY_ROWS - 1) / QUERY_ROWS;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+    for_each_task(shape.batch * shape.heads * blocks, threads, [=](long task) {
+        static thread_local Buffer buffer;
+        // the longest blocks first, so that no thread begins one when the others are done
+        const long block = blocks - 1 - task / (shape.batch * shape.heads);
+        const long pair = task % (shape.batch * shape.heads), sample = pair / shape.heads, head = pair % shape.heads;
+        const long first = block * QUERY_ROWS, rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
+        const long group = head / (shape.heads / shape.groups);
+        float* scores = buffer.floats(QUERY_ROWS * (length + 2 * width) + 2 * length * width);
+        float* space = scores + rows * keys;
+        const Operand q = as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
+        const Operand k = as_floats(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
+        const Operand v = as_floats(shape.value.row(value, sample, group, 0), shape.value.position, keys, width, space += keys * width);
+        float* context = space + keys * width;
+        multiply_here(q, transposed(k), scores, keys, rows, width, keys, 0.0f);
+        for (long row = 0; row < rows; row++)
+            softmax_row(scores + row * keys, first + row + 1, keys, scale, logsumexp[pair * length + first + row]);
+        multiply_here({scores, keys, 1}, v, context, width, rows, keys, width, 0.0f);
+        for (long row = 0; row < rows; row++) {
+            T* to = shape.out.row(out, sample, head, first + row);
+            SIMD for (long i = 0; i < width; i++) store(to + i, context[row * width + i]);
+        }
+    });
+}
+
+// Gradients of query, and of key and value for each query head by itself: [batch, heads, length, width], the last two
+// in float32 and zero before.
+template <class T>
+void attention_backward(const T* grad, const T* query, const T* key, const T* value, const T* out,
+                        const float* logsumexp, T* grad_query, float* grad_key, float* grad_value,
+                        const AttentionShape& shape, int threads) {
+    const long width = shape.width, length = shape.length;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+    for_each_task(shape.batch * shape.heads, threads, [=](long pair) {
+        static thread_local Buffer buffer;
+        const long sample = pair / shape.heads, head = pair % shape.heads;
+        const long group = head / (shape.heads / shape.groups), whole = length * width;
+        float* probs = buffer.floats(2 * QUERY_ROWS * (length + width) + 2 * whole + QUERY_ROWS * width);
+        float* grads = probs + QUERY_ROWS * length;  // of probabilities, then of scores
+        float* space = grads + QUERY_ROWS * length;
+        const Operand k = as_floats(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
+        const Operand v = as_floats(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
+        float *dk = grad_key + pair * whole, *dv = grad_value + pair * whole;
+        float *query_space = space + whole, *grad_space = query_space + QUERY_ROWS * width;
+        float* dq = grad_space + QUERY_ROWS * width;
+        for (long first = 0; first < length; first += QUERY_ROWS) {
+            const long rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
+            const T* upstream = shape.grad.row(grad, sample, head, first);
+            const Operand q = as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
+            const Operand g = as_floats(upstream, shape.grad.position, rows, width, grad_space);
+            multiply_here(q, transposed(k), probs, keys, rows, width, keys, 0.0f);
+            multiply_here(g, transposed(v), grads, keys, rows, width, keys, 0.0f);
+            for (long row = 0; row < rows; row++) {
+                const T* o = shape.out.row(out, sample, head, first + row);
+                const float* upstream_row = g.data + row * g.row_stride;
+                // sum_k p dp, the row's grad . out
+                float inner = 0.0f;
+                _Pragma("omp simd reduction(+ : inner)") for (long i = 0; i < width; i++) inner += upstream_row[i] * load(o + i);
+                const float normaliser = logsumexp[pair * length + first + row];
+                const long valid = first + row + 1;
+                float *p = probs + row * keys, *d = grads + row * keys;
+                SIMD for (long i = 0; i < valid; i++) {
+                    p[i] = exponential(p[i] * scale - normaliser);
+                    d[i] = p[i] * (d[i] - inner) * scale;
+                }
+                std::fill(p + valid, p + keys, 0.0f);
+                std::fill(d + valid, d + keys, 0.0f);
+            }
+            multiply_here({probs, 1, keys}, g, dv, width, keys, rows, width, 1.0f);
+            multiply_here({grads, 1, keys}, q, dk, width, keys, rows, width, 1.0f);
+            multiply_here({grads, keys, 1}, k, dq, width, rows, keys, width, 0.0f);
+            for (long row = 0; row < rows; row++) {
+                T* to = grad_query + (pair * length + first + row) * width;
+                SIMD for (long i = 0; i < width; i++) store(to + i, dq[row * width + i]);
+            }
+        }
+    });
+}
