@@ -53,9 +53,13 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
         const long group = head / (shape.heads / shape.groups);
         float* scores = buffer.floats(QUERY_ROWS * (length + 2 * width) + 2 * length * width);
         float* space = scores + rows * keys;
-        const Operand q = as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
-        const Operand k = as_floats(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
-        const Operand v = as_floats(shape.value.row(value, sample, group, 0), shape.value.position, keys, width, space += keys * width);
+        const Operand q =
+            as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
+        const Operand k =
+            as_floats(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
+        const Operand v =
+            as_floats(shape.value.row(value, sample, group, 0), shape.value.position, keys, width,
+                      space += keys * width);
         float* context = space + keys * width;
         multiply_here(q, transposed(k), scores, keys, rows, width, keys, 0.0f);
         for (long row = 0; row < rows; row++)
@@ -80,18 +84,20 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         static thread_local Buffer buffer;
         const long sample = pair / shape.heads, head = pair % shape.heads;
         const long group = head / (shape.heads / shape.groups), whole = length * width;
-        float* probs = buffer.floats(2 * QUERY_ROWS * (length + width) + 2 * whole + QUERY_ROWS * width);
+        float* probs = buffer.floats(QUERY_ROWS * (2 * length + 3 * width) + 2 * whole);
         float* grads = probs + QUERY_ROWS * length;  // of probabilities, then of scores
         float* space = grads + QUERY_ROWS * length;
         const Operand k = as_floats(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
-        const Operand v = as_floats(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
+        const Operand v =
+            as_floats(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
         float *dk = grad_key + pair * whole, *dv = grad_value + pair * whole;
         float *query_space = space + whole, *grad_space = query_space + QUERY_ROWS * width;
         float* dq = grad_space + QUERY_ROWS * width;
         for (long first = 0; first < length; first += QUERY_ROWS) {
             const long rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
             const T* upstream = shape.grad.row(grad, sample, head, first);
-            const Operand q = as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
+            const Operand q =
+                as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
             const Operand g = as_floats(upstream, shape.grad.position, rows, width, grad_space);
             multiply_here(q, transposed(k), probs, keys, rows, width, keys, 0.0f);
             multiply_here(g, transposed(v), grads, keys, rows, width, keys, 0.0f);
@@ -100,7 +106,9 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
                 const float* upstream_row = g.data + row * g.row_stride;
                 // sum_k p dp, the row's grad . out
                 float inner = 0.0f;
-                _Pragma("omp simd reduction(+ : inner)") for (long i = 0; i < width; i++) inner += upstream_row[i] * load(o + i);
+                _Pragma("omp simd reduction(+ : inner)") for (long i = 0; i < width; i++) {
+                    inner += upstream_row[i] * load(o + i);
+                }
                 const float normaliser = logsumexp[pair * length + first + row];
                 const long valid = first + row + 1;
                 float *p = probs + row * keys, *d = grads + row * keys;

@@ -1,16 +1,18 @@
 // Products of float32 matrices for one instruction set; included once for each, inside its namespace.
 //
-// A task makes a tile of C. It packs B into panels of VECTORS vectors a row of the inner axis, and takes A as it is where
-// its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors of C in
-// registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
+// A task makes a tile of C. It packs B into panels of VECTORS vectors a step of the inner axis, and takes A as it is
+// where its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors
+// of C in registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 constexpr long PANEL = WIDTH * VECTORS;
-constexpr long MAX_INNER = 512;     // inner steps between two visits of a tile of C: a panel fits the second-level cache
-constexpr long DIRECT_ROWS = 384, PACKED_ROWS = 256;  // of a task, at most
-constexpr long TILE_COLUMNS = 1 * PANEL;
-constexpr long WIDE_TILE = 512 / PANEL * PANEL;  // where A is packed, so that this is worth it
+// Inner steps between two visits of a tile of C. With the values below, what a task reads again and again fits a
+// second-level cache of 1 MB; all were chosen by measuring.
+constexpr long MAX_INNER = 512;
+// A tile at most, where A is taken as it is, and where it is packed, which many columns are to repay.
+constexpr long DIRECT_ROWS = 384, DIRECT_COLUMNS = 2 * PANEL;
+constexpr long PACKED_ROWS = 256, PACKED_COLUMNS = 512 / PANEL * PANEL;
 
 // Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
 inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
@@ -75,11 +77,25 @@ inline void pack_rows(const Operand& a, long rows, long inner, float* packed) {
     }
 }
 
-// M rows of a tile of C: a panel of N vectors. Element (m, k) of A is a[m * step_m + k * step_k].
+// What a micro-kernel works on: some rows of A, a panel of B, a tile of C.
+struct Work {
+    const float* a;
+    long a_stride;  // of rows that are not packed
+    const float* panel;
+    long inner;
+    float* c;
+    long c_stride, columns;
+    float beta;
+};
+
+// M rows of C, N vectors wide. Not inlined: as a part of another function it does not get all registers.
 template <int M, int N, bool PACKED>
-__attribute__((noinline)) void micro_kernel(const float* a, long row_stride, const float* panel, long inner, float* c, long c_stride,
-                         long columns, float beta) {
-    const long step_m = PACKED ? 1 : row_stride, step_k = PACKED ? ROWS : 1;
+__attribute__((noinline)) void micro_kernel(const Work& work) {
+    const float *a = work.a, *panel = work.panel;
+    const long inner = work.inner, columns = work.columns, c_stride = work.c_stride;
+    float* c = work.c;
+    const float beta = work.beta;
+    const long step_m = PACKED ? 1 : work.a_stride, step_k = PACKED ? ROWS : 1;
     Vector sums[M][N] = {};
     for (long k = 0; k < inner; k++, panel += N * WIDTH) {
         Vector b[N];
@@ -108,32 +124,31 @@ __attribute__((noinline)) void micro_kernel(const float* a, long row_stride, con
 }
 
 template <int N, bool PACKED>
-inline void tile_kernel(int rows, const float* a, long row_stride, const float* panel, long inner, float* c,
-                        long c_stride, long columns, float beta) {
+inline void some_rows(long rows, const Work& work) {
     switch (rows) {
 #define CASE(M) \
-    case M: return micro_kernel<(M <= ROWS ? M : ROWS), N, PACKED>(a, row_stride, panel, inner, c, c_stride, columns, beta);
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+    case M: return micro_kernel<(M <= ROWS ? M : ROWS), N, PACKED>(work);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
     }
 }
 
 template <bool PACKED>
-inline void panel_times_rows(long rows, const float* a, long row_stride, const float* panel, long inner, float* c,
-                             long c_stride, long columns, float beta) {
-    const long vectors = (columns + WIDTH - 1) / WIDTH;
+inline void all_rows(long rows, Work work) {
+    static_assert(ROWS <= 6 && VECTORS <= 4, "the cases here");
+    const long vectors = (work.columns + WIDTH - 1) / WIDTH;
     for (long m = 0; m < rows; m += ROWS) {
-        const int count = static_cast<int>(std::min<long>(ROWS, rows - m));
-        const float* from = a + (PACKED ? m * inner : m * row_stride);
-        float* to = c + m * c_stride;
+        const long count = std::min<long>(ROWS, rows - m);
         for (int i = 0; i < count; i++)  // C is far away, and is needed when the kernel ends
-            for (long n = 0; n < columns; n += 16) __builtin_prefetch(to + i * c_stride + n, 1);
+            for (long n = 0; n < work.columns; n += 16) __builtin_prefetch(work.c + i * work.c_stride + n, 1);
         switch (vectors) {
-            case 1: tile_kernel<1, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
-            case 2: tile_kernel<2, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
-            case 3: tile_kernel<3, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta); break;
-            default: tile_kernel<4, PACKED>(count, from, row_stride, panel, inner, to, c_stride, columns, beta);
+            case 1: some_rows<1, PACKED>(count, work); break;
+            case 2: some_rows<2, PACKED>(count, work); break;
+            case 3: some_rows<3, PACKED>(count, work); break;
+            default: some_rows<4, PACKED>(count, work);
         }
+        work.a += ROWS * (PACKED ? work.inner : work.a_stride);
+        work.c += ROWS * work.c_stride;
     }
 }
 
@@ -155,11 +170,12 @@ inline void make_tile(const Product& p, long row, long rows, long column, long c
             const long here = std::min(PANEL, column + columns - n);
             const long width = (here + WIDTH - 1) / WIDTH * WIDTH;
             pack_panel(p.b.from(k, n), inner, here, width, panel);
-            float* c = p.c + row * p.c_stride + n;
+            const Work work{direct ? a.data : packed_rows, a.row_stride, panel, inner,
+                            p.c + row * p.c_stride + n, p.c_stride, here, beta};
             if (direct)
-                panel_times_rows<false>(rows, a.data, a.row_stride, panel, inner, c, p.c_stride, here, beta);
+                all_rows<false>(rows, work);
             else
-                panel_times_rows<true>(rows, packed_rows, 0, panel, inner, c, p.c_stride, here, beta);
+                all_rows<true>(rows, work);
         }
     }
 }
@@ -172,7 +188,7 @@ inline void multiply(const std::vector<Product>& products, int threads) {
     std::vector<Tile> tiles;
     for (const Product& p : products) {
         const bool direct = p.a.column_stride == 1;
-        const long widest = direct ? TILE_COLUMNS : WIDE_TILE, most = direct ? DIRECT_ROWS : PACKED_ROWS;
+        const long widest = direct ? DIRECT_COLUMNS : PACKED_COLUMNS, most = direct ? DIRECT_ROWS : PACKED_ROWS;
         const long parts = (p.rows + most - 1) / most, blocks = (p.rows + ROWS - 1) / ROWS;
         for (long part = 0; part < parts; part++) {
             const long row = blocks * part / parts * ROWS;

@@ -266,7 +266,7 @@ def test_the_number_of_threads_changes_no_bit(form: str) -> None:
     if form == "PyTorch":
         pytest.skip("torch promises it for none of its operations")
     x, weight, logits = _randn(500, 96), _randn(96), _randn(500, 333)
-    ids, query = torch.randint(333, (500,)), _randn(2, 4, 200, 16)
+    ids, query, probs = torch.randint(333, (500,)), _randn(2, 4, 200, 16), torch.rand(500)
 
     def everything() -> list[Tensor]:
         y, inverse_rms = native.rms_norm(x, weight, 1e-5)
@@ -277,11 +277,8 @@ def test_the_number_of_threads_changes_no_bit(form: str) -> None:
         return [
             y, product, out, softmax, *native.rms_norm_backward(x, y, weight, inverse_rms),
             *native.attention_backward(query, query, query, query, out, logsumexp),
-            *native.softmax_statistics(softmax, ids, 333), *native.swiglu_backward(x, _randn_like_twice(x), x[:, 0].contiguous()),
+            *native.softmax_statistics(softmax, ids, 333), *native.swiglu_backward(x, torch.cat((x, y), dim=1), probs),
         ]  # fmt: skip
-
-    def _randn_like_twice(x: Tensor) -> Tensor:
-        return torch.cat((x, x.flip(0)), dim=1)
 
     threads = torch.get_num_threads()
     results = []
