@@ -1,8 +1,9 @@
 """Time of one training step (forward, backward, clipping, AdamW) against peers' and against the floor of the machine.
 
-Every contestant runs in a process of its own; they take their steps in turns, and with each round the floor is timed
-again. The floor is the sum over all matrix products of a step, each at the rate torch.matmul reaches on its shape, plus
-the optimizer's bytes at the measured copy rate. The stricter floor takes all products at the highest of these rates.
+Every contestant runs in a process of its own; they take turns of two steps, of which the second counts, since in
+training a step follows another one. With each round the floor is timed again. The floor is the sum over all matrix
+products of a step, each at the rate torch.matmul reaches on its shape, plus the optimizer's bytes at the measured copy
+rate. The stricter floor takes all products at the highest of these rates.
 """
 
 import argparse
@@ -114,6 +115,7 @@ class Comparison:
         first = number % len(order) if order else 0
         for name in order[first:] + order[:first]:  # nobody always runs after the same neighbour
             try:
+                contestants[name].ask("step")
                 answer = contestants[name].ask("step")
             except ContestantFailed as failure:
                 contestants.pop(name).close()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron.core.fusions import backend
 from megatron.core.fusions.native import kernels as native
 
 # torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so.
@@ -17,7 +18,7 @@ _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 NATIVE_LENGTH = 1024
-"""The longest sequence that the C++ form takes: it is faster than torch's kernel for CPUs up to about 2048."""
+"""The longest sequence that the C++ form takes: in float32 it is faster than torch's kernel up to about 2048."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class _NativeAttention(Function):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if native.multiplies(query, key, value) and 0 < query.shape[2] <= NATIVE_LENGTH:
+    if native.FAST_PRODUCTS and backend.runs_native(query, key, value) and 0 < query.shape[2] <= NATIVE_LENGTH:
         return _NativeAttention.apply(query, key, value)
     if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
         # on CUDA only the half-precision kernels take grouped heads; others would build the whole S x S matrix

@@ -24,7 +24,7 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool) -> Tensor:
-    if x.is_cuda:
+    if backend.runs_triton(x):
         from megatron.core.fusions.kernels import rotary as kernels
 
         return kernels.rotate(x, cos, sin, inverse=inverse)

@@ -16,10 +16,10 @@ inline void store(BFloat16* p, float x) {
     p->bits = static_cast<std::uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-// x = n ln 2 + r, and exp(r) by the polynomial of Cephes' expf; NaN stays NaN.
+// x = n ln 2 + r, and exp(r) by the polynomial of Cephes' expf; 0 below -87, infinite above 88, NaN stays NaN.
 inline float exponential(float x) {
     constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-    const float bounded = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
+    const float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     const float shifted = bounded * 1.44269504088896341f + TO_INTEGER;
     const float n = shifted - TO_INTEGER;
     const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
@@ -30,12 +30,9 @@ inline float exponential(float x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    // 2^n in two factors, since n goes from -127 to 128
-    const std::int32_t integer = static_cast<std::int32_t>(float_to_bits(shifted) - float_to_bits(TO_INTEGER));
-    const std::int32_t half = integer >> 1;
-    const auto power = [](std::int32_t e) { return bits_to_float(static_cast<std::uint32_t>(e + 127) << 23); };
-    y = y * power(half) * power(integer - half);
-    return x < -88.0f ? 0.0f : y;
+    const std::uint32_t integer = float_to_bits(shifted) - float_to_bits(TO_INTEGER);
+    y *= bits_to_float((integer + 127) << 23);  // 2^n
+    return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : y;
 }
 
 template <class T>

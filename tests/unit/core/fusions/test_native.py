@@ -169,7 +169,7 @@ def test_aligned_rows_hold_the_same_pairs(multiple: int) -> None:
     assert torch.equal(expert_of_row, experts[has_row])
 
 
-def test_experts_in_16_bits_get_rows_in_sixteens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_in_16_bits_get_a_multiple_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[PermutationMap] = []
 
     def spy(index: PermutationMap, multiple: int) -> PermutationMap:
@@ -228,22 +228,8 @@ def test_attention(form: str, dtype: torch.dtype, length: int, groups: int) -> N
     key = _randn(2, groups, length, 24, dtype=dtype)
     value = _randn(length, 2, groups, 24, dtype=dtype).permute(1, 2, 0, 3)
     # torch's own kernel for bfloat16 rounds the probabilities as well
-    bound = 2e-6 if dtype == torch.float32 else 1.5e-2
+    bound = 1.5e-2 if form == "PyTorch" and dtype == torch.bfloat16 else BOUNDS[dtype]
     _compare(causal_attention, query, key, value, bound=bound)
-
-
-def test_attention_in_16_bits_by_the_extension(form: str) -> None:
-    if form == "PyTorch":
-        pytest.skip("that is torch's own kernel")
-    query, key = _randn(1, 4, 130, 16, dtype=torch.bfloat16), _randn(1, 2, 130, 16, dtype=torch.bfloat16)
-    value, grad = torch.randn_like(key), torch.randn_like(query)
-    out, logsumexp = native.attention(query, key, value)
-    wide = [x.double().requires_grad_() for x in (query, key, value)]
-    reference = causal_attention(*wide)
-    assert _error(out, reference.detach()) <= 6e-3
-    grads = native.attention_backward(grad, query, key, value, out, logsumexp)
-    for value, expected in zip(grads, torch.autograd.grad(reference, wide, grad.double()), strict=True):
-        assert _error(value, expected) <= 6e-3
 
 
 @pytest.mark.parametrize("narrow", [False, True])
