@@ -1,10 +1,18 @@
-"""Keeping freed memory; in a process of its own, since the setting lasts."""
+"""Keeping freed memory, in a process of its own, since the setting lasts; huge pages."""
 
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from megatron.core.host_memory import zeros
+
+needs_huge_pages = pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages on request"
+)
 
 # 20 blocks of 24 MB, freed from the top of the heap downwards: how much of it the process still holds
 _PROGRAM = """
@@ -33,3 +41,42 @@ print(resident() - before)
 def test_freed_memory_stays_with_the_process() -> None:
     result = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
     assert int(result.stdout) > 19 * 24 * 2**20
+
+
+def asks_for_huge_pages(address: int, maps: str) -> bool:
+    """Whether the mapping with this address has the flag, in the text of /proc/PID/smaps."""
+    inside = False
+    for line in maps.splitlines():
+        first, _, rest = line.partition("-")
+        if rest and all(letter in "0123456789abcdef" for letter in first):
+            inside = int(first, 16) <= address < int(rest.split()[0], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"{address:x} is in no mapping")
+
+
+@needs_huge_pages
+def test_what_lasts_is_zero_and_in_huge_pages() -> None:
+    tensor = zeros(2**24, torch.float32, torch.device("cpu"))
+    assert tensor.shape == (2**24,) and not tensor.any()
+    maps = Path("/proc/self/smaps").read_text()
+    assert asks_for_huge_pages(tensor[2**23].data_ptr(), maps)
+    assert not asks_for_huge_pages(id(maps), maps)
+    assert zeros(3, torch.float64, torch.device("cpu")).tolist() == [0, 0, 0]
+
+
+@needs_huge_pages
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_the_heap_grows_by_huge_pages() -> None:
+    program = """
+import torch
+from pathlib import Path
+from megatron.core.host_memory import keep_freed_memory
+assert keep_freed_memory()
+block = torch.zeros(7 * 2**20)  # 28 MB: of the heap
+print(block[2**20].data_ptr())
+print(Path("/proc/self/smaps").read_text())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    address, _, maps = result.stdout.partition("\n")
+    assert asks_for_huge_pages(int(address), maps)
