@@ -16,9 +16,12 @@ try:
     kernels_cpp = importlib.import_module("megatron.core.fusions.native.kernels_cpp")
 except ImportError:
     kernels_cpp = None
-INTERFACE = 1
+INTERFACE = 2
 """What the extension must say of itself: one that was built from another version of the source is no use."""
 if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
+    kernels_cpp = None
+# torch on macOS has another OpenMP: on one thread of its own the extension would be slower than torch
+if kernels_cpp is not None and not kernels_cpp.shares_threads():
     kernels_cpp = None
 
 FAST_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.instruction_sets()[0] == "avx512"

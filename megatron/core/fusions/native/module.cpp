@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <tuple>
 
 #include "parallel.h"
@@ -92,25 +93,20 @@ T* at(Address address) {
 // `weights` is 0 where masters are the weights.
 template <class T>
 void adamw(Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weights, long count,
-           const std::tuple<double, double, double, double, double, double, double>& numbers, int threads) {
-    const auto [number, learning_rate, beta1, beta2, epsilon, weight_decay, factor] = numbers;
-    const native::AdamW step{number, learning_rate, beta1, beta2, epsilon, weight_decay, factor};
+           const std::array<double, 7>& numbers, int threads) {
+    const native::AdamW step{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
     CALL(adamw, at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<T>(weights), count,
          step, threads);
 }
 
-using Strides = std::tuple<long, long, long>;
+using Sizes = std::array<long, 5>;  // batch, heads, groups, length, width
+using Strides = std::array<std::array<long, 3>, 5>;  // of query, key, value, out and its gradient
 
-native::HeadStrides head_strides(const Strides& given) {
-    return {std::get<0>(given), std::get<1>(given), std::get<2>(given)};
-}
-
-// strides: of query, key, value, out and its gradient.
-native::AttentionShape attention_shape(const std::tuple<long, long, long, long, long>& sizes,
-                                       const std::vector<Strides>& strides) {
-    const auto [batch, heads, groups, length, width] = sizes;
-    return {batch, heads, groups, length, width, head_strides(strides.at(0)), head_strides(strides.at(1)),
-            head_strides(strides.at(2)), head_strides(strides.at(3)), head_strides(strides.at(4))};
+native::AttentionShape attention_shape(const Sizes& sizes, const Strides& strides) {
+    const auto at = [&](int tensor) {
+        return native::HeadStrides{strides[tensor][0], strides[tensor][1], strides[tensor][2]};
+    };
+    return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], at(0), at(1), at(2), at(3), at(4)};
 }
 
 // Operations whose tensors have elements of type T, under names that end in `suffix`.
@@ -160,7 +156,7 @@ void define(py::module_& module, const std::string& suffix) {
                });
     module.def(name("attention_").c_str(),
                [](Address query, Address key, Address value, Address out, Address logsumexp,
-                  const std::tuple<long, long, long, long, long>& sizes, const std::vector<Strides>& strides,
+                  const Sizes& sizes, const Strides& strides,
                   int threads) {
                    const auto shape = attention_shape(sizes, strides);
                    CALL(attention, at<T>(query), at<T>(key), at<T>(value), at<T>(out), at<float>(logsumexp), shape,
@@ -169,22 +165,19 @@ void define(py::module_& module, const std::string& suffix) {
     module.def(name("attention_backward_").c_str(),
                [](Address grad, Address query, Address key, Address value, Address out, Address logsumexp,
                   Address grad_query, Address grad_key, Address grad_value,
-                  const std::tuple<long, long, long, long, long>& sizes, const std::vector<Strides>& strides,
+                  const Sizes& sizes, const Strides& strides,
                   int threads) {
                    const auto shape = attention_shape(sizes, strides);
                    CALL(attention_backward, at<T>(grad), at<T>(query), at<T>(key), at<T>(value), at<T>(out),
                         at<float>(logsumexp), at<T>(grad_query), at<float>(grad_key), at<float>(grad_value), shape,
                         threads);
                });
-    module.def(name("rotary_").c_str(), [](Address x, Address cos, Address sin, Address y,
-                                           std::tuple<long, long, long, long> shape,
-                                           std::tuple<long, long, long> strides, long table_stride, float direction,
-                                           int threads) {
-        const auto [batch, heads, positions, half] = shape;
-        const long steps[] = {std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
-        CALL(rotary, at<T>(x), at<float>(cos), at<float>(sin), at<T>(y), batch, heads, positions, half, steps,
-             table_stride, direction, threads);
-    });
+    module.def(name("rotary_").c_str(),
+               [](Address x, Address cos, Address sin, Address y, const std::array<long, 4>& shape,
+                  const std::array<long, 3>& strides, long table_stride, float direction, int threads) {
+                   CALL(rotary, at<T>(x), at<float>(cos), at<float>(sin), at<T>(y), shape[0], shape[1], shape[2],
+                        shape[3], strides.data(), table_stride, direction, threads);
+               });
 }
 
 // a and b: address, row stride, column stride; c: address, row stride; rows, inner, columns; beta.
@@ -209,10 +202,12 @@ void multiply(const std::vector<ProductArguments>& wanted, int threads) {
 
 PYBIND11_MODULE(kernels_cpp, module) {
     module.doc() = "Operations of megatron.core.fusions for CPUs; see kernels.py.";
-    module.attr("INTERFACE") = 1;
+    module.attr("INTERFACE") = 2;
     define<float>(module, "float32");
     define<native::BFloat16>(module, "bfloat16");
     module.def("multiply_float32", &multiply);
+    module.def("shares_threads", [] { return native::torch_parallel() != nullptr; },
+               "Whether torch's threads were found.");
     module.def("instruction_sets", &instruction_sets, "Those compiled here that this processor has, best first.");
     module.def("choose_instruction_set", [](const std::string& set) {
         const auto& sets = instruction_sets();

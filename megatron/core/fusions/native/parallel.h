@@ -12,7 +12,7 @@ namespace native {
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 // torch's OpenMP, wherever its library lies: a second one of our own would compete with it for the cores.
-// Null where there is none (before torch is imported, or on macOS): then one thread does the work.
+// Null where there is none (before torch is imported, or on macOS); then one thread does all the work.
 inline Parallel torch_parallel() {
     static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return found;

@@ -16,6 +16,12 @@ constexpr long PACKED_ROWS = 256, PACKED_COLUMNS = 512 / PANEL * PANEL;
 
 // Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
 inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
+#ifdef __clang__  // has no shuffle whose order is a variable
+    Vector columns[WIDTH];
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < WIDTH; j++) columns[i][j] = rows[j][i];
+    for (int i = 0; i < WIDTH; i++) rows[i] = columns[i];
+#else
     typedef int Lanes __attribute__((vector_size(4 * WIDTH)));
     Lanes low, high;
     for (int i = 0; i < WIDTH; i++) {
@@ -30,6 +36,7 @@ inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
         }
         for (int i = 0; i < WIDTH; i++) rows[i] = next[i];
     }
+#endif
 }
 
 // A part of B, `inner` x `columns` (at most PANEL), as rows of `width` elements; what is beyond `columns` is zero.
