@@ -55,28 +55,30 @@ def asks_for_huge_pages(address: int, maps: str) -> bool:
     raise AssertionError(f"{address:x} is in no mapping")
 
 
+def _flags(program: str) -> list[bool]:
+    """Runs it in a process of its own; of each tensor in its list `tensors`, whether its middle is to be huge pages."""
+    program = f"import torch\nfrom megatron.core.host_memory import keep_freed_memory, zeros\n{program}\n" + (
+        "print([tensor[tensor.numel() // 2].data_ptr() for tensor in tensors])\nprint(open('/proc/self/smaps').read())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    addresses, _, maps = result.stdout.partition("\n")
+    return [asks_for_huge_pages(int(address), maps) for address in addresses.strip("[]").split(",")]
+
+
 @needs_huge_pages
-def test_what_lasts_is_zero_and_in_huge_pages() -> None:
-    tensor, other = zeros(2**24, torch.float32, torch.device("cpu")), torch.zeros(2**24)
-    assert tensor.shape == (2**24,) and not tensor.any()
-    maps = Path("/proc/self/smaps").read_text()
-    assert asks_for_huge_pages(tensor[2**23].data_ptr(), maps)
-    assert not asks_for_huge_pages(other[2**23].data_ptr(), maps)
-    assert zeros(3, torch.float64, torch.device("cpu")).tolist() == [0, 0, 0]
+def test_what_lasts_lies_in_huge_pages() -> None:
+    ours, ordinary = "zeros(2**24, torch.float32, torch.device('cpu'))", "torch.zeros(2**24)"
+    assert _flags(f"tensors = [{ours}, {ordinary}]") == [True, False]
 
 
 @needs_huge_pages
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_the_heap_grows_by_huge_pages() -> None:
-    program = """
-import torch
-from pathlib import Path
-from megatron.core.host_memory import keep_freed_memory
-assert keep_freed_memory()
-block = torch.zeros(7 * 2**20)  # 28 MB: of the heap
-print(block[2**20].data_ptr())
-print(Path("/proc/self/smaps").read_text())
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    address, _, maps = result.stdout.partition("\n")
-    assert asks_for_huge_pages(int(address), maps)
+    block = "torch.zeros(7 * 2**20)"  # 28 MB: of the heap
+    assert _flags(f"assert keep_freed_memory()\ntensors = [{block}]") == [True]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(0, torch.float32), (3, torch.float64), (2**22 + 1, torch.bfloat16)])
+def test_what_lasts_is_zero(size: int, dtype: torch.dtype) -> None:
+    tensor = zeros(size, dtype, torch.device("cpu"))
+    assert tensor.shape == (size,) and tensor.dtype == dtype and not tensor.any()
