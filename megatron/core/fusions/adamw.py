@@ -33,7 +33,7 @@ def adamw_(
     """
     both_wide = master.dtype == grad.dtype == torch.float32
     if both_wide and backend.runs_native(master if weights is None else weights):
-        native.adamw_(master, exp_avg, exp_avg_sq, grad, *step, weights)
+        native.adamw_(master, exp_avg, exp_avg_sq, grad, step, weights)
         return
     grad = grad.to(master.dtype)
     if step.factor != 1.0:

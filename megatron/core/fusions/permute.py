@@ -56,6 +56,16 @@ def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None =
     return PermutationMap(row_to_pair, pair_to_row.view_as(experts_TK), offsets, bijective)
 
 
+def _moved(index: PermutationMap, shift_TK: Tensor, has_row_TK: Tensor, ends_E: Tensor, rows: int) -> PermutationMap:
+    """The pairs that have a row so many rows further, among `rows` of which the others are empty."""
+    moved_TK = torch.where(has_row_TK, index.pair_to_row_TK + shift_TK, -1)
+    row_to_pair = torch.full((rows + 1,), -1, device=moved_TK.device)  # one more, for pairs without a row
+    row_to_pair[torch.where(has_row_TK, moved_TK, rows).reshape(-1)] = torch.arange(
+        moved_TK.numel(), device=moved_TK.device
+    )
+    return PermutationMap(row_to_pair[:rows], moved_TK, ends_E.to(torch.int32), bijective=False)
+
+
 def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) -> PermutationMap:
     """The same with empty rows until every expert has `rows_per_expert`, which none may exceed.
 
@@ -66,30 +76,21 @@ def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) ->
     numbers_E = torch.arange(num_experts, device=device)
     shift_E = numbers_E * rows_per_expert - starts_E
     has_row = (experts_TK >= 0) & (experts_TK < num_experts)
-    rows = index.pair_to_row_TK + shift_E[experts_TK.clamp(0, num_experts - 1)]
-    total = num_experts * rows_per_expert
-    pairs = torch.arange(experts_TK.numel(), device=device)
-    row_to_pair = torch.full((total + 1,), -1, device=device)  # one more, for pairs without a row
-    row_to_pair[torch.where(has_row, rows, total).reshape(-1)] = pairs
-    offsets = ((numbers_E + 1) * rows_per_expert).to(torch.int32)
-    return PermutationMap(row_to_pair[:total], torch.where(has_row, rows, -1), offsets, bijective=False)
+    shift_TK = shift_E[experts_TK.clamp(0, num_experts - 1)]
+    return _moved(index, shift_TK, has_row, (numbers_E + 1) * rows_per_expert, num_experts * rows_per_expert)
 
 
 def align_rows(index: PermutationMap, multiple: int) -> PermutationMap:
     """The same with empty rows until the number of every expert's rows is a multiple; waits for the device."""
-    device = index.offsets_E.device
     counts_E = index.offsets_E.diff(prepend=index.offsets_E.new_zeros(1)).to(torch.int64)
     aligned_E = (counts_E + multiple - 1) // multiple * multiple
     if torch.equal(counts_E, aligned_E):
         return index
-    offsets_E = aligned_E.cumsum(dim=0)
-    shift_R = ((offsets_E - aligned_E) - (counts_E.cumsum(dim=0) - counts_E)).repeat_interleave(counts_E)
-    old_R = torch.arange(shift_R.shape[0], device=device)
-    row_to_pair = torch.full((int(offsets_E[-1]),), -1, device=device)
-    row_to_pair[old_R + shift_R] = index.row_to_pair_R
-    rows = index.pair_to_row_TK
-    pair_to_row = torch.where(rows < 0, -1, rows + shift_R[rows.clamp(min=0)])
-    return PermutationMap(row_to_pair, pair_to_row, offsets_E.to(torch.int32), bijective=False)
+    ends_E = aligned_E.cumsum(dim=0)
+    starts_E = index.offsets_E - counts_E
+    shift_R = (ends_E - aligned_E - starts_E).repeat_interleave(counts_E)
+    rows_TK = index.pair_to_row_TK
+    return _moved(index, shift_R[rows_TK.clamp(min=0)], rows_TK >= 0, ends_E, int(ends_E[-1]))
 
 
 def gather(x_TH: Tensor, index: PermutationMap) -> Tensor:

@@ -162,15 +162,13 @@ def attention_backward(
 
 
 def adamw_(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, *numbers_and_weights: float | Tensor | None
+    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: Sequence[float], weights: Tensor | None
 ) -> None:
-    """One update of flat pieces [n]: masters, moments and gradients in float32, AdamWStep's numbers, the weights."""
-    *numbers, weights = numbers_and_weights
-    assert weights is None or isinstance(weights, Tensor)
+    """One update of flat pieces [n] with AdamWStep's numbers; all but `weights` in float32."""
     kept = (master, exp_avg, exp_avg_sq, grad)
     _check(*kept)
     addresses = (*(tensor.data_ptr() for tensor in kept), 0 if weights is None else weights.data_ptr())
-    _call("adamw", master if weights is None else weights, *addresses, master.numel(), tuple(numbers))
+    _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
 def multiplies(*tensors: Tensor) -> bool:

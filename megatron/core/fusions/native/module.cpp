@@ -155,17 +155,15 @@ void define(py::module_& module, const std::string& suffix) {
                         at<float>(logsumexp), at<float>(grad), rows, width, columns, threads);
                });
     module.def(name("attention_").c_str(),
-               [](Address query, Address key, Address value, Address out, Address logsumexp,
-                  const Sizes& sizes, const Strides& strides,
-                  int threads) {
+               [](Address query, Address key, Address value, Address out, Address logsumexp, const Sizes& sizes,
+                  const Strides& strides, int threads) {
                    const auto shape = attention_shape(sizes, strides);
                    CALL(attention, at<T>(query), at<T>(key), at<T>(value), at<T>(out), at<float>(logsumexp), shape,
                         threads);
                });
     module.def(name("attention_backward_").c_str(),
                [](Address grad, Address query, Address key, Address value, Address out, Address logsumexp,
-                  Address grad_query, Address grad_key, Address grad_value,
-                  const Sizes& sizes, const Strides& strides,
+                  Address grad_query, Address grad_key, Address grad_value, const Sizes& sizes, const Strides& strides,
                   int threads) {
                    const auto shape = attention_shape(sizes, strides);
                    CALL(attention_backward, at<T>(grad), at<T>(query), at<T>(key), at<T>(value), at<T>(out),
