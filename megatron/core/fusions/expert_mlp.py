@@ -14,12 +14,13 @@ from torch.autograd import Function
 
 from megatron.core.fusions import weight_gradient
 from megatron.core.fusions.grouped_gemm import Backend, add_weight_gradient, grouped_product
+from megatron.core.fusions.native import kernels as native
 from megatron.core.fusions.permute import PermutationMap, align_rows, combine, gather, gather_weights, scatter_weights
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 
 NARROW_ROWS = 32
-"""Rows of an expert on a CPU in 16 bits are a multiple of this: oneDNN, which multiplies there, makes a kernel for each
-number of rows that it meets, and that takes longer than the product. 16 was no faster."""
+"""Rows of an expert are a multiple of this where oneDNN multiplies (16 bits on a CPU): it makes a kernel for each number
+of rows that it meets, and that takes longer than the product. 16 was no faster."""
 
 
 class _ExpertMLP(Function):
@@ -77,6 +78,6 @@ def expert_mlp(
         down: [experts, H, F].
         backend: what makes the products, see grouped_product.
     """
-    if x_TH.device.type == "cpu" and x_TH.dtype in (torch.bfloat16, torch.float16):
+    if x_TH.device.type == "cpu" and x_TH.dtype.itemsize == 2 and not native.multiplies(x_TH, gate_up, down):
         index = align_rows(index, NARROW_ROWS)
     return _ExpertMLP.apply(x_TH, probs_TK, index, gate_up, down, backend)

@@ -77,7 +77,7 @@ class _OutputLoss(Function):
             merged = None
             for block in _blocks(weight, vocabulary, part_NH.shape[0]):
                 statistics, softmax_NV = softmax_statistics(
-                    part_NH @ block.weight.t(), part_ids - block.first, block.columns
+                    product.product(part_NH, block.weight.t()), part_ids - block.first, block.columns
                 )
                 if merged is None:
                     merged = statistics
@@ -111,7 +111,7 @@ class _OutputLoss(Function):
                     if kept:
                         softmax_NV, own_logsumexp = kept[2 * number : 2 * number + 2]
                     else:
-                        logits_NV = x_NH[rows] @ block.weight.t()
+                        logits_NV = product.product(x_NH[rows], block.weight.t())
                         statistics, softmax_NV = softmax_statistics(logits_NV, ids, block.columns)
                         own_logsumexp = statistics.logsumexp
                     softmax_gradient_(softmax_NV, own_logsumexp, ids, logsumexp_N[rows], grad_N[rows], block.columns)

@@ -7,18 +7,16 @@
 constexpr long QUERY_ROWS = 96;
 
 // Rows of a head as float32: where they are, or converted into `space`.
-inline Operand as_floats(const float* rows, long stride, long, long, float*) { return {rows, stride, 1}; }
-inline Operand as_floats(const BFloat16* rows, long stride, long count, long width, float* space) {
+inline Operand<float> as_floats(const float* rows, long stride, long, long, float*) { return {rows, stride, 1}; }
+inline Operand<float> as_floats(const BFloat16* rows, long stride, long count, long width, float* space) {
     for (long row = 0; row < count; row++)
         SIMD for (long i = 0; i < width; i++) space[row * width + i] = load(rows + row * stride + i);
     return {space, width, 1};
 }
 
-inline Operand transposed(const Operand& x) { return {x.data, x.column_stride, x.row_stride}; }
-
 // C = beta * C + A B on this thread.
-inline void multiply_here(const Operand& a, const Operand& b, float* c, long c_stride, long rows, long inner,
-                          long columns, float beta) {
+inline void multiply_here(const Operand<float>& a, const Operand<float>& b, float* c, long c_stride, long rows,
+                          long inner, long columns, float beta) {
     for (long row = 0; row < rows; row += PACKED_ROWS)
         make_tile({a, b, c, c_stride, rows, inner, columns, beta}, row, std::min(PACKED_ROWS, rows - row), 0, columns);
 }
@@ -53,15 +51,15 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
         const long group = head / (shape.heads / shape.groups);
         float* scores = buffer.floats(QUERY_ROWS * (length + 2 * width) + 2 * length * width);
         float* space = scores + rows * keys;
-        const Operand q =
+        const Operand<float> q =
             as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
-        const Operand k =
+        const Operand<float> k =
             as_floats(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
-        const Operand v =
+        const Operand<float> v =
             as_floats(shape.value.row(value, sample, group, 0), shape.value.position, keys, width,
                       space += keys * width);
         float* context = space + keys * width;
-        multiply_here(q, transposed(k), scores, keys, rows, width, keys, 0.0f);
+        multiply_here(q, k.turned(), scores, keys, rows, width, keys, 0.0f);
         for (long row = 0; row < rows; row++)
             softmax_row(scores + row * keys, first + row + 1, keys, scale, logsumexp[pair * length + first + row]);
         multiply_here({scores, keys, 1}, v, context, width, rows, keys, width, 0.0f);
@@ -87,8 +85,9 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         float* probs = buffer.floats(QUERY_ROWS * (2 * length + 3 * width) + 2 * whole);
         float* grads = probs + QUERY_ROWS * length;  // of probabilities, then of scores
         float* space = grads + QUERY_ROWS * length;
-        const Operand k = as_floats(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
-        const Operand v =
+        const Operand<float> k =
+            as_floats(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
+        const Operand<float> v =
             as_floats(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
         float *dk = grad_key + pair * whole, *dv = grad_value + pair * whole;
         float *query_space = space + whole, *grad_space = query_space + QUERY_ROWS * width;
@@ -96,11 +95,11 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         for (long first = 0; first < length; first += QUERY_ROWS) {
             const long rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
             const T* upstream = shape.grad.row(grad, sample, head, first);
-            const Operand q =
+            const Operand<float> q =
                 as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
-            const Operand g = as_floats(upstream, shape.grad.position, rows, width, grad_space);
-            multiply_here(q, transposed(k), probs, keys, rows, width, keys, 0.0f);
-            multiply_here(g, transposed(v), grads, keys, rows, width, keys, 0.0f);
+            const Operand<float> g = as_floats(upstream, shape.grad.position, rows, width, grad_space);
+            multiply_here(q, k.turned(), probs, keys, rows, width, keys, 0.0f);
+            multiply_here(g, v.turned(), grads, keys, rows, width, keys, 0.0f);
             for (long row = 0; row < rows; row++) {
                 const T* o = shape.out.row(out, sample, head, first + row);
                 const float* upstream_row = g.data + row * g.row_stride;

@@ -16,7 +16,7 @@ try:
     kernels_cpp = importlib.import_module("megatron.core.fusions.native.kernels_cpp")
 except ImportError:
     kernels_cpp = None
-INTERFACE = 2
+INTERFACE = 3
 """What the extension must say of itself: one that was built from another version of the source is no use."""
 if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
     kernels_cpp = None
@@ -25,6 +25,7 @@ if kernels_cpp is not None and not kernels_cpp.shares_threads():
     kernels_cpp = None
 
 FAST_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.instruction_sets()[0] == "avx512"
+FAST_NARROW_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.multiplies_tiles()
 TYPES = (torch.float32, torch.bfloat16)
 _PARTIAL_SUMS = 32
 """Pieces of rows that the gradient of a norm's weight is summed in; fixed, so that the threads do not show."""
@@ -171,20 +172,25 @@ def adamw_(
     _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
-def multiplies(*tensors: Tensor) -> bool:
+def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether `multiply` takes these, and is faster here than the library."""
-    return FAST_PRODUCTS and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    if not all(tensor.device.type == "cpu" for tensor in (a, b, out)):
+        return False
+    if a.dtype == b.dtype == torch.bfloat16:
+        return FAST_NARROW_PRODUCTS and out.dtype in TYPES
+    return FAST_PRODUCTS and all(tensor.dtype == torch.float32 for tensor in (a, b, out))
 
 
 def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
-    """out = beta * out + a b for each (a, b, out) in float32, in one parallel section; rows of `out` lie together.
+    """out = beta * out + a b for each (a, b, out), sums in float32, in one parallel section.
 
-    The outputs must not overlap. With beta 0 nothing of them counts, NaN included.
+    Rows of `out` lie together; so do rows or columns of a and of b in bfloat16. The outputs must not overlap. With
+    beta 0 nothing of them counts, NaN included.
     """
     arguments = []
     for a, b, out in products:
         assert out.stride(1) == 1 or out.shape[1] <= 1, out.stride()
         addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
         arguments.append((*addresses, (a.shape[0], a.shape[1], b.shape[1]), beta))
-    assert kernels_cpp is not None
-    kernels_cpp.multiply_float32(arguments, torch.get_num_threads())
+    types = [str(tensor.dtype).removeprefix("torch.") for tensor in (products[0][0], products[0][2])]
+    getattr(kernels_cpp, f"multiply_{types[0]}_{types[1]}")(arguments, torch.get_num_threads())

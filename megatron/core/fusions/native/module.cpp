@@ -5,6 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <array>
 #include <tuple>
 
@@ -12,22 +18,35 @@
 #include "types.h"
 
 // GCC compiles what lies between push and pop for these instructions; other compilers get the plain set alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_WIDE_SETS 1
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace native::avx512 {
 constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;  // 24 of 32 registers hold sums
 #include "elementwise.h"
+#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+namespace native::amx {
+constexpr int WIDTH = 16;
+#include "transpose.h"
+#include "tile_products.h"
+}  // namespace native::amx
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace native::avx2 {
 constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
 #include "elementwise.h"
+#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx2
@@ -38,6 +57,7 @@ constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
 namespace native::plain {
 constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
 #include "elementwise.h"
+#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::plain
@@ -178,32 +198,64 @@ void define(py::module_& module, const std::string& suffix) {
                });
 }
 
+// Whether there are tile registers and the system lets this process have them.
+bool multiplies_tiles() {
+#if HAS_WIDE_SETS
+    static const bool found = [] {
+        constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2)
+        __builtin_cpu_init();
+        return instruction_sets().front() == "avx512" && __builtin_cpu_supports("avx512bf16") &&
+               __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+               syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+    }();
+    return found;
+#else
+    return false;
+#endif
+}
+
 // a and b: address, row stride, column stride; c: address, row stride; rows, inner, columns; beta.
 using ProductArguments = std::tuple<std::tuple<Address, long, long>, std::tuple<Address, long, long>,
                                     std::tuple<Address, long>, std::tuple<long, long, long>, float>;
 
-native::Operand operand(const std::tuple<Address, long, long>& given) {
-    return {at<float>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
+template <class T, class Out>
+std::vector<native::Product<T, Out>> products(const std::vector<ProductArguments>& wanted) {
+    const auto operand = [](const std::tuple<Address, long, long>& given) {
+        return native::Operand<T>{at<T>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
+    };
+    std::vector<native::Product<T, Out>> all;
+    for (const auto& [a, b, c, shape, beta] : wanted) {
+        const auto [rows, inner, columns] = shape;
+        all.push_back({operand(a), operand(b), at<Out>(std::get<0>(c)), std::get<1>(c), rows, inner, columns, beta});
+    }
+    return all;
 }
 
 void multiply(const std::vector<ProductArguments>& wanted, int threads) {
-    std::vector<native::Product> products;
-    for (const auto& [a, b, c, shape, beta] : wanted) {
-        const auto [rows, inner, columns] = shape;
-        products.push_back({operand(a), operand(b), at<float>(std::get<0>(c)), std::get<1>(c), rows, inner, columns,
-                            beta});
-    }
-    CALL(multiply, products, threads);
+    CALL(multiply, (products<float, float>(wanted)), threads);
+}
+
+template <class Out>
+void multiply_tiled(const std::vector<ProductArguments>& wanted, int threads) {
+    if (!multiplies_tiles()) throw std::runtime_error("this processor has no tile registers");
+#if HAS_WIDE_SETS
+    const auto all = products<native::BFloat16, Out>(wanted);
+    py::gil_scoped_release others_may_run;
+    native::amx::multiply_tiled(all, threads);
+#endif
 }
 
 }  // namespace
 
 PYBIND11_MODULE(kernels_cpp, module) {
     module.doc() = "Operations of megatron.core.fusions for CPUs; see kernels.py.";
-    module.attr("INTERFACE") = 2;
+    module.attr("INTERFACE") = 3;
     define<float>(module, "float32");
     define<native::BFloat16>(module, "bfloat16");
-    module.def("multiply_float32", &multiply);
+    module.def("multiply_float32_float32", &multiply);
+    module.def("multiply_bfloat16_float32", &multiply_tiled<float>);
+    module.def("multiply_bfloat16_bfloat16", &multiply_tiled<native::BFloat16>);
+    module.def("multiplies_tiles", &multiplies_tiles, "Whether products of bfloat16 can be made here.");
     module.def("shares_threads", [] { return native::torch_parallel() != nullptr; },
                "Whether torch's threads were found.");
     module.def("instruction_sets", &instruction_sets, "Those compiled here that this processor has, best first.");

@@ -4,8 +4,6 @@
 // where its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors
 // of C in registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
 
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-
 constexpr long PANEL = WIDTH * VECTORS;
 // Inner steps between two visits of a tile of C. With the values below, what a task reads again and again fits a
 // second-level cache of 1 MB; all were chosen by measuring.
@@ -14,33 +12,8 @@ constexpr long MAX_INNER = 512;
 constexpr long DIRECT_ROWS = 384, DIRECT_COLUMNS = 2 * PANEL;
 constexpr long PACKED_ROWS = 256, PACKED_COLUMNS = 512 / PANEL * PANEL;
 
-// Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
-inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
-#ifdef __clang__  // has no shuffle whose order is a variable
-    Vector columns[WIDTH];
-    for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < WIDTH; j++) columns[i][j] = rows[j][i];
-    for (int i = 0; i < WIDTH; i++) rows[i] = columns[i];
-#else
-    typedef int Lanes __attribute__((vector_size(4 * WIDTH)));
-    Lanes low, high;
-    for (int i = 0; i < WIDTH; i++) {
-        low[i] = i / 2 + i % 2 * WIDTH;
-        high[i] = low[i] + WIDTH / 2;
-    }
-    for (int stage = 1; stage < WIDTH; stage *= 2) {
-        Vector next[WIDTH];
-        for (int i = 0; i < WIDTH / 2; i++) {
-            next[2 * i] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], high);
-        }
-        for (int i = 0; i < WIDTH; i++) rows[i] = next[i];
-    }
-#endif
-}
-
 // A part of B, `inner` x `columns` (at most PANEL), as rows of `width` elements; what is beyond `columns` is zero.
-inline void pack_panel(const Operand& b, long inner, long columns, long width, float* packed) {
+inline void pack_panel(const Operand<float>& b, long inner, long columns, long width, float* packed) {
     if (b.column_stride == 1) {
         for (long k = 0; k < inner; k++, packed += width) {
             const float* row = b.data + k * b.row_stride;
@@ -72,7 +45,7 @@ inline void pack_panel(const Operand& b, long inner, long columns, long width, f
 }
 
 // A part of A, `rows` x `inner`, in blocks of ROWS rows with their elements of one inner step side by side.
-inline void pack_rows(const Operand& a, long rows, long inner, float* packed) {
+inline void pack_rows(const Operand<float>& a, long rows, long inner, float* packed) {
     for (long k = 0; k < inner; k++) {
         const float* from = a.data + k * a.column_stride;
         float* to = packed + k * ROWS;
@@ -160,7 +133,7 @@ inline void all_rows(long rows, Work work) {
 }
 
 // One tile of C = beta * C + A B.
-inline void make_tile(const Product& p, long row, long rows, long column, long columns) {
+inline void make_tile(const Product<float, float>& p, long row, long rows, long column, long columns) {
     static thread_local Buffer buffer;
     const bool direct = p.a.column_stride == 1;
     const long longest = std::min(p.inner, MAX_INNER);
@@ -171,7 +144,7 @@ inline void make_tile(const Product& p, long row, long rows, long column, long c
     for (long block = 0; block < blocks; block++) {
         const long k = p.inner * block / blocks, inner = p.inner * (block + 1) / blocks - k;
         const float beta = block ? 1.0f : p.beta;
-        const Operand a = p.a.from(row, k);
+        const Operand<float> a = p.a.from(row, k);
         if (!direct) pack_rows(a, rows, inner, packed_rows);
         for (long n = column; n < column + columns; n += PANEL) {
             const long here = std::min(PANEL, column + columns - n);
@@ -187,13 +160,13 @@ inline void make_tile(const Product& p, long row, long rows, long column, long c
     }
 }
 
-inline void multiply(const std::vector<Product>& products, int threads) {
+inline void multiply(const std::vector<Product<float, float>>& products, int threads) {
     struct Tile {
-        const Product* product;
+        const Product<float, float>* product;
         long row, rows, column, columns;
     };
     std::vector<Tile> tiles;
-    for (const Product& p : products) {
+    for (const Product<float, float>& p : products) {
         const bool direct = p.a.column_stride == 1;
         const long widest = direct ? DIRECT_COLUMNS : PACKED_COLUMNS, most = direct ? DIRECT_ROWS : PACKED_ROWS;
         const long parts = (p.rows + most - 1) / most, blocks = (p.rows + ROWS - 1) / ROWS;

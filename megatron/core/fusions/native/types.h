@@ -28,20 +28,23 @@ inline std::uint32_t float_to_bits(float x) {
     return bits;
 }
 
-// A matrix of float32; strides in elements.
+// A matrix; strides in elements.
+template <class T>
 struct Operand {
-    const float* data;
+    const T* data;
     long row_stride, column_stride;
 
     Operand from(long row, long column) const {
         return {data + row * row_stride + column * column_stride, row_stride, column_stride};
     }
+    Operand turned() const { return {data, column_stride, row_stride}; }
 };
 
 // C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta 0 nothing of C counts, NaN included.
+template <class T, class Out>
 struct Product {
-    Operand a, b;
-    float* c;
+    Operand<T> a, b;
+    Out* c;
     long c_stride, rows, inner, columns;
     float beta;
 };

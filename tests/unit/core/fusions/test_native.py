@@ -34,6 +34,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     if request.param == "PyTorch":
         monkeypatch.setattr(native, "kernels_cpp", None)
         monkeypatch.setattr(native, "FAST_PRODUCTS", False)
+        monkeypatch.setattr(native, "FAST_NARROW_PRODUCTS", False)
         yield request.param
         return
     if request.param not in SETS:
@@ -177,6 +178,7 @@ def test_experts_in_16_bits_get_a_multiple_of_rows(monkeypatch: pytest.MonkeyPat
         return seen[-1]
 
     monkeypatch.setattr("megatron.core.fusions.expert_mlp.align_rows", spy)
+    monkeypatch.setattr(native, "FAST_NARROW_PRODUCTS", False)
     experts = torch.randint(4, (50, 1))
     x, gate_up, down = _randn(50, 32), 0.2 * _randn(4, 48, 32), 0.2 * _randn(4, 32, 24)
     index, probs = permutation_map(experts, 4), torch.rand(50, 1)
@@ -184,42 +186,95 @@ def test_experts_in_16_bits_get_a_multiple_of_rows(monkeypatch: pytest.MonkeyPat
     assert len(seen) == 1 and (seen[0].offsets_E % NARROW_ROWS == 0).all()
     wide = (x.bfloat16().double(), probs.double(), index, gate_up.bfloat16().double(), down.bfloat16().double())
     assert _error(narrow, expert_mlp(*wide)) <= 6e-3
-    assert len(seen) == 1, "only 16-bit types need it"
+    assert len(seen) == 1, "only 16-bit types that torch multiplies need it"
 
 
 SIZES = [(1, 1, 1), (5, 3, 7), (6, 64, 64), (13, 65, 129), (63, 513, 65), (390, 17, 200), (700, 520, 70), (4, 0, 9)]
+TRANSPOSED = pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+BETA = pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
+needs_tiles = pytest.mark.skipif(not native.FAST_NARROW_PRODUCTS, reason="needs a processor with AMX")
 
 
-@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5])
-@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
-def test_products(form: str, rows: int, inner: int, columns: int, beta: float, transposed: str) -> None:
-    if form == "PyTorch":
-        pytest.skip("that is torch's own product")
-    a = _randn(inner, rows + 3)[:, :rows].t() if "a" in transposed else _randn(rows, inner + 3)[:, :inner]
-    b = _randn(columns, inner + 3)[:, :inner].t() if "b" in transposed else _randn(inner, columns + 3)[:, :columns]
-    out = _randn(rows, columns + 5)
+def _check_product(
+    rows: int, inner: int, columns: int, beta: float, transposed: str, dtype: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    """C = beta C + A B in the middle of wider matrices that hold what is no number."""
+
+    def part(rows: int, columns: int) -> Tensor:
+        whole = torch.full((rows + 2, columns + 3), math.nan, dtype=dtype)
+        whole[1:-1, 1:-2] = _randn(rows, columns, dtype=dtype)
+        return whole[1:-1, 1:-2]
+
+    a = part(inner, rows).t() if "a" in transposed else part(rows, inner)
+    b = part(columns, inner).t() if "b" in transposed else part(inner, columns)
+    out = _randn(rows, columns + 5, dtype=out_dtype)
     expected = out.double()
     expected[:, :columns] = beta * expected[:, :columns] + a.double() @ b.double()
     if beta == 0:
         out[:, :columns] = math.nan  # does not count
     native.multiply([(a, b, out[:, :columns])], beta)
-    assert _error(out[:, :columns], expected[:, :columns]) <= 2e-6
+    assert _error(out[:, :columns], expected[:, :columns]) <= BOUNDS[out_dtype] / (1 if out_dtype == dtype else 4)
     assert torch.equal(out[:, columns:].double(), expected[:, columns:]), "beside the output"
 
 
-def test_products_of_all_experts(form: str) -> None:
+@pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
+@BETA
+@TRANSPOSED
+def test_products(form: str, rows: int, inner: int, columns: int, beta: float, transposed: str) -> None:
+    if form == "PyTorch":
+        pytest.skip("that is torch's own product")
+    _check_product(rows, inner, columns, beta, transposed, torch.float32, torch.float32)
+
+
+NARROW_SIZES = [(1, 1, 1), (5, 3, 7), (32, 32, 32), (33, 65, 31), (16, 64, 48), (63, 513, 65), (390, 17, 200),
+                (700, 1030, 540), (4, 0, 9)]  # fmt: skip
+
+
+@needs_tiles
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "inner", "columns"), NARROW_SIZES)
+@BETA
+@TRANSPOSED
+def test_products_of_bfloat16(
+    rows: int, inner: int, columns: int, beta: float, transposed: str, out_dtype: torch.dtype
+) -> None:
+    _check_product(rows, inner, columns, beta, transposed, torch.bfloat16, out_dtype)
+
+
+@needs_tiles
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_large_products_of_bfloat16_past_the_caches(out_dtype: torch.dtype) -> None:
+    a, b = _randn(1100, 70, dtype=torch.bfloat16), _randn(70, 1024, dtype=torch.bfloat16)
+    for columns in (1024, 992, 1001):  # rows of the output that begin at a cache line, and that do not
+        out = torch.full((1100, columns), math.nan, dtype=out_dtype)
+        native.multiply([(a, b[:, :columns], out)], 0.0)
+        assert _error(out, a.double() @ b[:, :columns].double()) <= (1e-6 if out_dtype == torch.float32 else 6e-3)
+
+
+@needs_tiles
+def test_tile_registers_are_left_as_they_were() -> None:
+    a, b = _randn(300, 200, dtype=torch.bfloat16), _randn(200, 300, dtype=torch.bfloat16)
+    expected, out = a @ b, torch.empty(300, 300)  # oneDNN uses the same registers
+    for _ in range(3):
+        native.multiply([(a, b, out)], 0.0)
+        assert torch.equal(a @ b, expected)
+
+
+@pytest.mark.parametrize("main_grad_dtype", [torch.float32, torch.bfloat16], ids=["main32", "main16"])
+def test_products_of_all_experts(form: str, dtype: torch.dtype, main_grad_dtype: torch.dtype) -> None:
+    if dtype == torch.float32 and main_grad_dtype == torch.bfloat16:
+        pytest.skip("gradients are not narrower than the weights")
     counts = torch.tensor([0, 1, 7, 0, 127, 129, 400, 0])
     ends, rows = counts.cumsum(0).to(torch.int32), int(counts.sum())
-    weight, x, grad = _randn(8, 70, 40), _randn(rows, 40), _randn(rows, 70)
-    main_grad = _randn(8, 70, 40)
+    weight, x, grad = _randn(8, 70, 40, dtype=dtype), _randn(rows, 40, dtype=dtype), _randn(rows, 70, dtype=dtype)
+    main_grad = _randn(8, 70, 40, dtype=main_grad_dtype)
     expected = main_grad.double()
     y, dx = grouped_product(x, weight, ends, transpose=True), grouped_product(grad, weight, ends, transpose=False)
     add_weight_gradient(grad, x, ends, main_grad, 1.0)
     add_weight_gradient(grad.double(), x.double(), ends, expected, 1.0)
-    assert _error(main_grad, expected) <= 2e-6
-    assert _error(y, grouped_product(x.double(), weight.double(), ends, transpose=True)) <= 2e-6
-    assert _error(dx, grouped_product(grad.double(), weight.double(), ends, transpose=False)) <= 2e-6
+    assert _error(main_grad, expected) <= BOUNDS[dtype]
+    assert _error(y, grouped_product(x.double(), weight.double(), ends, transpose=True)) <= BOUNDS[dtype]
+    assert _error(dx, grouped_product(grad.double(), weight.double(), ends, transpose=False)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize(("length", "groups"), [(2, 1), (5, 4), (96, 2), (97, 2), (300, 1)])
@@ -259,9 +314,12 @@ def test_the_number_of_threads_changes_no_bit(form: str) -> None:
         out, logsumexp = native.attention(query, query, query)
         product = torch.empty(96, 96)
         native.multiply([(x.t(), y, product)], 0.0)
+        narrow = torch.zeros(500, 500)
+        if native.FAST_NARROW_PRODUCTS:
+            native.multiply([(x.bfloat16(), y.bfloat16().t(), narrow)], 0.0)
         softmax = logits.clone()
         return [
-            y, product, out, softmax, *native.rms_norm_backward(x, y, weight, inverse_rms),
+            y, product, narrow, out, softmax, *native.rms_norm_backward(x, y, weight, inverse_rms),
             *native.attention_backward(query, query, query, query, out, logsumexp),
             *native.softmax_statistics(softmax, ids, 333), *native.swiglu_backward(x, torch.cat((x, y), dim=1), probs),
         ]  # fmt: skip
