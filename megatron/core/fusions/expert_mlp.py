@@ -8,7 +8,6 @@ before the second product.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
