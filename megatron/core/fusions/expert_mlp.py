@@ -18,8 +18,8 @@ from megatron.core.fusions.permute import PermutationMap, align_rows, combine, g
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 
 NARROW_ROWS = 32
-"""Rows of an expert are a multiple of this where oneDNN multiplies (16 bits on a CPU): it makes a kernel for each number
-of rows it meets, which takes longer than the product. 16 was no faster."""
+"""Rows of an expert are a multiple of this where oneDNN multiplies (16 bits on a CPU): it makes a kernel for each
+number of rows it meets, which takes longer than the product. 16 was no faster."""
 
 
 class _ExpertMLP(Function):
