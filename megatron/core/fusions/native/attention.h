@@ -1,24 +1,22 @@
-// Causal attention with grouped heads (arXiv:2307.08691), for one instruction set; included once for each, after
-// products.h, inside its namespace.
+// Causal attention with grouped heads (arXiv:2307.08691), for one instruction set; included once for each, after its
+// products, inside its namespace. Sums are float32, and so is what products take, but for bfloat16 where tiles multiply:
+// there probabilities and the gradients of scores are rounded to it, as other fused kernels do.
 //
 // A task works on QUERY_ROWS queries of a head and all keys before them, so that nothing of size S x S is made and the
 // softmax needs no second pass. The backward pass makes the probabilities again from the log-sum-exp.
 
 constexpr long QUERY_ROWS = 96;
 
-// Rows of a head as float32: where they are, or converted into `space`.
-inline Operand<float> as_floats(const float* rows, long stride, long, long, float*) { return {rows, stride, 1}; }
-inline Operand<float> as_floats(const BFloat16* rows, long stride, long count, long width, float* space) {
-    for (long row = 0; row < count; row++)
-        SIMD for (long i = 0; i < width; i++) space[row * width + i] = load(rows + row * stride + i);
-    return {space, width, 1};
+// Rows as the products take them: where they are, or converted into `space`.
+template <class To>
+inline Operand<To> as_operand(const To* rows, long stride, long, long, To*) {
+    return {rows, stride, 1};
 }
-
-// C = beta * C + A B on this thread.
-inline void multiply_here(const Operand<float>& a, const Operand<float>& b, float* c, long c_stride, long rows,
-                          long inner, long columns, float beta) {
-    for (long row = 0; row < rows; row += PACKED_ROWS)
-        make_tile({a, b, c, c_stride, rows, inner, columns, beta}, row, std::min(PACKED_ROWS, rows - row), 0, columns);
+template <class To, class From>
+inline Operand<To> as_operand(const From* rows, long stride, long count, long width, To* space) {
+    for (long row = 0; row < count; row++)
+        SIMD for (long i = 0; i < width; i++) store(space + row * width + i, load(rows + row * stride + i));
+    return {space, width, 1};
 }
 
 // The softmax of scale * scores over the first `valid` of a row, 0 behind them, and their log-sum-exp.
@@ -49,20 +47,20 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
         const long pair = task % (shape.batch * shape.heads), sample = pair / shape.heads, head = pair % shape.heads;
         const long first = block * QUERY_ROWS, rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
         const long group = head / (shape.heads / shape.groups);
-        float* scores = buffer.floats(QUERY_ROWS * (length + 2 * width) + 2 * length * width);
-        float* space = scores + rows * keys;
-        const Operand<float> q =
-            as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
-        const Operand<float> k =
-            as_floats(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
-        const Operand<float> v =
-            as_floats(shape.value.row(value, sample, group, 0), shape.value.position, keys, width,
-                      space += keys * width);
-        float* context = space + keys * width;
+        float* scores = buffer.floats(2 * QUERY_ROWS * (length + width) + 2 * length * width);
+        float* context = scores + rows * keys;
+        Element<T>* space = reinterpret_cast<Element<T>*>(context + rows * width);
+        const auto q =
+            as_operand(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
+        const auto k =
+            as_operand(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
+        const auto v = as_operand(shape.value.row(value, sample, group, 0), shape.value.position, keys,
+                                               width, space += keys * width);
         multiply_here(q, k.turned(), scores, keys, rows, width, keys, 0.0f);
         for (long row = 0; row < rows; row++)
             softmax_row(scores + row * keys, first + row + 1, keys, scale, logsumexp[pair * length + first + row]);
-        multiply_here({scores, keys, 1}, v, context, width, rows, keys, width, 0.0f);
+        const auto p = as_operand(scores, keys, rows, keys, space + keys * width);
+        multiply_here(p, v, context, width, rows, keys, width, 0.0f);
         for (long row = 0; row < rows; row++) {
             T* to = shape.out.row(out, sample, head, first + row);
             SIMD for (long i = 0; i < width; i++) store(to + i, context[row * width + i]);
@@ -82,31 +80,32 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         static thread_local Buffer buffer;
         const long sample = pair / shape.heads, head = pair % shape.heads;
         const long group = head / (shape.heads / shape.groups), whole = length * width;
-        float* probs = buffer.floats(QUERY_ROWS * (2 * length + 3 * width) + 2 * whole);
+        float* probs = buffer.floats(QUERY_ROWS * (4 * length + 3 * width) + 2 * whole);
         float* grads = probs + QUERY_ROWS * length;  // of probabilities, then of scores
-        float* space = grads + QUERY_ROWS * length;
-        const Operand<float> k =
-            as_floats(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
-        const Operand<float> v =
-            as_floats(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
+        float* dq = grads + QUERY_ROWS * length;
+        Element<T>* space = reinterpret_cast<Element<T>*>(dq + QUERY_ROWS * width);
+        const auto k =
+            as_operand(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
+        const auto v =
+            as_operand(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
         float *dk = grad_key + pair * whole, *dv = grad_value + pair * whole;
-        float *query_space = space + whole, *grad_space = query_space + QUERY_ROWS * width;
-        float* dq = grad_space + QUERY_ROWS * width;
+        Element<T> *query_space = space + whole, *grad_space = query_space + QUERY_ROWS * width;
+        Element<T> *probs_space = grad_space + QUERY_ROWS * width, *grads_space = probs_space + QUERY_ROWS * length;
         for (long first = 0; first < length; first += QUERY_ROWS) {
             const long rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
             const T* upstream = shape.grad.row(grad, sample, head, first);
-            const Operand<float> q =
-                as_floats(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
-            const Operand<float> g = as_floats(upstream, shape.grad.position, rows, width, grad_space);
+            const auto q = as_operand(shape.query.row(query, sample, head, first), shape.query.position,
+                                                   rows, width, query_space);
+            const auto g = as_operand(upstream, shape.grad.position, rows, width, grad_space);
             multiply_here(q, k.turned(), probs, keys, rows, width, keys, 0.0f);
             multiply_here(g, v.turned(), grads, keys, rows, width, keys, 0.0f);
             for (long row = 0; row < rows; row++) {
                 const T* o = shape.out.row(out, sample, head, first + row);
-                const float* upstream_row = g.data + row * g.row_stride;
+                const T* upstream_row = upstream + row * shape.grad.position;
                 // sum_k p dp, the row's grad . out
                 float inner = 0.0f;
                 _Pragma("omp simd reduction(+ : inner)") for (long i = 0; i < width; i++) {
-                    inner += upstream_row[i] * load(o + i);
+                    inner += load(upstream_row + i) * load(o + i);
                 }
                 const float normaliser = logsumexp[pair * length + first + row];
                 const long valid = first + row + 1;
@@ -118,9 +117,11 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
                 std::fill(p + valid, p + keys, 0.0f);
                 std::fill(d + valid, d + keys, 0.0f);
             }
-            multiply_here({probs, 1, keys}, g, dv, width, keys, rows, width, 1.0f);
-            multiply_here({grads, 1, keys}, q, dk, width, keys, rows, width, 1.0f);
-            multiply_here({grads, keys, 1}, k, dq, width, rows, keys, width, 0.0f);
+            const auto p = as_operand(probs, keys, rows, keys, probs_space);
+            const auto ds = as_operand(grads, keys, rows, keys, grads_space);
+            multiply_here(p.turned(), g, dv, width, keys, rows, width, 1.0f);
+            multiply_here(ds.turned(), q, dk, width, keys, rows, width, 1.0f);
+            multiply_here(ds, k, dq, width, rows, keys, width, 0.0f);
             for (long row = 0; row < rows; row++) {
                 T* to = grad_query + (pair * length + first + row) * width;
                 SIMD for (long i = 0; i < width; i++) store(to + i, dq[row * width + i]);

@@ -24,8 +24,9 @@ if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
 if kernels_cpp is not None and not kernels_cpp.shares_threads():
     kernels_cpp = None
 
-FAST_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.instruction_sets()[0] == "avx512"
-FAST_NARROW_PRODUCTS: bool = kernels_cpp is not None and kernels_cpp.multiplies_tiles()
+_BEST_SET: str = "" if kernels_cpp is None else kernels_cpp.instruction_sets()[0]
+FAST_PRODUCTS = _BEST_SET in ("amx", "avx512")
+FAST_NARROW_PRODUCTS = _BEST_SET == "amx"
 TYPES = (torch.float32, torch.bfloat16)
 _PARTIAL_SUMS = 32
 """Pieces of rows that the gradient of a norm's weight is summed in; fixed, so that the threads do not show."""

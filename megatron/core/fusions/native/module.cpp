@@ -21,32 +21,38 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_WIDE_SETS 1
 #pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
+namespace native::amx {
+constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;
+template <class T>
+using Element = T;  // what the products of attention take for operands of type T
+#include "elementwise.h"
+#include "products.h"
+#include "tile_products.h"
+#include "attention.h"
+}  // namespace native::amx
+#pragma GCC diagnostic pop
+#pragma GCC pop_options
+#pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace native::avx512 {
 constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;  // 24 of 32 registers hold sums
+template <class T>
+using Element = float;
 #include "elementwise.h"
-#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx512
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says it of its own intrinsics
-namespace native::amx {
-constexpr int WIDTH = 16;
-#include "transpose.h"
-#include "tile_products.h"
-}  // namespace native::amx
-#pragma GCC diagnostic pop
-#pragma GCC pop_options
-#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace native::avx2 {
 constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
+template <class T>
+using Element = float;
 #include "elementwise.h"
-#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx2
@@ -56,8 +62,9 @@ constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
 #endif
 namespace native::plain {
 constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
+template <class T>
+using Element = float;
 #include "elementwise.h"
-#include "transpose.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::plain
@@ -67,14 +74,24 @@ using Address = std::uintptr_t;
 
 namespace {
 
+#if HAS_WIDE_SETS
+// Whether there are tile registers and the system lets this process have them.
+bool may_use_tiles() {
+    constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2)
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+           __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+}
+#endif
+
 const std::vector<std::string>& instruction_sets() {
     static const auto found = [] {
         std::vector<std::string> sets;
 #if HAS_WIDE_SETS
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            sets.push_back("avx512");
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (wide && may_use_tiles()) sets.push_back("amx");
+        if (wide) sets.push_back("avx512");
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back("avx2");
 #endif
         sets.push_back("plain");
@@ -93,6 +110,7 @@ std::string& chosen() {
 #define CALL(function, ...)                                                  \
     [&] {                                                                    \
         py::gil_scoped_release others_may_run;                               \
+        if (chosen() == "amx") return native::amx::function(__VA_ARGS__);    \
         if (chosen() == "avx512") return native::avx512::function(__VA_ARGS__); \
         if (chosen() == "avx2") return native::avx2::function(__VA_ARGS__);  \
         return native::plain::function(__VA_ARGS__);                         \
@@ -198,22 +216,6 @@ void define(py::module_& module, const std::string& suffix) {
                });
 }
 
-// Whether there are tile registers and the system lets this process have them.
-bool multiplies_tiles() {
-#if HAS_WIDE_SETS
-    static const bool found = [] {
-        constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2)
-        __builtin_cpu_init();
-        return instruction_sets().front() == "avx512" && __builtin_cpu_supports("avx512bf16") &&
-               __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-               syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
-    }();
-    return found;
-#else
-    return false;
-#endif
-}
-
 // a and b: address, row stride, column stride; c: address, row stride; rows, inner, columns; beta.
 using ProductArguments = std::tuple<std::tuple<Address, long, long>, std::tuple<Address, long, long>,
                                     std::tuple<Address, long>, std::tuple<long, long, long>, float>;
@@ -237,7 +239,7 @@ void multiply(const std::vector<ProductArguments>& wanted, int threads) {
 
 template <class Out>
 void multiply_tiled(const std::vector<ProductArguments>& wanted, int threads) {
-    if (!multiplies_tiles()) throw std::runtime_error("this processor has no tile registers");
+    if (chosen() != "amx") throw std::runtime_error("products of bfloat16 need the instruction set amx");
 #if HAS_WIDE_SETS
     const auto all = products<native::BFloat16, Out>(wanted);
     py::gil_scoped_release others_may_run;
@@ -255,7 +257,6 @@ PYBIND11_MODULE(kernels_cpp, module) {
     module.def("multiply_float32_float32", &multiply);
     module.def("multiply_bfloat16_float32", &multiply_tiled<float>);
     module.def("multiply_bfloat16_bfloat16", &multiply_tiled<native::BFloat16>);
-    module.def("multiplies_tiles", &multiplies_tiles, "Whether products of bfloat16 can be made here.");
     module.def("shares_threads", [] { return native::torch_parallel() != nullptr; },
                "Whether torch's threads were found.");
     module.def("instruction_sets", &instruction_sets, "Those compiled here that this processor has, best first.");

@@ -4,6 +4,8 @@
 // where its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors
 // of C in registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
 
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
 constexpr long PANEL = WIDTH * VECTORS;
 // Inner steps between two visits of a tile of C. With the values below, what a task reads again and again fits a
 // second-level cache of 1 MB; all were chosen by measuring.
@@ -11,6 +13,31 @@ constexpr long MAX_INNER = 512;
 // A tile at most, where A is taken as it is, and where it is packed, which many columns are to repay.
 constexpr long DIRECT_ROWS = 384, DIRECT_COLUMNS = 2 * PANEL;
 constexpr long PACKED_ROWS = 256, PACKED_COLUMNS = 512 / PANEL * PANEL;
+
+// Turns WIDTH rows into columns: log2(WIDTH) times, row i is interleaved with row i + WIDTH / 2.
+inline __attribute__((always_inline)) void transpose(Vector (&rows)[WIDTH]) {
+#ifdef __clang__  // has no shuffle whose order is a variable
+    Vector columns[WIDTH];
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < WIDTH; j++) columns[i][j] = rows[j][i];
+    for (int i = 0; i < WIDTH; i++) rows[i] = columns[i];
+#else
+    typedef int Lanes __attribute__((vector_size(4 * WIDTH)));
+    Lanes low, high;
+    for (int i = 0; i < WIDTH; i++) {
+        low[i] = i / 2 + i % 2 * WIDTH;
+        high[i] = low[i] + WIDTH / 2;
+    }
+    for (int stage = 1; stage < WIDTH; stage *= 2) {
+        Vector next[WIDTH];
+        for (int i = 0; i < WIDTH / 2; i++) {
+            next[2 * i] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + WIDTH / 2], high);
+        }
+        for (int i = 0; i < WIDTH; i++) rows[i] = next[i];
+    }
+#endif
+}
 
 // A part of B, `inner` x `columns` (at most PANEL), as rows of `width` elements; what is beyond `columns` is zero.
 inline void pack_panel(const Operand<float>& b, long inner, long columns, long width, float* packed) {
@@ -181,4 +208,11 @@ inline void multiply(const std::vector<Product<float, float>>& products, int thr
         const Tile& tile = tiles[task];
         make_tile(*tile.product, tile.row, tile.rows, tile.column, tile.columns);
     });
+}
+
+// C = beta * C + A B on this thread.
+inline void multiply_here(const Operand<float>& a, const Operand<float>& b, float* c, long c_stride, long rows,
+                          long inner, long columns, float beta) {
+    for (long row = 0; row < rows; row += PACKED_ROWS)
+        make_tile({a, b, c, c_stride, rows, inner, columns, beta}, row, std::min(PACKED_ROWS, rows - row), 0, columns);
 }

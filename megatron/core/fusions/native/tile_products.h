@@ -14,24 +14,38 @@ constexpr long TILED_ROWS = 512, TILED_COLUMNS = 512, TILED_INNER = 512;
 // Outputs of so many bytes in all are written past the caches, which then need not read first what they replace.
 constexpr long STREAMED_BYTES = 1 << 20;
 
-// All registers as tiles of 16 rows of 64 bytes while it lives, on this thread; then as they were.
+// What configures all registers as tiles of 16 rows of 64 bytes: the palette; of each register, its bytes a row and its
+// rows.
+struct TileShapes {
+    alignas(64) std::uint8_t bytes[64] = {1};
+    TileShapes() {
+        for (int i = 0; i < 8; i++) {
+            bytes[16 + 2 * i] = 64;
+            bytes[48 + i] = 16;
+        }
+    }
+};
+
+// The registers of this thread in those shapes while it lives; then in the shapes that they had.
 class TileRegisters {
 public:
     TileRegisters() {
-        _tile_storeconfig(before_);
-        alignas(64) std::uint8_t wanted[64] = {1};  // the palette; of each register, bytes a row and rows
-        for (int i = 0; i < 8; i++) {
-            wanted[16 + 2 * i] = 64;
-            wanted[48 + i] = 16;
-        }
-        _tile_loadconfig(wanted);
+        static const TileShapes wanted;
+        _tile_storeconfig(before_.bytes);
+        load(wanted);
     }
-    ~TileRegisters() { _tile_loadconfig(before_); }
+    ~TileRegisters() { load(before_); }
     TileRegisters(const TileRegisters&) = delete;
     TileRegisters& operator=(const TileRegisters&) = delete;
 
 private:
-    alignas(64) std::uint8_t before_[64];
+    TileShapes before_;
+
+    static void load(const TileShapes& shapes) {
+        // GCC's intrinsic says that 8 bytes are read; all must be in memory by then
+        asm volatile("" : : "r"(&shapes) : "memory");
+        _tile_loadconfig(shapes.bytes);
+    }
 };
 
 // 16 lines of 32 elements of the inner axis, lines of A or of B turned, as a tile of A, or of B with PAIRS.
@@ -280,4 +294,12 @@ inline void multiply_tiled(const std::vector<Product<BFloat16, Out>>& products, 
         const TileRegisters registers;
         tasks[task].run();
     });
+}
+
+// C = beta * C + A B on this thread.
+inline void multiply_here(const Operand<BFloat16>& a, const Operand<BFloat16>& b, float* c, long c_stride, long rows,
+                          long inner, long columns, float beta) {
+    const TileRegisters registers;
+    const Product<BFloat16, float> product{a, b, c, c_stride, rows, inner, columns, beta};
+    TiledTask<float>(product, 0, rows, 0, columns, false).run();
 }

@@ -28,7 +28,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["PyTorch", "plain", "avx2", "avx512"])
+FORMS = ["PyTorch", "plain", "avx2", "avx512", "amx"]
+in_cpp = pytest.mark.parametrize("form", FORMS[1:], indirect=True)
+
+
+@pytest.fixture(params=FORMS)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each form of the operations in turn; those that this machine does not have are skipped."""
     if request.param == "PyTorch":
@@ -41,6 +45,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         pytest.skip(f"no C++ form for {request.param} here")
     assert native.kernels_cpp is not None
     monkeypatch.setattr(native, "FAST_PRODUCTS", True)
+    monkeypatch.setattr(native, "FAST_NARROW_PRODUCTS", request.param == "amx")
     native.kernels_cpp.choose_instruction_set(request.param)
     yield request.param
     native.kernels_cpp.choose_instruction_set(SETS[0])
@@ -217,12 +222,11 @@ def _check_product(
     assert torch.equal(out[:, columns:].double(), expected[:, columns:]), "beside the output"
 
 
+@in_cpp
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)
 @BETA
 @TRANSPOSED
 def test_products(form: str, rows: int, inner: int, columns: int, beta: float, transposed: str) -> None:
-    if form == "PyTorch":
-        pytest.skip("that is torch's own product")
     _check_product(rows, inner, columns, beta, transposed, torch.float32, torch.float32)
 
 
@@ -243,21 +247,23 @@ def test_products_of_bfloat16(
 
 @needs_tiles
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_large_products_of_bfloat16_past_the_caches(out_dtype: torch.dtype) -> None:
-    a, b = _randn(1100, 70, dtype=torch.bfloat16), _randn(70, 1024, dtype=torch.bfloat16)
-    for columns in (1024, 992, 1001):  # rows of the output that begin at a cache line, and that do not
-        out = torch.full((1100, columns), math.nan, dtype=out_dtype)
-        native.multiply([(a, b[:, :columns], out)], 0.0)
-        assert _error(out, a.double() @ b[:, :columns].double()) <= (1e-6 if out_dtype == torch.float32 else 6e-3)
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("columns", [1024, 992, 1001])  # rows of the output that begin at a cache line, and that do not
+def test_large_products_of_bfloat16_past_the_caches(columns: int, beta: float, out_dtype: torch.dtype) -> None:
+    a, b = _randn(1100, 70, dtype=torch.bfloat16), _randn(70, columns, dtype=torch.bfloat16)
+    out = _randn(1100, columns, dtype=out_dtype)
+    expected = beta * out.double() + a.double() @ b.double()
+    native.multiply([(a, b, out)], beta)
+    assert _error(out, expected) <= (1e-6 if out_dtype == torch.float32 else 6e-3)
 
 
 @needs_tiles
-def test_tile_registers_are_left_as_they_were() -> None:
+def test_tile_registers_are_shared_with_torch() -> None:
     a, b = _randn(300, 200, dtype=torch.bfloat16), _randn(200, 300, dtype=torch.bfloat16)
-    expected, out = a @ b, torch.empty(300, 300)  # oneDNN uses the same registers
+    expected, out = a @ b, torch.empty(300, 300)  # oneDNN's, on the same registers
     for _ in range(3):
         native.multiply([(a, b, out)], 0.0)
-        assert torch.equal(a @ b, expected)
+        assert torch.equal(a @ b, expected) and _error(out, a.double() @ b.double()) <= 1e-6
 
 
 @pytest.mark.parametrize("main_grad_dtype", [torch.float32, torch.bfloat16], ids=["main32", "main16"])
@@ -277,11 +283,13 @@ def test_products_of_all_experts(form: str, dtype: torch.dtype, main_grad_dtype:
     assert _error(dx, grouped_product(grad.double(), weight.double(), ends, transpose=False)) <= BOUNDS[dtype]
 
 
-@pytest.mark.parametrize(("length", "groups"), [(2, 1), (5, 4), (96, 2), (97, 2), (300, 1)])
-def test_attention(form: str, dtype: torch.dtype, length: int, groups: int) -> None:
-    query = _randn(2, 4, length, 24, dtype=dtype)
-    key = _randn(2, groups, length, 24, dtype=dtype)
-    value = _randn(length, 2, groups, 24, dtype=dtype).permute(1, 2, 0, 3)
+@pytest.mark.parametrize(
+    ("length", "groups", "width"), [(2, 1, 24), (5, 4, 24), (96, 2, 24), (97, 2, 24), (300, 1, 24), (600, 2, 64)]
+)
+def test_attention(form: str, dtype: torch.dtype, length: int, groups: int, width: int) -> None:
+    query = _randn(2, 4, length, width, dtype=dtype)
+    key = _randn(2, groups, length, width, dtype=dtype)
+    value = _randn(length, 2, groups, width, dtype=dtype).permute(1, 2, 0, 3)
     # torch's own kernel for bfloat16 rounds the probabilities as well
     bound = 1.5e-2 if form == "PyTorch" and dtype == torch.bfloat16 else BOUNDS[dtype]
     _compare(causal_attention, query, key, value, bound=bound)
@@ -303,9 +311,8 @@ def test_adamw_is_the_papers_formula(form: str, narrow: bool) -> None:
         assert torch.equal(weights, master.bfloat16())
 
 
+@in_cpp
 def test_the_number_of_threads_changes_no_bit(form: str) -> None:
-    if form == "PyTorch":
-        pytest.skip("torch promises it for none of its operations")
     x, weight, logits = _randn(500, 96), _randn(96), _randn(500, 333)
     ids, query, probs = torch.randint(333, (500,)), _randn(2, 4, 200, 16), torch.rand(500)
 
