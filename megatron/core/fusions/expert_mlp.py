@@ -77,6 +77,7 @@ def expert_mlp(
         down: [experts, H, F].
         backend: what makes the products, see grouped_product.
     """
-    if x_TH.device.type == "cpu" and x_TH.dtype.itemsize == 2 and not native.multiplies(x_TH, gate_up, down):
+    by_library = backend == "grouped_mm" or not native.multiplies(x_TH, gate_up)
+    if x_TH.device.type == "cpu" and x_TH.dtype.itemsize == 2 and by_library:
         index = align_rows(index, NARROW_ROWS)
     return _ExpertMLP.apply(x_TH, probs_TK, index, gate_up, down, backend)

@@ -39,9 +39,8 @@ def multiply(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float = 0.0) -> N
     With beta 0 nothing of `out` counts, NaN included. Not differentiable.
     """
     if not a_NK.shape[1]:
-        if beta == 0:
-            out_NM.zero_()
-    elif a_NK.dtype == torch.bfloat16 and native.multiplies(a_NK, b_KM, out_NM):
+        out_NM.mul_(beta) if beta else out_NM.zero_()
+    elif a_NK.dtype == torch.bfloat16 and native.multiplies(a_NK, b_KM, out_NM) and out_NM.stride(1) == 1:
         native.multiply([(a_NK, b_KM, out_NM)], beta)
     elif out_NM.dtype != a_NK.dtype:
         _multiply_into_wider(a_NK, b_KM, out_NM, beta)

@@ -173,25 +173,34 @@ def adamw_(
     _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
-def multiplies(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """Whether `multiply` takes these, and is faster here than the library."""
-    if not all(tensor.device.type == "cpu" for tensor in (a, b, out)):
+def multiplies(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
+    """Whether `multiply` takes operands and an output like these, and is faster here than the library."""
+    given = (a, b) if out is None else (a, b, out)
+    if not all(tensor.device.type == "cpu" for tensor in given):
         return False
     if a.dtype == b.dtype == torch.bfloat16:
-        return FAST_NARROW_PRODUCTS and out.dtype in TYPES
-    return FAST_PRODUCTS and all(tensor.dtype == torch.float32 for tensor in (a, b, out))
+        return FAST_NARROW_PRODUCTS and given[-1].dtype in TYPES
+    return FAST_PRODUCTS and all(tensor.dtype == torch.float32 for tensor in given)
+
+
+def _packable(operand: Tensor) -> Tensor:
+    """The matrix with rows or columns that lie together, which tiles are packed from."""
+    return operand if operand.dtype == torch.float32 or 1 in operand.stride() else operand.contiguous()
 
 
 def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
-    """out = beta * out + a b for each (a, b, out), sums in float32, in one parallel section.
+    """out = beta * out + a b for each (a, b, out), all of the same types, sums in float32, in one parallel section.
 
-    Rows of `out` lie together; so do rows or columns of a and of b in bfloat16. The outputs must not overlap. With
-    beta 0 nothing of them counts, NaN included.
+    Rows of `out` lie together. The outputs must not overlap. With beta 0 nothing of them counts, NaN included.
     """
     arguments = []
-    for a, b, out in products:
+    types = (products[0][0].dtype, products[0][1].dtype, products[0][2].dtype)
+    operands = [(_packable(a), _packable(b), out) for a, b, out in products]  # what is copied lives until the call ends
+    for a, b, out in operands:
+        assert (a.dtype, b.dtype, out.dtype) == types, (a.dtype, b.dtype, out.dtype, types)
+        assert a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]), (a.shape, b.shape, out.shape)
         assert out.stride(1) == 1 or out.shape[1] <= 1, out.stride()
         addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
         arguments.append((*addresses, (a.shape[0], a.shape[1], b.shape[1]), beta))
-    types = [str(tensor.dtype).removeprefix("torch.") for tensor in (products[0][0], products[0][2])]
-    getattr(kernels_cpp, f"multiply_{types[0]}_{types[1]}")(arguments, torch.get_num_threads())
+    narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (types[0], types[2]))
+    getattr(kernels_cpp, f"multiply_{narrow}_{wide}")(arguments, torch.get_num_threads())

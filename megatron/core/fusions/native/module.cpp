@@ -20,6 +20,8 @@
 // GCC compiles what lies between push and pop for these instructions; other compilers get the plain set alone.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_WIDE_SETS 1
+#define HAS_TILES (__GNUC__ >= 11)  // older ones do not know them
+#if HAS_TILES
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #pragma GCC diagnostic push
@@ -35,6 +37,7 @@ using Element = T;  // what the products of attention take for operands of type 
 }  // namespace native::amx
 #pragma GCC diagnostic pop
 #pragma GCC pop_options
+#endif
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 namespace native::avx512 {
@@ -59,6 +62,7 @@ using Element = float;
 #pragma GCC pop_options
 #else
 #define HAS_WIDE_SETS 0
+#define HAS_TILES 0
 #endif
 namespace native::plain {
 constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
@@ -74,7 +78,7 @@ using Address = std::uintptr_t;
 
 namespace {
 
-#if HAS_WIDE_SETS
+#if HAS_TILES
 // Whether there are tile registers and the system lets this process have them.
 bool may_use_tiles() {
     constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2)
@@ -90,7 +94,9 @@ const std::vector<std::string>& instruction_sets() {
         __builtin_cpu_init();
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#if HAS_TILES
         if (wide && may_use_tiles()) sets.push_back("amx");
+#endif
         if (wide) sets.push_back("avx512");
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back("avx2");
 #endif
@@ -106,11 +112,17 @@ std::string& chosen() {
 }
 
 // Calls the function of that name that was compiled for the chosen set.
+#if HAS_TILES
+#define CALL_TILED(function, ...) \
+    if (chosen() == "amx") return native::amx::function(__VA_ARGS__);
+#else
+#define CALL_TILED(function, ...)
+#endif
 #if HAS_WIDE_SETS
 #define CALL(function, ...)                                                  \
     [&] {                                                                    \
         py::gil_scoped_release others_may_run;                               \
-        if (chosen() == "amx") return native::amx::function(__VA_ARGS__);    \
+        CALL_TILED(function, __VA_ARGS__)                                    \
         if (chosen() == "avx512") return native::avx512::function(__VA_ARGS__); \
         if (chosen() == "avx2") return native::avx2::function(__VA_ARGS__);  \
         return native::plain::function(__VA_ARGS__);                         \
@@ -238,9 +250,9 @@ void multiply(const std::vector<ProductArguments>& wanted, int threads) {
 }
 
 template <class Out>
-void multiply_tiled(const std::vector<ProductArguments>& wanted, int threads) {
+void multiply_tiled([[maybe_unused]] const std::vector<ProductArguments>& wanted, [[maybe_unused]] int threads) {
     if (chosen() != "amx") throw std::runtime_error("products of bfloat16 need the instruction set amx");
-#if HAS_WIDE_SETS
+#if HAS_TILES
     const auto all = products<native::BFloat16, Out>(wanted);
     py::gil_scoped_release others_may_run;
     native::amx::multiply_tiled(all, threads);

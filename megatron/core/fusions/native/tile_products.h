@@ -2,7 +2,8 @@
 //
 // A tile register holds 16 rows of 64 bytes. C's holds 16 x 16 sums; A's 16 rows of 32 elements of the inner axis; B's
 // the same 32 as 16 rows of pairs, one pair for each of 16 columns. Seen as numbers of 32 bits, a pair each, a tile of
-// B is a tile of A turned. Eight registers make a block of 32 x 32 sums: 4 for them, 2 for A and 2 for B.
+// B is a tile of A turned. Eight registers make a block of 32 x 32 sums: 4 for them, 2 for A and 2 for B. Denormal numbers
+// of A and B count as zero, and so do those that bfloat16 is rounded from.
 //
 // A task makes some blocks of C. It packs B, 32 columns at a time, into tiles that lie one after another; A is taken as
 // it is where its rows run along the inner axis and whole tiles are there, else its tiles are packed as well.
@@ -14,37 +15,29 @@ constexpr long TILED_ROWS = 512, TILED_COLUMNS = 512, TILED_INNER = 512;
 // Outputs of so many bytes in all are written past the caches, which then need not read first what they replace.
 constexpr long STREAMED_BYTES = 1 << 20;
 
-// What configures all registers as tiles of 16 rows of 64 bytes: the palette; of each register, its bytes a row and its
-// rows.
-struct TileShapes {
-    alignas(64) std::uint8_t bytes[64] = {1};
-    TileShapes() {
-        for (int i = 0; i < 8; i++) {
-            bytes[16 + 2 * i] = 64;
-            bytes[48 + i] = 16;
-        }
-    }
-};
-
-// The registers of this thread in those shapes while it lives; then in the shapes that they had.
+// Configures all registers of this thread as tiles of 16 rows of 64 bytes while it lives, then again as they were.
 class TileRegisters {
 public:
     TileRegisters() {
-        static const TileShapes wanted;
-        _tile_storeconfig(before_.bytes);
-        load(wanted);
+        alignas(64) std::uint8_t wanted[64] = {1};  // the palette; of each register, its bytes a row and its rows
+        for (int i = 0; i < 8; i++) {
+            wanted[16 + 2 * i] = 64;
+            wanted[48 + i] = 16;
+        }
+        _tile_storeconfig(before_);
+        configure(wanted);
     }
-    ~TileRegisters() { load(before_); }
+    ~TileRegisters() { configure(before_); }
     TileRegisters(const TileRegisters&) = delete;
     TileRegisters& operator=(const TileRegisters&) = delete;
 
 private:
-    TileShapes before_;
+    alignas(64) std::uint8_t before_[64];
 
-    static void load(const TileShapes& shapes) {
-        // GCC's intrinsic says that 8 bytes are read; all must be in memory by then
-        asm volatile("" : : "r"(&shapes) : "memory");
-        _tile_loadconfig(shapes.bytes);
+    static void configure(const std::uint8_t* bytes) {
+        // GCC's intrinsics say that they read and write 8 bytes; all must be in memory by now
+        asm volatile("" : : "r"(bytes) : "memory");
+        _tile_loadconfig(bytes);
     }
 };
 
@@ -84,7 +77,8 @@ inline void pack_edge(const Operand<BFloat16>& from, long lines, long inner, BFl
     }
 }
 
-// Some lines (at most 32) as pairs of tiles, one step of the inner axis after another.
+// Some lines (at most 32) as pairs of tiles, one step of the inner axis after another. Not inlined, and neither is what
+// loads the tiles: GCC may move stores behind a tile load that is in the same function.
 template <bool PAIRS>
 __attribute__((noinline)) void pack_block(const Operand<BFloat16>& from, long lines, long inner, BFloat16* packed) {
     for (long k = 0; k < inner; k += STEP) {
@@ -238,7 +232,7 @@ private:
             ahead.spread_over(row_blocks_ * steps);
             for (long block = 0; block < row_blocks_; block++) {
                 float* here = sums + (parts_ > 1 ? block * column_blocks_ + column : 0) * BLOCK_ELEMENTS;
-                if (part == parts_ - 1 && !stream_) expect(block, column);
+                if (part == parts_ - 1 && !stream_) prefetch_output(block, column);
                 multiply_tiles(tiles[block], packed_b, steps, part > 0, here, ahead);
                 if (part == parts_ - 1) write(block, column, here);
             }
@@ -249,8 +243,8 @@ private:
         return p_.c + (row_ + block * BLOCK) * p_.c_stride + column_ + column * BLOCK;
     }
 
-    // Fetches the place of a block, which is far away and is needed when its sums are made.
-    void expect(long block, long column) const {
+    // Fetches where a block is written when its sums are made, or the first cache line of its rows.
+    void prefetch_output(long block, long column) const {
         const Out* c = block_of_c(block, column);
         for (long m = 0; m < height(block); m++) __builtin_prefetch(c + m * p_.c_stride, 1);
     }
@@ -276,20 +270,22 @@ private:
 
 template <class Out>
 inline void multiply_tiled(const std::vector<Product<BFloat16, Out>>& products, int threads) {
-    long bytes = 0, widest = TILED_COLUMNS;
+    long bytes = 0;
     for (const auto& p : products) bytes += p.rows * p.columns * static_cast<long>(sizeof(Out));
-    const bool stream = bytes >= STREAMED_BYTES;
-    std::vector<TiledTask<Out>> tasks;
-    // smaller tasks where there are more threads than large ones; which task makes a sum changes nothing of it
-    for (; tasks.empty() || (static_cast<long>(tasks.size()) < 2 * threads && widest >= BLOCK); widest /= 2) {
-        tasks.clear();
+    const auto count = [&](long widest) {
+        long tasks = 0;
         for (const auto& p : products)
-            for (long row = 0; row < p.rows; row += TILED_ROWS)
-                for (long column = 0; column < p.columns; column += widest)
-                    tasks.emplace_back(p, row, std::min(TILED_ROWS, p.rows - row), column,
-                                       std::min(widest, p.columns - column), stream);
-        if (tasks.empty()) return;
-    }
+            tasks += (p.rows + TILED_ROWS - 1) / TILED_ROWS * ((p.columns + widest - 1) / widest);
+        return tasks;
+    };
+    long widest = TILED_COLUMNS;  // narrower where some threads would have nothing to do
+    while (threads > 1 && widest > BLOCK && count(widest) < 2 * threads) widest /= 2;
+    std::vector<TiledTask<Out>> tasks;
+    for (const auto& p : products)
+        for (long row = 0; row < p.rows; row += TILED_ROWS)
+            for (long column = 0; column < p.columns; column += widest)
+                tasks.emplace_back(p, row, std::min(TILED_ROWS, p.rows - row), column,
+                                   std::min(widest, p.columns - column), bytes >= STREAMED_BYTES);
     for_each_task(static_cast<long>(tasks.size()), threads, [&](long task) {
         const TileRegisters registers;
         tasks[task].run();

@@ -40,7 +40,8 @@ struct Operand {
     Operand turned() const { return {data, column_stride, row_stride}; }
 };
 
-// C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta 0 nothing of C counts, NaN included.
+// C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta 0 nothing of C counts, NaN included. In
+// bfloat16 one stride of A and one of B must be 1.
 template <class T, class Out>
 struct Product {
     Operand<T> a, b;

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.fusions import product
 from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
@@ -258,6 +259,22 @@ def test_large_products_of_bfloat16_past_the_caches(columns: int, beta: float, o
 
 
 @needs_tiles
+def test_operands_of_any_strides_and_no_others() -> None:
+    wide, b, out = _randn(40, 100, dtype=torch.bfloat16), _randn(50, 8, dtype=torch.bfloat16), torch.empty(40, 8)
+    spread, repeated = wide[:, ::2], torch.ones((), dtype=torch.bfloat16).expand(40, 50)
+    row = _randn(8, 7, dtype=torch.bfloat16)[:, 2].unsqueeze(0)  # strides 56 and 7
+    for a, other in ((spread, b), (repeated, b), (wide[:, :1], row), (wide[:, ::2], b.t().contiguous().t()[:, :8])):
+        native.multiply([(a, other, out)], 0.0)
+        assert _error(out, a.double() @ other.double()) <= 1e-6
+    for a, other, place in ((wide, b, out), (spread, b, out[:39]), (spread, b, torch.empty(40, 9))):
+        with pytest.raises(AssertionError):
+            native.multiply([(a, other, place)], 0.0)
+    sideways = torch.full((8, 40), math.nan).t()
+    product.multiply(spread, b, sideways)
+    assert _error(sideways, spread.double() @ b.double()) <= BOUNDS[torch.bfloat16]
+
+
+@needs_tiles
 def test_tile_registers_are_shared_with_torch() -> None:
     a, b = _randn(300, 200, dtype=torch.bfloat16), _randn(200, 300, dtype=torch.bfloat16)
     expected, out = a @ b, torch.empty(300, 300)  # oneDNN's, on the same registers
@@ -319,14 +336,14 @@ def test_the_number_of_threads_changes_no_bit(form: str) -> None:
     def everything() -> list[Tensor]:
         y, inverse_rms = native.rms_norm(x, weight, 1e-5)
         out, logsumexp = native.attention(query, query, query)
-        product = torch.empty(96, 96)
-        native.multiply([(x.t(), y, product)], 0.0)
+        squares = torch.empty(96, 96)
+        native.multiply([(x.t(), y, squares)], 0.0)
         narrow = torch.zeros(500, 500)
         if native.FAST_NARROW_PRODUCTS:
             native.multiply([(x.bfloat16(), y.bfloat16().t(), narrow)], 0.0)
         softmax = logits.clone()
         return [
-            y, product, narrow, out, softmax, *native.rms_norm_backward(x, y, weight, inverse_rms),
+            y, squares, narrow, out, softmax, *native.rms_norm_backward(x, y, weight, inverse_rms),
             *native.attention_backward(query, query, query, query, out, logsumexp),
             *native.softmax_statistics(softmax, ids, 333), *native.swiglu_backward(x, torch.cat((x, y), dim=1), probs),
         ]  # fmt: skip
