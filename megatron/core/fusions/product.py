@@ -33,6 +33,11 @@ def product(a_NK: Tensor, b_KM: Tensor) -> Tensor:
     return out_NM
 
 
+def runs_on_tiles(a: Tensor, b: Tensor) -> bool:
+    """Whether products of these are our own, on the tile registers of a CPU."""
+    return a.dtype == torch.bfloat16 and native.multiplies(a, b)
+
+
 def multiply(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float = 0.0) -> None:
     """out = beta * out + a b; in a wider `out`, products are summed and added in its type where the device can.
 
@@ -40,7 +45,7 @@ def multiply(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float = 0.0) -> N
     """
     if not a_NK.shape[1]:
         out_NM.mul_(beta) if beta else out_NM.zero_()
-    elif a_NK.dtype == torch.bfloat16 and native.multiplies(a_NK, b_KM, out_NM) and out_NM.stride(1) == 1:
+    elif runs_on_tiles(a_NK, b_KM) and out_NM.dtype in native.TYPES and out_NM.stride(1) == 1:
         native.multiply([(a_NK, b_KM, out_NM)], beta)
     elif out_NM.dtype != a_NK.dtype:
         _multiply_into_wider(a_NK, b_KM, out_NM, beta)

@@ -23,6 +23,9 @@ MAX_LOGITS = 2**27
 CACHED_LOGITS = 2**20
 """Logits that a CPU makes at once, so that they are still in its cache when the softmax reads them."""
 
+STREAMED_LOGITS = 2**22
+"""The same where tiles multiply, which write past the caches anyway: fewer blocks are less work between them."""
+
 MIN_COLUMNS = 128
 """The fewest columns that are worth a product of their own."""
 
@@ -47,7 +50,12 @@ class _Block(NamedTuple):
 
 def _blocks(weight: Tensor, vocabulary: _Vocabulary, tokens: int) -> list[_Block]:
     rows = weight.shape[0]
-    longest = rows if weight.is_cuda else min(max(CACHED_LOGITS // max(1, tokens), MIN_COLUMNS), product.MAX_WIDTH)
+    if weight.is_cuda:
+        longest = rows
+    elif product.runs_on_tiles(weight, weight):
+        longest = max(STREAMED_LOGITS // max(1, tokens), MIN_COLUMNS)
+    else:
+        longest = min(max(CACHED_LOGITS // max(1, tokens), MIN_COLUMNS), product.MAX_WIDTH)
     return [
         _Block(weight[place], place.start, min(max(vocabulary.columns - place.start, 0), place.stop - place.start))
         for place in product.blocks(rows, longest)

@@ -173,14 +173,11 @@ def adamw_(
     _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
-def multiplies(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
-    """Whether `multiply` takes operands and an output like these, and is faster here than the library."""
-    given = (a, b) if out is None else (a, b, out)
-    if not all(tensor.device.type == "cpu" for tensor in given):
+def multiplies(a: Tensor, b: Tensor) -> bool:
+    """Whether `multiply` takes operands like these, and is faster here than the library."""
+    if a.device.type != "cpu" or b.device.type != "cpu" or a.dtype != b.dtype:
         return False
-    if a.dtype == b.dtype == torch.bfloat16:
-        return FAST_NARROW_PRODUCTS and given[-1].dtype in TYPES
-    return FAST_PRODUCTS and all(tensor.dtype == torch.float32 for tensor in given)
+    return (a.dtype == torch.float32 and FAST_PRODUCTS) or (a.dtype == torch.bfloat16 and FAST_NARROW_PRODUCTS)
 
 
 def _packable(operand: Tensor) -> Tensor:
