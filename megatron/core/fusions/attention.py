@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention.varlen import varlen_attn
 
-from megatron.core.fusions import backend
+from megatron.core.fusions import backend, product
 from megatron.core.fusions.native import kernels as native
 
 # torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so.
@@ -19,6 +19,9 @@ _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 NATIVE_LENGTH = 1024
 """The longest sequence that the C++ form takes: in float32 it is faster than torch's kernel up to about 2048."""
+
+NATIVE_LENGTH_ON_TILES = 4096
+"""The same for bfloat16 where tiles multiply: the longest that has been measured."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,13 @@ class _NativeAttention(Function):
         return native.attention_backward(grad, *ctx.saved_tensors)
 
 
+def _runs_native(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    longest = NATIVE_LENGTH_ON_TILES if product.runs_on_tiles(query, key) else NATIVE_LENGTH
+    return native.FAST_PRODUCTS and backend.runs_native(query, key, value) and 0 < query.shape[2] <= longest
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if native.FAST_PRODUCTS and backend.runs_native(query, key, value) and 0 < query.shape[2] <= NATIVE_LENGTH:
+    if _runs_native(query, key, value):
         return _NativeAttention.apply(query, key, value)
     if query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16):
         # on CUDA only the half-precision kernels take grouped heads; others would build the whole S x S matrix
