@@ -33,7 +33,7 @@ setup(
             KERNELS,
             [str(_KERNEL_FILES / "module.cpp")],
             depends=[str(path) for path in sorted(_KERNEL_FILES.glob("*.h"))],
-            extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno"],
+            extra_compile_args=["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"],
             cxx_std=17,
             optional=True,
         ),

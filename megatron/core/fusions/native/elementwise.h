@@ -137,20 +137,20 @@ void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* 
     const long pieces = (rows + piece_rows - 1) / piece_rows;
     for_each_task(pieces, threads, [=](long piece) {
         float* grad_weight = partial + piece * width;
+        const T* w = weight;  // else GCC reads it again for each element, and makes no vectors
         for (long row = piece * piece_rows; row < std::min(rows, (piece + 1) * piece_rows); row++) {
             const T *in = x + row * width, *upstream = grad + row * width;
             T* out = grad_x + row * width;
             const float scale = inverse_rms[row];
             float sum = 0.0f;
             _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < width; i++) {
-                const float product = load(upstream + i) * (load(in + i) * scale);
-                grad_weight[i] += product;
-                sum += product * load(weight + i);
+                sum += load(upstream + i) * load(w + i) * (load(in + i) * scale);
             }
             const float mean = sum / static_cast<float>(width);
             SIMD for (long i = 0; i < width; i++) {
-                const float normalized = load(in + i) * scale;
-                store(out + i, (load(upstream + i) * load(weight + i) - normalized * mean) * scale);
+                const float normalized = load(in + i) * scale, g = load(upstream + i);
+                grad_weight[i] += g * normalized;
+                store(out + i, (g * load(w + i) - normalized * mean) * scale);
             }
         }
     });
