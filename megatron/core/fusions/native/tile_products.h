@@ -35,7 +35,7 @@ private:
     alignas(64) std::uint8_t before_[64];
 
     static void configure(const std::uint8_t* bytes) {
-        // GCC's intrinsics say that they read and write 8 bytes; all must be in memory by now
+        // GCC's intrinsics say that 8 bytes are read and written; all must be in memory by now
         asm volatile("" : : "r"(bytes) : "memory");
         _tile_loadconfig(bytes);
     }
@@ -77,8 +77,7 @@ inline void pack_edge(const Operand<BFloat16>& from, long lines, long inner, BFl
     }
 }
 
-// Some lines (at most 32) as pairs of tiles, one step of the inner axis after another. Not inlined, and neither is what
-// loads the tiles: GCC may move stores behind a tile load that is in the same function.
+// Some lines (at most 32) as pairs of tiles, one step of the inner axis after another.
 template <bool PAIRS>
 __attribute__((noinline)) void pack_block(const Operand<BFloat16>& from, long lines, long inner, BFloat16* packed) {
     for (long k = 0; k < inner; k += STEP) {
@@ -127,6 +126,7 @@ struct TileRows {
 __attribute__((noinline)) void multiply_tiles(const TileRows& a, const BFloat16* b, long steps, bool add, float* sums,
                                               Ahead& ahead) {
     constexpr long ROW = BLOCK * sizeof(float);
+    asm volatile("" : : : "memory");  // GCC's intrinsics do not say that they read what a tile is loaded from
     if (add) {
         _tile_loadd(0, sums, ROW);
         _tile_loadd(1, sums + TILE, ROW);
