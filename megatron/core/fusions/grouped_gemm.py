@@ -40,8 +40,7 @@ def _rows_of_experts(ends_E: Tensor) -> list[slice]:
 
 def _multiply_all(products: list[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
     """out = beta * out + a b for each (a, b, out); on a CPU that is good at it all in one parallel section."""
-    a, b, out = products[0]
-    if native.multiplies(a, b) and (out.dtype == a.dtype or out.dtype == torch.float32):
+    if native.multiplies(*products[0]):
         native.multiply(products, beta)
         return
     for a, b, out in products:

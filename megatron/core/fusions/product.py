@@ -45,7 +45,7 @@ def multiply(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float = 0.0) -> N
     """
     if not a_NK.shape[1]:
         out_NM.mul_(beta) if beta else out_NM.zero_()
-    elif runs_on_tiles(a_NK, b_KM) and out_NM.dtype in native.TYPES and out_NM.stride(1) == 1:
+    elif a_NK.dtype == torch.bfloat16 and native.multiplies(a_NK, b_KM, out_NM):
         native.multiply([(a_NK, b_KM, out_NM)], beta)
     elif out_NM.dtype != a_NK.dtype:
         _multiply_into_wider(a_NK, b_KM, out_NM, beta)

@@ -108,14 +108,7 @@ class MixedPrecisionAdamW:
             runs.append((kind, slice(start - part.start, end - part.start)))
         if not runs:  # nothing but padding, in a model with fewer elements than a shard
             runs.append((self._kind(bucket.parameters[-1]), slice(0, master.numel())))
-        return _BucketState(
-            bucket,
-            part,
-            master,
-            exp_avg,
-            exp_avg_sq,
-            runs,
-        )
+        return _BucketState(bucket, part, master, exp_avg, exp_avg_sq, runs)
 
     @torch.no_grad()
     def step(self, rates: StepRates, losses: Tensor | None = None) -> StepResult:

@@ -21,14 +21,8 @@ inline Operand<To> as_operand(const From* rows, long stride, long count, long wi
 
 // The softmax of scale * scores over the first `valid` of a row, 0 behind them, and their log-sum-exp.
 inline void softmax_row(float* scores, long valid, long width, float scale, float& logsumexp) {
-    float most = -INFINITY, sum = 0.0f;
-    _Pragma("omp simd reduction(max : most)") for (long i = 0; i < valid; i++) {
-        most = scores[i] > most ? scores[i] : most;
-    }
-    _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < valid; i++) {
-        scores[i] = exponential((scores[i] - most) * scale);
-        sum += scores[i];
-    }
+    float most, sum;
+    softmax_parts(scores, scores, valid, scale, most, sum);
     const float inverse = 1.0f / sum;
     SIMD for (long i = 0; i < valid; i++) scores[i] *= inverse;
     std::fill(scores + valid, scores + width, 0.0f);
@@ -54,8 +48,8 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
             as_operand(shape.query.row(query, sample, head, first), shape.query.position, rows, width, space);
         const auto k =
             as_operand(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
-        const auto v = as_operand(shape.value.row(value, sample, group, 0), shape.value.position, keys,
-                                               width, space += keys * width);
+        const auto v = as_operand(shape.value.row(value, sample, group, 0), shape.value.position, keys, width,
+                                  space += keys * width);
         multiply_here(q, k.turned(), scores, keys, rows, width, keys, 0.0f);
         for (long row = 0; row < rows; row++)
             softmax_row(scores + row * keys, first + row + 1, keys, scale, logsumexp[pair * length + first + row]);
@@ -84,8 +78,7 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         float* grads = probs + QUERY_ROWS * length;  // of probabilities, then of scores
         float* dq = grads + QUERY_ROWS * length;
         Element<T>* space = reinterpret_cast<Element<T>*>(dq + QUERY_ROWS * width);
-        const auto k =
-            as_operand(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
+        const auto k = as_operand(shape.key.row(key, sample, group, 0), shape.key.position, length, width, space);
         const auto v =
             as_operand(shape.value.row(value, sample, group, 0), shape.value.position, length, width, space += whole);
         float *dk = grad_key + pair * whole, *dv = grad_value + pair * whole;
@@ -94,8 +87,8 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
         for (long first = 0; first < length; first += QUERY_ROWS) {
             const long rows = std::min(QUERY_ROWS, length - first), keys = first + rows;
             const T* upstream = shape.grad.row(grad, sample, head, first);
-            const auto q = as_operand(shape.query.row(query, sample, head, first), shape.query.position,
-                                                   rows, width, query_space);
+            const auto q =
+                as_operand(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
             const auto g = as_operand(upstream, shape.grad.position, rows, width, grad_space);
             multiply_here(q, k.turned(), probs, keys, rows, width, keys, 0.0f);
             multiply_here(g, v.turned(), grads, keys, rows, width, keys, 0.0f);

@@ -35,6 +35,21 @@ inline float exponential(float x) {
     return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : y;
 }
 
+// exponentials = exp(scale (x - the largest x)), which may take the place of x; also the largest x and their sum.
+template <class T>
+inline void softmax_parts(const T* x, float* exponentials, long count, float scale, float& largest, float& total) {
+    float most = -INFINITY, sum = 0.0f;
+    _Pragma("omp simd reduction(max : most)") for (long i = 0; i < count; i++) {
+        most = load(x + i) > most ? load(x + i) : most;
+    }
+    _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < count; i++) {
+        exponentials[i] = exponential((load(x + i) - most) * scale);
+        sum += exponentials[i];
+    }
+    largest = most;
+    total = sum;
+}
+
 template <class T>
 void swiglu(const T* gate_up, const float* probs, T* y, long rows, long width, int threads) {
     for_each_piece(rows, width, PIECE, threads, [=](long begin, long end) {
@@ -166,19 +181,10 @@ void softmax_statistics(T* logits, const std::int64_t* ids, float* largest, floa
         for (long row = begin; row < end; row++) {
             T* in = logits + row * stride;
             target[row] = ids[row] >= 0 && ids[row] < columns ? load(in + ids[row]) : 0.0f;
-            float most = -INFINITY, sum = 0.0f;
-            _Pragma("omp simd reduction(max : most)") for (long i = 0; i < columns; i++) {
-                most = load(in + i) > most ? load(in + i) : most;
-            }
             // kept beside the row, where 16 bits would round them twice
-            _Pragma("omp simd reduction(+ : sum)") for (long i = 0; i < columns; i++) {
-                exponentials[i] = exponential(load(in + i) - most);
-                sum += exponentials[i];
-            }
-            const float scale = 1.0f / sum;
+            softmax_parts(in, exponentials, columns, 1.0f, largest[row], total[row]);
+            const float scale = 1.0f / total[row];
             SIMD for (long i = 0; i < columns; i++) store(in + i, exponentials[i] * scale);
-            largest[row] = most;
-            total[row] = sum;
         }
     });
 }

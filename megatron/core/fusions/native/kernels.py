@@ -173,11 +173,17 @@ def adamw_(
     _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
-def multiplies(a: Tensor, b: Tensor) -> bool:
-    """Whether `multiply` takes operands like these, and is faster here than the library."""
+def multiplies(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
+    """Whether `multiply` takes these operands, and `out` if it is given, and is faster here than the library."""
     if a.device.type != "cpu" or b.device.type != "cpu" or a.dtype != b.dtype:
         return False
+    if out is not None and (out.dtype not in (a.dtype, torch.float32) or not _rows_lie_together(out)):
+        return False
     return (a.dtype == torch.float32 and FAST_PRODUCTS) or (a.dtype == torch.bfloat16 and FAST_NARROW_PRODUCTS)
+
+
+def _rows_lie_together(out: Tensor) -> bool:
+    return out.stride(1) == 1 or out.shape[1] <= 1
 
 
 def _packable(operand: Tensor) -> Tensor:
@@ -196,7 +202,7 @@ def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> 
     for a, b, out in operands:
         assert (a.dtype, b.dtype, out.dtype) == types, (a.dtype, b.dtype, out.dtype, types)
         assert a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]), (a.shape, b.shape, out.shape)
-        assert out.stride(1) == 1 or out.shape[1] <= 1, out.stride()
+        assert _rows_lie_together(out), out.stride()
         addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
         arguments.append((*addresses, (a.shape[0], a.shape[1], b.shape[1]), beta))
     narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (types[0], types[2]))

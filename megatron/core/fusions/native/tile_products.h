@@ -243,7 +243,7 @@ private:
         return p_.c + (row_ + block * BLOCK) * p_.c_stride + column_ + column * BLOCK;
     }
 
-    // Fetches where a block is written when its sums are made, or the first cache line of its rows.
+    // Fetches the first cache line of each row of a block, which is far away and is written when its sums are made.
     void prefetch_output(long block, long column) const {
         const Out* c = block_of_c(block, column);
         for (long m = 0; m < height(block); m++) __builtin_prefetch(c + m * p_.c_stride, 1);
