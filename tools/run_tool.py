@@ -1,5 +1,6 @@
-"""How a tool ends."""
+"""What tools have in common: how they end, and a type of argument."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -22,3 +23,14 @@ def run_tool(
         print(f"error: {interrupted}", file=sys.stderr)
         return 130
     return 0
+
+
+def positive(text: str) -> int:
+    """Type of an argument that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

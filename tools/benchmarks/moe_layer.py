@@ -21,7 +21,7 @@ from tools.benchmarks.machine import machine
 from tools.benchmarks.moe_contestants import OURS, Layer, contestants
 from tools.benchmarks.moe_kernels import kernel_table
 from tools.benchmarks.turns import ratios, spread
-from tools.run_tool import run_tool
+from tools.run_tool import positive, run_tool
 
 _EXAMPLE = """examples:
   python tools/benchmarks/moe_layer.py                  # Mixtral 8x7B in bfloat16 on a GPU, a small layer on a CPU
@@ -203,15 +203,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
     parser.add_argument("--dtype", choices=tuple(BOUNDS), help="bfloat16 on a GPU, float32 on a CPU, if not given")
-    parser.add_argument("--hidden-size", type=int, help="4096 on a GPU, 512 on a CPU, if not given")
-    parser.add_argument("--ffn-hidden-size", type=int, help="14336 on a GPU, 1792 on a CPU, if not given")
-    parser.add_argument("--tokens", type=int, nargs="+", help="4096 8192 16384 on a GPU, 256 512 1024 on a CPU")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 4], help="default: 8 4")
-    parser.add_argument("--top-k", type=int, default=2, help="experts a token (default: 2)")
-    parser.add_argument("--rounds", type=int, default=10, help="measurements that count (default: 10)")
+    parser.add_argument("--hidden-size", type=positive, help="4096 on a GPU, 512 on a CPU, if not given")
+    parser.add_argument("--ffn-hidden-size", type=positive, help="14336 on a GPU, 1792 on a CPU, if not given")
+    parser.add_argument("--tokens", type=positive, nargs="+", help="4096 8192 16384 on a GPU, 256 512 1024 on a CPU")
+    parser.add_argument("--experts", type=positive, nargs="+", default=[8, 4], help="default: 8 4")
+    parser.add_argument("--top-k", type=positive, default=2, help="experts a token (default: 2)")
+    parser.add_argument("--rounds", type=positive, default=10, help="measurements that count (default: 10)")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return run_tool(lambda: compare(args))
 
 

@@ -23,7 +23,7 @@ from tools.benchmarks.contestants import OURS, StepShape
 from tools.benchmarks.floor import Floor
 from tools.benchmarks.machine import machine
 from tools.benchmarks.turns import ContestantFailed, ContestantProcess, ratios, spread
-from tools.run_tool import run_tool
+from tools.run_tool import positive, run_tool
 
 _EXAMPLE = """examples:
   python tools/benchmarks/train_step.py
@@ -238,15 +238,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each contestant that count (default: 7)")
+    parser.add_argument("--rounds", type=positive, default=7, help="steps of each contestant that count (default: 7)")
     parser.add_argument("--megatron-core", metavar="DIR", help="folder that PyPI's megatron-core is installed in")
     parser.add_argument("--one-by-one", action="store_true", help="end each contestant before the next one starts")
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes")
     for name, value in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help=f"default: {value}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value, help=f"default: {value}")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return run_tool(lambda: compare(args))
 
 

@@ -55,3 +55,15 @@ def test_contestants_step_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("this project", "transformers, grouped_mm", "transformers, eager", "floor", "stricter floor"):
         assert any(line.startswith(name) for line in out.splitlines()), name
     assert "absent: Megatron-Core (failed: ImportError: made to fail)" in out
+
+
+@pytest.mark.parametrize("flag", ["--rounds", "--micro-batch-size", "--seq-length"])
+@pytest.mark.parametrize(
+    ("given", "reason"), [("0", "at least 1, got 0"), ("-2", "at least 1, got -2"), ("x", "a whole")]
+)
+def test_sizes_that_are_none_are_refused(
+    flag: str, given: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([flag, given])
+    assert f"argument {flag}: must be {reason}" in capsys.readouterr().err
