@@ -6,7 +6,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CPP := $(wildcard megatron/core/datasets/*.cpp megatron/core/fusions/native/*.cpp megatron/core/fusions/native/*.h)
+CPP := $(wildcard megatron/core/datasets/*.cpp $(addprefix megatron/core/fusions/kernels/cpu/*.,cpp h py))
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 # An environment made in another folder, or whose Python is gone, does not count as installed.
@@ -58,5 +58,5 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, built files, caches and the demo's output
-	rm -rf $(VENV) build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache megatron/core/*/*.so megatron/core/*/*/*.so
+	rm -rf $(VENV) build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache megatron/core/datasets/*.so megatron/core/fusions/kernels/cpu/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

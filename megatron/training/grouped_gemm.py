@@ -1,11 +1,14 @@
 """The choice of what makes the products of the experts, measured when a run begins and kept by those that resume it."""
 
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megatron.core.fusions.grouped_gemm import Backend, seconds_of_products
+from megatron.core.fusions.linear import Backend, grouped_product
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.config import Arguments
@@ -29,6 +32,39 @@ def rows_per_expert(arguments: Arguments) -> int:
     # of the ranks that experts are spread over, tensor-parallel ones have the same tokens, or a part of them each
     microbatches = expert_ranks / parallel.tensor_model_parallel_size
     return max(1, round(tokens * microbatches * model.moe_router_topk / model.num_experts))
+
+
+def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor, rows: int, repeat: int = 5) -> float:
+    """Seconds of one layer's forward and data-gradient products, `rows` for each expert; the median of `repeat`.
+
+    With the weights [E, 2F, H] and [E, H, F] of that layer. What the loop waits for the device, to know where each
+    expert's rows end, is part of it.
+    """
+    experts, hidden, width = down_EHF.shape
+    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=down_EHF.device) * rows
+    generator = torch.Generator(down_EHF.device).manual_seed(0)  # the run's own numbers are left alone
+    x_RH = torch.empty(experts * rows, hidden, dtype=down_EHF.dtype, device=down_EHF.device)
+    a_RF = torch.empty(experts * rows, width, dtype=down_EHF.dtype, device=down_EHF.device)
+    for drawn in (x_RH, a_RF):
+        drawn.normal_(generator=generator)
+
+    def layer() -> None:
+        h_RF = grouped_product(x_RH, gate_up_EFH, ends_E, True, backend)
+        y_RH = grouped_product(a_RF, down_EHF, ends_E, True, backend)
+        grouped_product(y_RH, down_EHF, ends_E, False, backend)
+        grouped_product(h_RF, gate_up_EFH, ends_E, False, backend)
+
+    def seconds(layers: int) -> float:
+        start = time.perf_counter()
+        for _ in range(layers):  # several in a row, to keep the device as busy as in a model
+            layer()
+        if x_RH.is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / layers
+
+    with torch.no_grad():
+        seconds(3)  # warms up
+        return statistics.median(seconds(3) for _ in range(repeat))
 
 
 def _measure(backend: Backend, experts: Experts, rows: int) -> float:

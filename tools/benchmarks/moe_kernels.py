@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.grouped_gemm import add_weight_gradient
+from megatron.core.fusions.linear import grouped_weight_gradient_
 from megatron.core.fusions.permute import combine, gather, permutation_map
 from megatron.core.fusions.router import top_k_routing
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
@@ -60,7 +60,7 @@ def kernel_table(
             rates = [count / taken / 1e9 for taken in timed(action)]
             lines.append(f"  {name:30}{spread(rates, '.1f'):>26} GB/s")
         flops = 2 * rows * hidden * width
-        taken = timed(lambda: add_weight_gradient(y_RH, grad_a_RF, index.offsets_E, main_grad, 1.0))
+        taken = timed(lambda: grouped_weight_gradient_(y_RH, grad_a_RF, index.offsets_E, main_grad, 1.0))
         rates = [flops / each / 1e9 for each in taken]
         lines.append(f"  {'weight gradient, accumulated':30}{spread(rates, '.1f'):>26} GFLOP/s")
     return lines

@@ -12,11 +12,11 @@ from unittest import mock
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron.core.fusions.native import kernels as native
+from megatron.core.fusions import forms
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "aten::linear", "mkldnn::",
-             "native::multiply")  # fmt: skip
-_ATTENTION = ("scaled_dot_product", "flash_attention", "native::attention")
+             "kernel::multiply", "kernel::grouped")  # fmt: skip
+_ATTENTION = ("scaled_dot_product", "flash_attention", "kernel::attention")
 # where an event runs -> the groups of the products there and of everything else; the innermost that matches counts
 _PLACES = {
     "optimizer": ("optimizer", "optimizer"),
@@ -27,7 +27,6 @@ _PLACES = {
     "Experts": ("products of the experts", "activation and permutation"),
     "MoELayer": ("products of the experts", "activation and permutation"),
     "TopKRouter": ("norms, rotary, router", "norms, rotary, router"),
-    "_RouterLogits": ("norms, rotary, router", "norms, rotary, router"),
     "RMSNorm": ("norms, rotary, router", "norms, rotary, router"),
     "SelfAttention": ("attention projections", "norms, rotary, router"),
 }
@@ -76,18 +75,20 @@ def _named(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _named_kernels() -> Iterator[None]:
-    """Lets the functions of the C++ extension appear in the profile as native::name."""
-    call, multiply = native._call, native.multiply
+    """Lets the kernels of all forms appear in the profile as kernel::name of the operation."""
+    find = forms.kernel
 
-    def named_call(operation: str, *args: Any) -> None:
-        with record_function(f"native::{operation}"):
-            call(operation, *args)
+    def find_named(operation: str, *arguments: Any) -> Callable[..., Any] | None:
+        kernel = find(operation, *arguments)
 
-    def named_multiply(*args: Any) -> None:
-        with record_function("native::multiply"):
-            multiply(*args)
+        def named(*arguments: Any) -> Any:
+            assert kernel is not None
+            with record_function(f"kernel::{operation}"):
+                return kernel(*arguments)
 
-    with mock.patch.multiple(native, _call=named_call, multiply=named_multiply):
+        return kernel and named
+
+    with mock.patch.object(forms, "kernel", find_named):
         yield
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megatron.core.fusions import backend
-from megatron.core.fusions.native import kernels as native
+from megatron.core.fusions.forms import operation
 
 
 class AdamWStep(NamedTuple):
@@ -24,6 +23,7 @@ class AdamWStep(NamedTuple):
     """What gradients are multiplied by first: clipping, and the loss scale's reciprocal."""
 
 
+@operation
 def adamw_(
     master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: AdamWStep, weights: Tensor | None
 ) -> None:
@@ -31,10 +31,6 @@ def adamw_(
 
     All are [n] of one type, `grad` of any. `weights` [n] of a narrower type get the rounded masters.
     """
-    both_wide = master.dtype == grad.dtype == torch.float32
-    if both_wide and backend.runs_native(master if weights is None else weights):
-        native.adamw_(master, exp_avg, exp_avg_sq, grad, step, weights)
-        return
     grad = grad.to(master.dtype)
     if step.factor != 1.0:
         grad.mul_(step.factor)

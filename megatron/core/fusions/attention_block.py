@@ -2,6 +2,7 @@
 
 B batch, h query heads, g key heads, each shared by h/g consecutive query heads, d head width. With p = exp(s - L), L
 the log-sum-exp over the keys of all blocks, the backward of one block needs nothing of the others (arXiv:2307.08691).
+The formulas hold the whole Q x K matrix in memory.
 """
 
 import math
@@ -9,46 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
-
-
-def _flash_takes(query: Tensor) -> bool:
-    width = query.shape[-1]
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
-
-
-def attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v over the keys given, and the log-sum-exp of each row; not differentiable.
-
-    query [B, h, Q, d]; key and value [B, g, K, d]; `causal` needs Q = K. Returns [B, h, Q, d] in the query's type and
-    [B, h, Q] in float32 or wider.
-    """
-    if _flash_takes(query):
-        out, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False)
-        return out, logsumexp
-    if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
-    return plain_attention_block(query, key, value, causal)
-
-
-def attention_block_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value of one block.
-
-    `out` and `logsumexp` are those of all blocks together, `grad` is the gradient of that `out`.
-    """
-    if _flash_takes(query):
-        nothing = torch.empty(0, dtype=torch.int64, device=query.device)
-        return _aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, logsumexp.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
-            nothing, nothing,
-        )  # fmt: skip
-    if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, logsumexp, 0.0, causal
-        )
-    return plain_attention_block_backward(grad, query, key, value, out, logsumexp, causal)
+from megatron.core.fusions.forms import operation
 
 
 def _scores(query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,18 +25,27 @@ def _scores(query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor, Tensor, T
     return scores, query, key
 
 
-def plain_attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """`attention_block` with the whole Q x K matrix in memory: for devices and types that no kernel takes."""
+@operation
+def attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v over the keys given, and the log-sum-exp of each row; not differentiable.
+
+    query [B, h, Q, d]; key and value [B, g, K, d]; `causal` needs Q = K. Returns [B, h, Q, d] in the query's type and
+    [B, h, Q] in float32 or wider.
+    """
     scores, _, _ = _scores(query, key, causal)
     logsumexp = scores.logsumexp(dim=-1)
     out = (scores - logsumexp.unsqueeze(-1)).exp() @ value.to(scores.dtype).unsqueeze(2)
     return out.flatten(1, 2).to(query.dtype), logsumexp.flatten(1, 2)
 
 
-def plain_attention_block_backward(
+@operation
+def attention_block_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_block_backward` with the whole Q x K matrix in memory."""
+    """Gradients of query, key and value of one block.
+
+    `out` and `logsumexp` are those of all blocks together, `grad` is the gradient of that `out`.
+    """
     groups = (key.shape[1], -1)
     scores, wide_query, wide_key = _scores(query, key, causal)
     wide = scores.dtype

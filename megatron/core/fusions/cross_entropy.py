@@ -7,10 +7,10 @@ rest padding.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.core.fusions import backend
-from megatron.core.fusions.native import kernels as native
+from megatron.core.fusions.forms import operation
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -35,54 +35,39 @@ class SoftmaxStatistics(NamedTuple):
         return SoftmaxStatistics(largest, total, self.target + other.target)
 
 
-def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[SoftmaxStatistics, Tensor]:
-    """The statistics, and [N, V] like the logits: what `softmax_gradient_` needs; the logits may not be used again.
+@operation
+def softmax_statistics_(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three of `SoftmaxStatistics`; the logits may be overwritten by what `softmax_gradient_` needs of them.
 
     `ids_N` (int64) are the targets, counted from the first column.
     """
-    if backend.runs_triton(logits_NV):
-        from megatron.core.fusions.kernels import cross_entropy as kernels
-
-        return SoftmaxStatistics(*kernels.statistics(logits_NV, ids_N, columns)), logits_NV
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    if not columns or not logits_NV.shape[0]:
-        zero = logits_NV.new_zeros(logits_NV.shape[0], dtype=wide)
-        return SoftmaxStatistics(torch.full_like(zero, float("-inf")), zero, zero), logits_NV
-    if backend.runs_native(logits_NV):
-        return SoftmaxStatistics(*native.softmax_statistics(logits_NV, ids_N, columns)), logits_NV
-    real = logits_NV[:, :columns]
-    # torch's softmax goes over each row once, while it is in the processor's cache
-    softmax = torch.softmax(real, dim=1, dtype=wide)
-    largest, total = real.amax(dim=1).to(wide), softmax.amax(dim=1).reciprocal_()  # exp(0) / sum is the largest
+    real = logits_NV[:, :columns].to(torch.promote_types(logits_NV.dtype, torch.float32))
+    largest = F.pad(real, (0, 1), value=float("-inf")).amax(dim=1)
     elsewhere = (ids_N < 0) | (ids_N >= columns)
-    target = real.gather(1, ids_N.masked_fill(elsewhere, 0).unsqueeze(1)).squeeze(1).to(wide).masked_fill_(elsewhere, 0)
-    if columns < logits_NV.shape[1]:
-        real.copy_(softmax)
-        return SoftmaxStatistics(largest, total, target), logits_NV
-    return SoftmaxStatistics(largest, total, target), softmax.to(logits_NV.dtype)
+    target = F.pad(real, (0, 1)).gather(1, ids_N.masked_fill(elsewhere, columns).unsqueeze(1)).squeeze(1)
+    return largest, (real - largest.unsqueeze(1)).exp().sum(dim=1), target
 
 
+def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> SoftmaxStatistics:
+    """`softmax_statistics_` as a record."""
+    return SoftmaxStatistics(*softmax_statistics_(logits_NV, ids_N, columns))
+
+
+@operation
 def softmax_gradient_(
-    kept_NV: Tensor, own_logsumexp_N: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int
+    logits_NV: Tensor, own_logsumexp_N: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int
 ) -> None:
-    """Overwrites what `softmax_statistics` gave with (softmax - one_hot(target)) * grad, and with 0 in padding columns.
+    """Overwrites what `softmax_statistics_` left with (softmax - one_hot(target)) * grad, and padding columns with 0.
 
     `own_logsumexp_N` is that of these columns, `logsumexp_N` that of all, in other blocks and on other ranks too.
     """
-    if backend.runs_triton(kept_NV):
-        from megatron.core.fusions.kernels import cross_entropy as kernels
+    numbers = torch.arange(logits_NV.shape[1], device=logits_NV.device)
+    one_hot = (ids_N.unsqueeze(1) == numbers).to(logsumexp_N.dtype)
+    gradient = ((logits_NV.to(logsumexp_N.dtype) - logsumexp_N.unsqueeze(1)).exp() - one_hot) * grad_N.unsqueeze(1)
+    logits_NV.copy_(gradient.masked_fill_(numbers >= columns, 0))
 
-        kernels.gradient_(kept_NV, ids_N, logsumexp_N, grad_N, columns)
-        return
-    if columns and backend.runs_native(kept_NV):
-        native.softmax_gradient_(kept_NV, own_logsumexp_N, ids_N, logsumexp_N, grad_N.contiguous(), columns)
-        return
-    kept_NV[:, columns:] = 0
-    if not columns:
-        return
-    real = kept_NV[:, :columns]
-    # from a softmax of these columns to one of all
-    torch.mul(real, ((own_logsumexp_N - logsumexp_N).exp() * grad_N).unsqueeze(1), out=real)
-    elsewhere = (ids_N < 0) | (ids_N >= columns)
-    one_hot = grad_N.masked_fill(elsewhere, 0).neg().to(real.dtype)
-    real.scatter_add_(1, ids_N.masked_fill(elsewhere, 0).unsqueeze(1), one_hot.unsqueeze(1))
+
+@operation
+def vocabulary_blocks(weight_VH: Tensor, tokens: int) -> list[slice]:
+    """Rows of the output layer's weight whose logits, of so many tokens, are best made at once."""
+    return [slice(0, weight_VH.shape[0])]

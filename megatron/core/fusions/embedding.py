@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megatron.core.fusions import weight_gradient
+from megatron.core.fusions.forms import operation
+
+
+@operation
+def add_rows_(out_VH: Tensor, ids_N: Tensor, values_NH: Tensor) -> None:
+    """Adds each row of `values` to the row `ids` (int64) of `out`, in an order that is always the same."""
+    out_VH.index_add_(0, ids_N, values_NH)
 
 
 class _Lookup(Function):
@@ -18,7 +25,7 @@ class _Lookup(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
-        ids = ctx.saved_tensors[0].reshape(-1)
+        ids_N = ctx.saved_tensors[0].reshape(-1)
         grad_NH = grads[0].reshape(-1, grads[0].shape[-1])
 
         def write(out_VH: Tensor, beta: float) -> None:
@@ -26,12 +33,7 @@ class _Lookup(Function):
                 out_VH.zero_()
             elif beta != 1:
                 out_VH.mul_(beta)
-            values = grad_NH.to(out_VH.dtype)
-            # the repeatable one of the two on each device
-            if out_VH.is_cuda:
-                out_VH.index_put_((ids,), values, accumulate=True)
-            else:
-                out_VH.index_add_(0, ids, values)
+            add_rows_(out_VH, ids_N, grad_NH.to(out_VH.dtype))
 
         return None, weight_gradient.deliver(ctx.weight, write)
 

@@ -6,8 +6,27 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.fusions import backend
-from megatron.core.fusions.native import kernels as native
+from megatron.core.fusions.forms import operation
+from megatron.core.fusions.weight_gradient import deliver_tensor
+
+
+@operation
+def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The normalised x [..., H], and 1 / rms of each row [..., 1] in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
+    return weight * (wide * inverse_rms).to(x.dtype), inverse_rms
+
+
+@operation
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, in its type, and of the weight, in float32 or wider."""
+    grad, normalized = grad.to(inverse_rms.dtype), x.to(inverse_rms.dtype) * inverse_rms
+    grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0)
+    grad = grad * weight
+    # y = x / rms(x): dx = (dy - y mean(dy y)) / rms(x)
+    grad_x = (grad - normalized * (grad * normalized).mean(dim=-1, keepdim=True)) * inverse_rms
+    return grad_x.to(x.dtype), grad_weight
 
 
 class _RMSNorm(Function):
@@ -15,41 +34,17 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if backend.runs_triton(x, weight):
-            from megatron.core.fusions.kernels import rms_norm as kernels
-
-            x = x.contiguous()
-            y, inverse_rms = kernels.forward(x, weight, epsilon)
-            ctx.save_for_backward(x, weight, inverse_rms)
-            return y
-        if backend.runs_native(x, weight) and x.dtype == weight.dtype:
-            x = x.contiguous()
-            y, inverse_rms = native.rms_norm(x, weight, epsilon)
-            ctx.save_for_backward(x, weight, inverse_rms)
-            return y
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * (wide * inverse_rms).to(x.dtype)
+        x = x.contiguous()
+        y, inverse_rms = rms_norm_forward(x, weight, epsilon)
+        ctx.save_for_backward(x, inverse_rms)
+        ctx.weight = weight
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse_rms = ctx.saved_tensors
-        if backend.runs_triton(x, weight):
-            from megatron.core.fusions.kernels import rms_norm as kernels
-
-            grad_x, grad_weight = kernels.backward(grads[0].contiguous(), x, weight, inverse_rms)
-            return grad_x, grad_weight.to(weight.dtype), None
-        if backend.runs_native(x, weight) and x.dtype == weight.dtype:
-            grad_x, grad_weight = native.rms_norm_backward(grads[0].contiguous(), x, weight, inverse_rms)
-            return grad_x, grad_weight.to(weight.dtype), None
-        normalized = x.to(inverse_rms.dtype) * inverse_rms
-        grad = grads[0].to(inverse_rms.dtype)
-        grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        grad = grad * weight
-        # y = x / rms(x): dx = (dy - y mean(dy y)) / rms(x)
-        grad_x = (grad - normalized * (grad * normalized).mean(dim=-1, keepdim=True)) * inverse_rms
-        return grad_x.to(x.dtype), grad_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, inverse_rms = ctx.saved_tensors
+        grad_x, grad_weight = rms_norm_backward(grads[0].contiguous(), x, ctx.weight, inverse_rms)
+        return grad_x, deliver_tensor(ctx.weight, grad_weight), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.fusions import backend
+from megatron.core.fusions import forms
 
 
 class Routing(NamedTuple):
@@ -27,51 +26,30 @@ class Routing(NamedTuple):
     """Most pairs of a microbatch that an expert takes; a pair beyond it has the number of experts as its expert."""
 
 
-class _RouterLogits(Function):
-    """Keeps its operands as they are; autograd would keep the wide copy of the tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(wide), weight.to(wide))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad_x = grads[0] @ weight.to(grads[0].dtype)
-        grad_weight = grads[0].t() @ x.to(grads[0].dtype)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
-
-
-def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """x W^T in float32 or wider: [T, H], [E, H] -> [T, E]."""
-    return _RouterLogits.apply(x_TH, weight_EH)
-
-
 class _Route(Function):
-    """The kernel, which makes everything in one pass and its gradient in another."""
+    """The kernels: all outputs in one pass, and their gradient in another."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, top_k: int) -> tuple[Tensor, ...]:
-        from megatron.core.fusions.kernels import router as kernels
-
-        out = kernels.forward(logits.contiguous(), top_k)
-        ctx.save_for_backward(out.probs_TK, out.experts_TK, out.softmax_TE)
-        ctx.mark_non_differentiable(out.experts_TK, out.tokens_per_expert_E)
-        return tuple(out)
+        route_forward = forms.kernel("route_forward", logits, top_k)
+        assert route_forward is not None
+        probs, experts, softmax, logsumexp, counts = route_forward(logits.contiguous(), top_k)
+        ctx.save_for_backward(probs, experts, softmax)
+        ctx.mark_non_differentiable(experts, counts)
+        return probs, experts, softmax, logsumexp, counts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        from megatron.core.fusions.kernels import router as kernels
-
         grad_probs, _, grad_softmax, grad_logsumexp, _ = (grad.contiguous() for grad in grads)
-        return kernels.backward(grad_probs, grad_softmax, grad_logsumexp, *ctx.saved_tensors), None
+        arguments = (grad_probs, grad_softmax, grad_logsumexp, *ctx.saved_tensors)
+        route_backward = forms.kernel("route_backward", *arguments)
+        assert route_backward is not None
+        return route_backward(*arguments), None
 
 
 def top_k_routing(logits_TE: Tensor, top_k: int) -> Routing:
     """softmax -> top-k -> renormalise, which equals top-k -> softmax; `logits_TE` is float32 or wider."""
-    if backend.runs_triton(logits_TE):
+    if forms.kernel("route_forward", logits_TE, top_k) is not None:
         return Routing(*_Route.apply(logits_TE, top_k))
     softmax_TE = logits_TE.softmax(dim=-1)
     probs_TK, experts_TK = softmax_TE.topk(top_k, dim=-1)

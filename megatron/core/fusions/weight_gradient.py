@@ -1,8 +1,8 @@
 """Handing weight gradients to the buffers that accumulate them, without a tensor in between.
 
 Whoever accumulates gradients gives a parameter the attribute `gradient_sink`, a function that takes `write` and calls
-`write(main_grad, beta)` once, which must make main_grad = beta * main_grad + gradient (with beta 0 whatever was there
-does not count, NaN included). It counts as one gradient that has arrived.
+`write(main_grad, beta)` once, which must make main_grad = beta * main_grad + gradient (with beta 0 the old contents are
+ignored, NaN too). It counts as one gradient that has arrived.
 """
 
 from collections.abc import Callable
@@ -22,3 +22,12 @@ def deliver(weight: Tensor, write: Write) -> Tensor | None:
         return gradient
     sink(write)
     return None
+
+
+def deliver_tensor(weight: Tensor, gradient: Tensor) -> Tensor | None:
+    """The same for a gradient that is there already, in any type."""
+
+    def write(out: Tensor, beta: float) -> None:
+        out.copy_(gradient) if beta == 0 else out.mul_(beta).add_(gradient)
+
+    return deliver(weight, write)

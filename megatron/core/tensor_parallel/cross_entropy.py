@@ -12,22 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.fusions import product, weight_gradient
-from megatron.core.fusions.cross_entropy import SoftmaxStatistics, softmax_gradient_, softmax_statistics
+from megatron.core.fusions.cross_entropy import (
+    SoftmaxStatistics,
+    softmax_gradient_,
+    softmax_statistics,
+    vocabulary_blocks,
+)
+from megatron.core.fusions.linear import forward_product, multiply_
+from megatron.core.fusions.weight_gradient import deliver
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 
 MAX_LOGITS = 2**27
 """Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
-
-CACHED_LOGITS = 2**20
-"""Logits that a CPU makes at once, so that they are still in its cache when the softmax reads them."""
-
-STREAMED_LOGITS = 2**22
-"""The same where tiles multiply, which write past the caches anyway: fewer blocks are less work between them."""
-
-MIN_COLUMNS = 128
-"""The fewest columns that are worth a product of their own."""
 
 
 class _Vocabulary(NamedTuple):
@@ -49,16 +46,9 @@ class _Block(NamedTuple):
 
 
 def _blocks(weight: Tensor, vocabulary: _Vocabulary, tokens: int) -> list[_Block]:
-    rows = weight.shape[0]
-    if weight.is_cuda:
-        longest = rows
-    elif product.runs_on_tiles(weight, weight):
-        longest = max(STREAMED_LOGITS // max(1, tokens), MIN_COLUMNS)
-    else:
-        longest = min(max(CACHED_LOGITS // max(1, tokens), MIN_COLUMNS), product.MAX_WIDTH)
     return [
         _Block(weight[place], place.start, min(max(vocabulary.columns - place.start, 0), place.stop - place.start))
-        for place in product.blocks(rows, longest)
+        for place in vocabulary_blocks(weight, tokens)
     ]
 
 
@@ -84,15 +74,14 @@ class _OutputLoss(Function):
         for part_NH, part_ids in zip(x_NH.split(piece), ids_N.split(piece), strict=True):
             merged = None
             for block in _blocks(weight, vocabulary, part_NH.shape[0]):
-                statistics, softmax_NV = softmax_statistics(
-                    product.product(part_NH, block.weight.t()), part_ids - block.first, block.columns
-                )
+                logits_NV = forward_product(part_NH, block.weight)
+                statistics = softmax_statistics(logits_NV, part_ids - block.first, block.columns)
                 if merged is None:
                     merged = statistics
                 elif block.columns:
                     merged = merged.merge(statistics)
                 if x_NH.shape[0] <= piece:
-                    kept += [softmax_NV, statistics.logsumexp]
+                    kept += [logits_NV, statistics.logsumexp]
             assert merged is not None
             loss, logsumexp = _losses(merged, vocabulary.group)
             losses.append(loss)
@@ -108,8 +97,9 @@ class _OutputLoss(Function):
         whole = mappings.all_gather_first(x, vocabulary.group) if ctx.sequence_parallel else x
         x_NH = whole.reshape(-1, whole.shape[-1])
         grad_N = grads[0].reshape(-1).to(logsumexp_N.dtype)
+        one_block = len(_blocks(weight, vocabulary, min(ctx.piece, x_NH.shape[0]))) == 1
         # sums over blocks are rounded once
-        grad_x_NH = torch.empty_like(x_NH, dtype=x.dtype if x.is_cuda else logsumexp_N.dtype)
+        grad_x_NH = torch.empty_like(x_NH, dtype=x.dtype if one_block else logsumexp_N.dtype)
 
         def write(grad_weight: Tensor, beta: float) -> None:
             for start in range(0, x_NH.shape[0], ctx.piece):
@@ -117,18 +107,17 @@ class _OutputLoss(Function):
                 for number, block in enumerate(_blocks(weight, vocabulary, x_NH[rows].shape[0])):
                     ids = ids_N[rows] - block.first
                     if kept:
-                        softmax_NV, own_logsumexp = kept[2 * number : 2 * number + 2]
+                        logits_NV, own_logsumexp = kept[2 * number : 2 * number + 2]
                     else:
-                        logits_NV = product.product(x_NH[rows], block.weight.t())
-                        statistics, softmax_NV = softmax_statistics(logits_NV, ids, block.columns)
-                        own_logsumexp = statistics.logsumexp
-                    softmax_gradient_(softmax_NV, own_logsumexp, ids, logsumexp_N[rows], grad_N[rows], block.columns)
-                    product.multiply(softmax_NV, block.weight, grad_x_NH[rows], 1.0 if number else 0.0)
+                        logits_NV = forward_product(x_NH[rows], block.weight)
+                        own_logsumexp = softmax_statistics(logits_NV, ids, block.columns).logsumexp
+                    softmax_gradient_(logits_NV, own_logsumexp, ids, logsumexp_N[rows], grad_N[rows], block.columns)
+                    multiply_(logits_NV, block.weight, grad_x_NH[rows], 1.0 if number else 0.0)
                     place = slice(block.first, block.first + block.weight.shape[0])
-                    product.multiply(softmax_NV.t(), x_NH[rows], grad_weight[place], beta)
+                    multiply_(logits_NV.t(), x_NH[rows], grad_weight[place], beta)
                 beta = 1.0
 
-        grad_weight = weight_gradient.deliver(weight, write)
+        grad_weight = deliver(weight, write)
         grad_x = grad_x_NH.to(x.dtype).view_as(whole)
         if ctx.sequence_parallel:
             grad_x = mappings.reduce_scatter_first(grad_x, vocabulary.group)

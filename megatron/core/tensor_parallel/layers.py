@@ -5,10 +5,10 @@ parallelism, activations outside the tensor-parallel regions are [S/tp, B, H].
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.fusions.embedding import lookup
+from megatron.core.fusions.linear import linear
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.column_parallel import column_parallel_linear
@@ -98,7 +98,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the complete output, or this rank's slice of the sequence."""
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel(y, self.group)
         return mappings.reduce_from_tensor_parallel(y, self.group)

@@ -9,7 +9,7 @@ from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
-from megatron.core.fusions.grouped_gemm import Backend
+from megatron.core.fusions.linear import Backend
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.checkpointing import Progress, load_checkpoint, locate_checkpoint, save_checkpoint

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.grouped_gemm import Backend, takes_grouped_mm
+from megatron.core.fusions.forms import takes_grouped_mm
+from megatron.core.fusions.linear import Backend
 from megatron.core.fusions.permute import PermutationMap
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter

@@ -14,7 +14,8 @@ from torch.autograd import Function
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.capacity import within_capacity
 from megatron.core.fusions.jitter import jittered, mixed
-from megatron.core.fusions.router import Routing, router_logits, top_k_routing
+from megatron.core.fusions.linear import linear
+from megatron.core.fusions.router import Routing, top_k_routing
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.mappings import all_gather_first, all_reduce, split_first
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
@@ -124,7 +125,8 @@ class TopKRouter(nn.Module):
         if self.jitter_eps and self.training:
             x_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
             x_TH = jittered(x_TH, self._keys(positions_S, batch, microbatch), self.jitter_eps)
-        routing = top_k_routing(router_logits(x_TH, self.weight), self.top_k)
+        logits_TE = linear(x_TH, self.weight, torch.promote_types(x_TH.dtype, torch.float32))
+        routing = top_k_routing(logits_TE, self.top_k)
         loss, statistics = self._auxiliary_losses(routing, batch)
         if loss is not None and torch.is_grad_enabled():
             scale = microbatch.auxiliary_loss_scale

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.grouped_gemm import Backend
+from megatron.core.fusions.linear import Backend
 from megatron.core.fusions.permute import (
     PermutationMap,
     combine,
@@ -144,9 +144,7 @@ def test_the_order_of_tokens_does_not_matter() -> None:
 def test_rows_that_belong_to_nobody_stay_out() -> None:
     """Where experts are padded to their capacity, or memory behind the last row was never written."""
     # pairs 0 ... 3 of two tokens are in rows 0, 2, 3 and nowhere; rows 1 and 4 are empty
-    index = PermutationMap(
-        torch.tensor([0, -1, 1, 2, -1]), torch.tensor([[0, 2], [3, -1]]), torch.tensor([2, 5]).int(), bijective=False
-    )
+    index = PermutationMap(torch.tensor([0, -1, 1, 2, -1]), torch.tensor([[0, 2], [3, -1]]), torch.tensor([2, 5]).int())
     y_RH, probs_R = torch.ones(5, 3), torch.ones(5)
     y_RH[[1, 4]], probs_R[[1, 4]] = float("nan"), float("nan")
     assert torch.equal(combine(y_RH, index), torch.tensor([[2.0] * 3, [1.0] * 3]))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from megatron.core.fusions.grouped_gemm import Backend, add_weight_gradient, grouped_product
 
 from megatron.core.fusions import grouped_gemm
 from megatron.core.fusions import swiglu as swiglu_module
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.grouped_gemm import Backend, add_weight_gradient, grouped_product
 from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
 from megatron.core.fusions.router import top_k_routing
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from megatron.core.fusions.grouped_gemm import add_weight_gradient, grouped_product
+from megatron.core.fusions.native import kernels as native
 from torch import Tensor
 
 from megatron.core.fusions import product
@@ -13,8 +15,6 @@ from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron.core.fusions.expert_mlp import NARROW_ROWS, expert_mlp
-from megatron.core.fusions.grouped_gemm import add_weight_gradient, grouped_product
-from megatron.core.fusions.native import kernels as native
 from megatron.core.fusions.permute import PermutationMap, align_rows, combine, gather, permutation_map
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import apply_rotary, rotary_tables

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from megatron.core.fusions.product import ALIGNED, blocks, multiply
 
 

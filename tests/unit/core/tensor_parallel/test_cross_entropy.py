@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.core.fusions.kernels.library.cpu import blocks
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import cross_entropy
 from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
@@ -25,8 +26,7 @@ def test_equals_torch_in_any_number_of_pieces(
     tokens_at_once: int, columns_in_a_block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS", tokens_at_once * PADDED)
-    monkeypatch.setattr(cross_entropy, "CACHED_LOGITS", 0)
-    monkeypatch.setattr(cross_entropy, "MIN_COLUMNS", columns_in_a_block)
+    monkeypatch.setattr(cross_entropy, "vocabulary_blocks", lambda *_: blocks(PADDED, columns_in_a_block))
     x, weight, targets, scale = _inputs(torch.float64)
     ours = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     theirs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]

@@ -1,6 +1,6 @@
 // The operations of megatron.core.fusions for CPUs, compiled for several instruction sets: the best that the processor
 // has is taken when the module is loaded. Tensors come as addresses, shapes and strides, so that torch is not needed to
-// build this; kernels.py beside this file checks them.
+// build this; wrapper.py beside this file checks them.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -262,8 +262,8 @@ void multiply_tiled([[maybe_unused]] const std::vector<ProductArguments>& wanted
 }  // namespace
 
 PYBIND11_MODULE(kernels_cpp, module) {
-    module.doc() = "Operations of megatron.core.fusions for CPUs; see kernels.py.";
-    module.attr("INTERFACE") = 3;
+    module.doc() = "Operations of megatron.core.fusions for CPUs; see wrapper.py.";
+    module.attr("SOURCES") = SOURCES;
     define<float>(module, "float32");
     define<native::BFloat16>(module, "bfloat16");
     module.def("multiply_float32_float32", &multiply);
@@ -271,11 +271,12 @@ PYBIND11_MODULE(kernels_cpp, module) {
     module.def("multiply_bfloat16_bfloat16", &multiply_tiled<native::BFloat16>);
     module.def("shares_threads", [] { return native::torch_parallel() != nullptr; },
                "Whether torch's threads were found.");
+    module.def("instruction_set", &chosen, "The one that is used.");
     module.def("instruction_sets", &instruction_sets, "Those compiled here that this processor has, best first.");
     module.def("choose_instruction_set", [](const std::string& set) {
         const auto& sets = instruction_sets();
         if (std::find(sets.begin(), sets.end(), set) == sets.end())
-            throw py::value_error("instruction set " + set + " is not to be had here");
+            throw py::value_error("this processor, or this build, has no instruction set " + set);
         chosen() = set;
     });
 }

@@ -63,7 +63,7 @@ def _combine(y_ptr, pair_to_row_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: t
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def sort_pairs(experts_TK: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Stable counting sort of int64 `experts_TK`: int64 row -> pair [R], int64 pair -> row [T, K], int32 ends [E].
 
     Pairs with an expert outside [0, num_experts) get row -1; `num_rows` counts the others, if they are not all.
@@ -84,7 +84,7 @@ def permutation_map(experts_TK: Tensor, num_experts: int, num_rows: int | None =
     return row_to_pair, pair_to_row, ends[blocks - 1 :: blocks].to(torch.int32)
 
 
-def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
+def gather_pairs(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
     """Row r is token `row_to_pair[r] // K`, or zero where that is negative: x [T, H] contiguous -> [R, H]."""
     rows, width = row_to_pair_R.numel(), x_TH.shape[1]
     out = x_TH.new_empty((rows, width))
@@ -94,7 +94,7 @@ def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
     return out
 
 
-def combine(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
+def combine_pairs(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
     """Sums each token's rows, those not negative, in float32: y [R, H] contiguous -> [T, H] in y's type."""
     (tokens, top_k), width = pair_to_row_TK.shape, y_RH.shape[1]
     out = y_RH.new_empty((tokens, width))

@@ -4,6 +4,7 @@ R rows sorted by expert, O and I the width of the product's output and input. Ad
 write, read and write it again: for Mixtral 8x7B 16.9 GB a layer.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,14 +49,22 @@ def _accumulate_weight_gradient(
         tl.store(main_grad_ptr + place, tl.load(main_grad_ptr + place, mask=inside) + total, mask=inside)
 
 
-def accumulate_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor) -> None:
-    """main_grad_e += sum over the rows of expert e of grad_r^T x_r, in float32; experts without rows are left alone.
+def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor, beta: float) -> None:
+    """main_grad_e = beta * main_grad_e + sum over the rows of expert e of grad_r^T x_r, in float32.
 
     `grad_RO` and `x_RI` are contiguous and of one type, `ends_E` (int32) holds the end of each expert's rows.
     """
+    if beta != 1:
+        main_grad_EOI.mul_(beta) if beta else main_grad_EOI.zero_()
     experts, out_width, in_width = main_grad_EOI.shape
     tiles = triton.cdiv(out_width, BLOCK_OUT) * triton.cdiv(in_width, BLOCK_IN)
     _accumulate_weight_gradient[(tiles, experts)](
         grad_RO, x_RI, ends_E, main_grad_EOI, out_width, in_width,
         OUT=BLOCK_OUT, IN=BLOCK_IN, ROWS=BLOCK_ROWS, GROUP=TILES_IN_A_GROUP, num_warps=8, num_stages=3,
     )  # fmt: skip
+
+
+def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
+    """out = beta * out + a b, as the weight gradient of one expert; the rows of `out` lie one after another."""
+    end = torch.full((1,), a_NK.shape[1], dtype=torch.int32, device=a_NK.device)
+    grouped_weight_gradient_(a_NK.t().contiguous(), b_KM.contiguous(), end, out_NM.unsqueeze(0), beta)

@@ -49,7 +49,7 @@ def _gradient(logits_ptr, ids_ptr, logsumexp_ptr, grad_ptr, width, columns, BLOC
     tl.store(place, grad.to(logits_ptr.dtype.element_ty), mask=column < width)
 
 
-def statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_statistics_(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit, sum of exp(logit - largest) and the target's logit (0 if it is elsewhere), float32 [N] each.
 
     `ids_N` (int64) count from this rank's first column; without real columns the largest is -inf and the sum 0.
@@ -61,7 +61,9 @@ def statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, 
     return largest, total, target
 
 
-def gradient_(logits_NV: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int) -> None:
+def softmax_gradient_(
+    logits_NV: Tensor, own_logsumexp_N: Tensor, ids_N: Tensor, logsumexp_N: Tensor, grad_N: Tensor, columns: int
+) -> None:
     """Overwrites the logits with (softmax - one_hot(target)) * grad, and with 0 in padding columns."""
     rows, width = logits_NV.shape
     if rows:

@@ -50,7 +50,7 @@ def _backward(
     tl.store(grad_probs_ptr + row, tl.sum(grad_prob, axis=1)[:, None], mask=row < rows)
 
 
-def forward(gate_up: Tensor, probs: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
     """gate_up [R, 2F] contiguous, probs [R] -> silu(gate) * up * p, [R, F] in gate_up's type."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty((rows, width))
@@ -60,11 +60,11 @@ def forward(gate_up: Tensor, probs: Tensor) -> Tensor:
     return y
 
 
-def backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From d(y) [R, F]: d(gate_up) [R, 2F], d(probs) [R] in float32, and y itself, which need not have been kept."""
+def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From d(y) [R, F]: d(gate_up) [R, 2F], d(probs) [R], and y itself, which need not have been kept."""
     rows, width = grad.shape
     grad_gate_up, y = torch.empty_like(gate_up), torch.empty_like(grad)
-    grad_probs = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    grad_probs = torch.empty_like(probs)
     if rows:
         _backward[(triton.cdiv(rows, BLOCK_ROWS),)](
             grad, gate_up, probs, grad_gate_up, y, grad_probs, rows, width, ROWS=BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS

@@ -99,7 +99,7 @@ def _backward(
     tl.store(grad_logits_ptr + place, softmax * (grad - inner[:, None] + grad_logsumexp[:, None]), mask=inside)
 
 
-def forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
+def route_forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
     """Routes float32 logits [T, E], contiguous; of equal experts the one with the smaller number is taken."""
     tokens, experts = logits_TE.shape
     probs = logits_TE.new_empty((tokens, top_k))
@@ -115,7 +115,7 @@ def forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
     return RouterOutput(probs, chosen, softmax, logsumexp, partial_counts.sum(dim=0))
 
 
-def backward(
+def route_backward(
     grad_probs_TK: Tensor,
     grad_softmax_TE: Tensor,
     grad_logsumexp_T: Tensor,

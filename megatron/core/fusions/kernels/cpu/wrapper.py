@@ -1,4 +1,4 @@
-"""The functions of the C++ extension on tensors; what they compute is said in the files of the same operations above.
+"""The functions of the C++ extension on tensors, with the names and arguments of the operations they stand for.
 
 T tokens, K experts a token, R rows, H hidden, F width of an expert, N tokens, V columns of logits. Operands must be
 contiguous unless it is said otherwise.
@@ -11,25 +11,32 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-kernels_cpp: ModuleType | None
-try:
-    kernels_cpp = importlib.import_module("megatron.core.fusions.native.kernels_cpp")
-except ImportError:
-    kernels_cpp = None
-INTERFACE = 3
-"""What the extension must say of itself: one that was built from another version of the source is no use."""
-if getattr(kernels_cpp, "INTERFACE", None) != INTERFACE:
-    kernels_cpp = None
-# torch on macOS has another OpenMP: on one thread of its own the extension would be slower than torch
-if kernels_cpp is not None and not kernels_cpp.shares_threads():
-    kernels_cpp = None
+from megatron.core.fusions.kernels.cpu.sources import checksum
+from megatron.core.fusions.kernels.library.cpu import blocks
 
-_BEST_SET: str = "" if kernels_cpp is None else kernels_cpp.instruction_sets()[0]
-FAST_PRODUCTS = _BEST_SET in ("amx", "avx512")
-FAST_NARROW_PRODUCTS = _BEST_SET == "amx"
-TYPES = (torch.float32, torch.bfloat16)
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or why there is none."""
+    try:
+        extension = importlib.import_module("megatron.core.fusions.kernels.cpu.kernels_cpp")
+    except ImportError:
+        return None, "not compiled when the package was installed"
+    if checksum() != extension.SOURCES:
+        return None, "compiled from other sources: install the package again"
+    if not extension.shares_threads():
+        # torch on macOS has another OpenMP: on one thread of its own the extension would be slower than torch
+        return None, "does not find torch's threads"
+    return extension, ""
+
+
+kernels_cpp, MISSING = _load()
 _PARTIAL_SUMS = 32
 """Pieces of rows that the gradient of a norm's weight is summed in; fixed, so that the threads do not show."""
+
+
+def instruction_set() -> str:
+    """The instruction set in use, best of those that this processor has; empty without the extension."""
+    return "" if kernels_cpp is None else kernels_cpp.instruction_set()
 
 
 def _call(operation: str, tensor: Tensor, *arguments: object) -> None:
@@ -60,7 +67,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tenso
     return grad_gate_up, grad_probs, y
 
 
-def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
+def gather_pairs(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
     """[T, H], int64 [R] -> [R, H]."""
     y_RH = x_TH.new_empty(row_to_pair_R.shape[0], x_TH.shape[1])
     _check(x_TH, row_to_pair_R)
@@ -68,7 +75,7 @@ def gather(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
     return y_RH
 
 
-def combine(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
+def combine_pairs(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
     """[R, H], int64 [T, K] -> [T, H]."""
     tokens, top_k = pair_to_row_TK.shape
     x_TH = y_RH.new_empty(tokens, y_RH.shape[1])
@@ -77,7 +84,7 @@ def combine(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
     return x_TH
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """[..., H], [H] -> the normalised x, and 1 / rms of each row [..., 1] in float32."""
     y, inverse_rms = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     _check(x, weight)
@@ -97,7 +104,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tens
     return grad_x, partial.sum(dim=0)
 
 
-def softmax_statistics(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_statistics_(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logit, sum of exponentials and the target's logit, float32 [N]; the logits become their softmax."""
     largest, total, target = torch.empty(3, logits_NV.shape[0]).unbind()
     _check(logits_NV, ids_N)
@@ -115,7 +122,7 @@ def softmax_gradient_(
     _call("softmax_gradient", softmax_NV, *(tensor.data_ptr() for tensor in tensors), *softmax_NV.shape, columns)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x [B, heads, S, d], any strides but the last, float32 tables [S, d/2] or [B, S, d/2] -> the same, contiguous."""
     y = x.new_empty(x.shape)
     assert x.stride(-1) == 1, x.stride()
@@ -128,7 +135,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return y
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def attention_forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Causal: query [B, h, S, d], key and value [B, g, S, d], any strides but the last -> [B, h, S, d], lse [B, h, S].
 
     The output lies in memory as [S, B, h, d], which is what the next product wants.
@@ -173,16 +180,8 @@ def adamw_(
     _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
 
 
-def multiplies(a: Tensor, b: Tensor, out: Tensor | None = None) -> bool:
-    """Whether `multiply` takes these operands, and `out` if it is given, and is faster here than the library."""
-    if a.device.type != "cpu" or b.device.type != "cpu" or a.dtype != b.dtype:
-        return False
-    if out is not None and (out.dtype not in (a.dtype, torch.float32) or not _rows_lie_together(out)):
-        return False
-    return (a.dtype == torch.float32 and FAST_PRODUCTS) or (a.dtype == torch.bfloat16 and FAST_NARROW_PRODUCTS)
-
-
-def _rows_lie_together(out: Tensor) -> bool:
+def rows_lie_together(out: Tensor) -> bool:
+    """Whether the elements of each row are neighbours in memory."""
     return out.stride(1) == 1 or out.shape[1] <= 1
 
 
@@ -191,10 +190,10 @@ def _packable(operand: Tensor) -> Tensor:
     return operand if operand.dtype == torch.float32 or 1 in operand.stride() else operand.contiguous()
 
 
-def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
+def multiply_all(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> None:
     """out = beta * out + a b for each (a, b, out), all of the same types, sums in float32, in one parallel section.
 
-    Rows of `out` lie together. The outputs must not overlap. With beta 0 nothing of them counts, NaN included.
+    Rows of `out` lie together. The outputs must not overlap. With beta 0 their old contents are ignored, NaN too.
     """
     arguments = []
     types = (products[0][0].dtype, products[0][1].dtype, products[0][2].dtype)
@@ -202,8 +201,38 @@ def multiply(products: Sequence[tuple[Tensor, Tensor, Tensor]], beta: float) -> 
     for a, b, out in operands:
         assert (a.dtype, b.dtype, out.dtype) == types, (a.dtype, b.dtype, out.dtype, types)
         assert a.shape[1] == b.shape[0] and out.shape == (a.shape[0], b.shape[1]), (a.shape, b.shape, out.shape)
-        assert _rows_lie_together(out), out.stride()
+        assert rows_lie_together(out), out.stride()
         addresses = ((a.data_ptr(), *a.stride()), (b.data_ptr(), *b.stride()), (out.data_ptr(), out.stride(0)))
         arguments.append((*addresses, (a.shape[0], a.shape[1], b.shape[1]), beta))
     narrow, wide = (str(dtype).removeprefix("torch.") for dtype in (types[0], types[2]))
     getattr(kernels_cpp, f"multiply_{narrow}_{wide}")(arguments, torch.get_num_threads())
+
+
+def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
+    """out = beta * out + a b."""
+    multiply_all([(a_NK, b_KM, out_NM)], beta)
+
+
+def _rows_of_experts(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool, backend: str) -> Tensor:
+    """All experts in one parallel section, whatever the backend."""
+    matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI
+    y = x.new_empty(x.shape[0], matrices.shape[2])
+    by_expert = zip(_rows_of_experts(ends_E), matrices, strict=True)
+    multiply_all([(x[rows], matrix, y[rows]) for rows, matrix in by_expert], 0.0)
+    return y
+
+
+def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_EOI: Tensor, beta: float) -> None:
+    """The same for the gradients of the weights."""
+    by_expert = zip(_rows_of_experts(ends_E), out_EOI, strict=True)
+    multiply_all([(grad_RO[rows].t(), x_RI[rows], out) for rows, out in by_expert], beta)
+
+
+def vocabulary_blocks(weight_VH: Tensor, tokens: int) -> list[slice]:
+    """2^22 logits: tiles write past the caches anyway, and fewer blocks are less work between them."""
+    return blocks(weight_VH.shape[0], max(2**22 // max(1, tokens), 128))

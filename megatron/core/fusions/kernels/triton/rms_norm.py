@@ -45,7 +45,7 @@ def _backward(
     tl.store(partial_ptr + program * width + columns, grad_weight, mask=inside)
 
 
-def forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x [..., H] contiguous -> y like x, and float32 1/rms [..., 1]."""
     width = x.shape[-1]
     y = torch.empty_like(x)
@@ -56,7 +56,7 @@ def forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return y, inverse_rms
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of the weight in float32; all inputs contiguous."""
     width, rows = x.shape[-1], inverse_rms.numel()
     grad_x = torch.empty_like(x)

@@ -28,7 +28,7 @@ def _rotate(
         tl.store(out + half, (second * cos + first * sin).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """Rotates each pair (x_i, x_{i+d/2}) by its position's angle, or back: [B, heads, S, d] -> the same, contiguous.
 
     `cos` and `sin` are [S, d/2], or [B, S, d/2] where positions differ between the sequences of a batch. The last axis

@@ -1,0 +1,118 @@
+"""Which form of an operation runs: the table of all kernels, and the only place that looks at the machine.
+
+An operation is a formula in PyTorch, and the formula runs anywhere. The first kernel in its row of TABLE that is there
+and takes the arguments runs in its place. `tools/show_forms.py` prints what that is on a machine, and why the others
+are not.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from megatron.core.fusions.kernels import Kernel, cpp, instruction_set, library, load, refusal, triton
+from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
+from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM
+
+Formula = TypeVar("Formula", bound=Callable[..., Any])
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def takes_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether torch has grouped_mm and it takes rows of these widths: they must be aligned to 16 bytes."""
+    return HAS_GROUPED_MM and dtype != FP64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def _is_grouped(x: Tensor, weight: Tensor, ends: Tensor, transpose: bool, backend: str) -> bool:
+    return backend != "loop" and x.shape[0] > 0 and takes_grouped_mm(x.dtype, *weight.shape[1:])
+
+
+def _multiplies(a: Tensor, b: Tensor, *_: Any) -> bool:
+    return a.dtype == b.dtype and instruction_set() in (("amx", "avx512") if a.dtype == FP32 else ("amx",))
+
+
+def _fits_tiles(a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
+    return a.dtype == BF16 and a.shape[1] > 0 and (out.stride(1) == 1 or out.shape[1] <= 1) and _multiplies(a, b)
+
+
+def _is_short(query: Tensor, *_: Any) -> bool:
+    longest = 4096 if (query.dtype, instruction_set()) == (BF16, "amx") else 1024
+    return instruction_set() in ("amx", "avx512") and 0 < query.shape[2] <= longest
+
+
+def _widens(a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
+    return a.dtype in (BF16, FP16) and out.dtype == FP32
+
+
+# What a kernel asks of the arguments besides device and types, in words and as a function of them. C++ runs where it is
+# faster than the libraries: products in float32 need AVX-512 for that, in bfloat16 the tile registers of AMX.
+_ONE_TYPE = "input and weight of one type", lambda *args: args[-3].dtype == args[-2].dtype
+_TABLES = "float32 tables", lambda x, cos, *_: cos.dtype == FP32
+_PROBS = "float32 probabilities", lambda *args: args[-1].dtype == FP32
+_REAL = "columns that are not padding", lambda x, *args: x.shape[0] > 0 and args[-1] > 0
+_MASTERS = "float32 masters and gradients", lambda *args: args[0].dtype == args[3].dtype == FP32
+_SHORT = "at most 1024 positions with AVX-512, 4096 in bfloat16 with AMX", _is_short
+_FLASH = "16 bits, heads of 8, 16 ... 256", lambda q, *_: q.dtype in (BF16, FP16) and q.shape[-1] in range(8, 257, 8)
+_WHOLE = "types that no kernel with grouped heads takes", lambda q, *_: q.dtype not in (BF16, FP16)
+_TILES = "bfloat16 with AMX", _fits_tiles
+_BROAD = "over 1024 float32 columns", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > MAX_WIDTH
+_ADDED = "16 bits into float32, where torch can", lambda *args: ADDS_TO_FLOAT32 and _widens(*args)
+_WIDENED = "16 bits into float32", _widens
+_GRADIENT = "float32 gradients", lambda *args: args[3].dtype == FP32
+_ALIGNED = "rows in 16 bytes, not --moe-grouped-gemm-backend loop", _is_grouped
+_ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
+_PRODUCTS = "float32 with AVX-512, bfloat16 with AMX", _multiplies
+_SUMS = "the same, not into float16", lambda g, x, _, out, beta: out.dtype in (g.dtype, FP32) and _multiplies(g, x)
+_NARROW = "bfloat16 with AMX", lambda weight, _: weight.dtype == BF16 and _multiplies(weight, weight)
+_BY_ONEDNN = (
+    "16 bits that oneDNN multiplies",
+    lambda x, weight, backend: x.dtype in (BF16, FP16) and (backend == "grouped_mm" or not _multiplies(x, weight)),
+)
+
+TABLE: dict[str, tuple[Kernel, ...]] = {
+    "rms_norm_forward": (triton("rms_norm"), cpp(*_ONE_TYPE)),
+    "rms_norm_backward": (triton("rms_norm"), cpp(*_ONE_TYPE)),
+    "rotate": (triton("rotary"), cpp(*_TABLES)),
+    "swiglu": (triton("swiglu"), cpp(*_PROBS)),
+    "swiglu_backward": (triton("swiglu"), cpp(*_PROBS)),
+    "route_forward": (triton("router"),),
+    "route_backward": (triton("router"),),
+    "sort_pairs": (triton("permute"),),
+    "gather_pairs": (triton("permute"), cpp()),
+    "combine_pairs": (triton("permute"), cpp()),
+    "softmax_statistics_": (triton("cross_entropy"), cpp(*_REAL)),
+    "softmax_gradient_": (triton("cross_entropy"), cpp(*_REAL)),
+    "add_rows_": (library("cuda"),),
+    "adamw_": (cpp(*_MASTERS),),
+    "attention_forward": (cpp(*_SHORT),),
+    "attention_backward": (cpp(),),
+    "attend": (library("cuda", *_WHOLE),),
+    "attend_documents": (library("cuda", *_FLASH),),
+    "attention_block": (library("cuda", *_FLASH), library("cpu")),
+    "attention_block_backward": (library("cuda", *_FLASH), library("cpu")),
+    "multiply_": (cpp(*_TILES), library("cpu", *_BROAD), library("cuda", *_ADDED), triton("grouped_gemm", *_WIDENED)),
+    "grouped_product": (library("meta"), library("cuda", *_ALIGNED), library("cpu", *_ASKED), cpp(*_PRODUCTS)),
+    "grouped_weight_gradient_": (library("meta"), triton("grouped_gemm", *_GRADIENT), cpp(*_SUMS)),
+    "row_multiple": (library("cpu", *_BY_ONEDNN),),
+    "vocabulary_blocks": (cpp(*_NARROW), library("cpu")),
+}  # fmt: skip
+
+
+def kernel(operation: str, *arguments: Any) -> Callable[..., Any] | None:
+    """What runs instead of the operation's formula, or None."""
+    for candidate in TABLE[operation]:
+        if not refusal(candidate, arguments):
+            return getattr(load(candidate.module), operation)
+    return None
+
+
+def operation(formula: Formula) -> Formula:
+    """Makes a formula an operation: with arguments that a kernel of its name takes, that runs instead."""
+
+    @functools.wraps(formula)
+    def run(*arguments: Any) -> Any:
+        return (kernel(formula.__name__, *arguments) or formula)(*arguments)
+
+    return cast(Formula, run)

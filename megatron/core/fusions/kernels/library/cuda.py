@@ -1,0 +1,66 @@
+"""Of torch, cuBLAS and FlashAttention, for CUDA devices."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_grouped_mm = getattr(F, "grouped_mm", None)
+HAS_GROUPED_MM = _grouped_mm is not None
+ADDS_TO_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
+# torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so
+_VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
+    """cuBLAS adds products of 16 bits to float32 without rounding them first."""
+    torch.addmm(out_NM, a_NK, b_KM, beta=beta, out_dtype=torch.float32, out=out_NM)
+
+
+def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool, backend: str) -> Tensor:
+    """torch's grouped_mm."""
+    assert _grouped_mm is not None
+    return _grouped_mm(x, weight_EOI.transpose(1, 2) if transpose else weight_EOI, offs=ends_E)
+
+
+def add_rows_(out_VH: Tensor, ids_N: Tensor, values_NH: Tensor) -> None:
+    """Sorts the rows first; index_add_ adds with atomics, in another order each time."""
+    out_VH.index_put_((ids_N,), values_NH, accumulate=True)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Only kernels of 16 bits take grouped heads; for others torch would build the whole S x S matrix."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def attend_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """All documents in one call of FlashAttention (arXiv:2307.08691)."""
+    options: dict[str, Any] = {"enable_gqa": True} if _VARLEN_GROUPS else {}
+    if not _VARLEN_GROUPS:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    longest = max(lengths)
+    context = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
+    assert isinstance(context, Tensor)
+    return context
+
+
+def attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """FlashAttention."""
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False)
+    return out, logsumexp
+
+
+def attention_block_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its backward pass."""
+    nothing = torch.empty(0, dtype=torch.int64, device=query.device)
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, query, key, value, out, logsumexp.contiguous(), None, None, query.shape[2], key.shape[2], 0.0, causal,
+        nothing, nothing,
+    )  # fmt: skip

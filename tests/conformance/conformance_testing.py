@@ -1,0 +1,92 @@
+"""Forms of operations, one at a time, and how their results are compared with float64."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.core.fusions import forms, kernels
+
+HAS_GPU = torch.cuda.is_available()
+BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
+_WRAPPER = kernels.load("cpu.wrapper")
+INSTRUCTION_SETS = [] if isinstance(_WRAPPER, str) else _WRAPPER.kernels_cpp.instruction_sets()
+HAS_TRITON = not isinstance(kernels.load("triton.swiglu"), str)
+
+# Each with the types it is tested in. Triton's interpreter computes bfloat16 wrongly without saying so: that is for a
+# GPU alone.
+FORMS: dict[str, tuple[torch.dtype, ...]] = {
+    "formula": (torch.float32, torch.bfloat16),
+    "library": (torch.float32, torch.bfloat16),
+    **dict.fromkeys(INSTRUCTION_SETS, (torch.float32, torch.bfloat16)),
+}
+if HAS_TRITON:
+    FORMS["triton"] = (torch.float32, torch.float16)
+GPU_FORMS = ["library", "triton"] if HAS_TRITON else ["library"]
+
+
+def form_parameters() -> list[object]:
+    """(form, dtype) of everything that can run on a CPU, and what needs a GPU marked so."""
+    made: list[object] = [
+        pytest.param(form, dtype, "cpu", id=f"{form}-{str(dtype).removeprefix('torch.')}")
+        for form, dtypes in FORMS.items()
+        for dtype in dtypes
+        if not (HAS_GPU and form == "triton")
+    ]
+    for form in GPU_FORMS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            name = f"{form}-{str(dtype).removeprefix('torch.')}-cuda"
+            made.append(pytest.param(form, dtype, "cuda", id=name, marks=pytest.mark.gpu))
+    return made
+
+
+@contextmanager
+def only(form: str) -> Iterator[set[str]]:
+    """Lets an operation run in this form or else as its formula; gives the operations whose kernels ran."""
+    parts = {"formula": {}, "triton": {"triton": "cuda" if HAS_GPU else "cpu"}}
+    parts["library"] = {f"library.{device}": device for device in ("cpu", "cuda", "meta")}
+    used: set[str] = set()
+    find = forms.kernel
+
+    def find_and_note(operation: str, *arguments: object) -> Callable[..., object] | None:
+        kernel = find(operation, *arguments)
+        if kernel is not None:
+            used.add(operation)
+        return kernel
+
+    choose = None
+    if form in INSTRUCTION_SETS:
+        assert not isinstance(_WRAPPER, str)
+        choose = _WRAPPER.kernels_cpp.choose_instruction_set
+        choose(form)
+    try:
+        with (
+            mock.patch.dict(kernels.DEVICES, parts.get(form, {"cpu": "cpu"}), clear=True),
+            mock.patch.object(forms, "kernel", find_and_note),
+        ):
+            yield used
+    finally:
+        if choose is not None:
+            choose(INSTRUCTION_SETS[0])
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Normal numbers that `dtype` can hold exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """||ours - reference|| / ||reference||."""
+    assert ours.shape == reference.shape, (ours.shape, reference.shape)
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def assert_close(ours: Tensor, reference: Tensor, bound: float | None = None) -> None:
+    """Their relative error is within the bound of ours' type."""
+    error = relative_error(ours, reference)
+    assert error <= (bound or BOUNDS[ours.dtype]), error

@@ -1,0 +1,185 @@
+"""Every form where it is easily wrong: NaN, infinities, ties, memory that was used before, repeated runs."""
+
+import math
+
+import pytest
+import torch
+from conformance_testing import FORMS, HAS_GPU, assert_close, drawn, only, relative_error
+
+from megatron.core.fusions.adamw import AdamWStep, adamw_
+from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
+from megatron.core.fusions.expert_mlp import expert_mlp
+from megatron.core.fusions.linear import grouped_weight_gradient_, linear
+from megatron.core.fusions.permute import combine_pairs, gather_pairs, permutation_map
+from megatron.core.fusions.router import top_k_routing
+from megatron.core.fusions.swiglu import swiglu, swiglu_backward
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def _device(form: str) -> str:
+    return DEVICE if form == "triton" else "cpu"
+
+
+@each_form
+def test_swiglu_of_large_numbers_and_nan(form: str) -> None:
+    gate = torch.tensor([0.0, 30.0, -30.0, 90.0, -90.0, 1e4, -1e4, 1e30, math.nan])
+    gate_up = torch.stack((gate, torch.ones_like(gate)), dim=1).to(_device(form))
+    with only(form):
+        y = swiglu(gate_up, torch.ones(9, device=gate_up.device)).squeeze(1).cpu()
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-35, equal_nan=True)
+
+
+@each_form
+def test_softmax_of_logits_far_apart_and_of_nan(form: str) -> None:
+    logits = torch.tensor([[0.0, -1e30, -90.0], [1e30, 0.0, -1e30], [0.0, math.nan, 1.0], [-100.0, -300.0, -100.0]])
+    ours, ids, device = logits.clone().to(_device(form)), torch.ones(4, dtype=torch.int64), _device(form)
+    with only(form):
+        statistics = softmax_statistics(ours, ids.to(device), 3)
+        logsumexp = statistics.logsumexp
+        softmax_gradient_(ours, logsumexp, ids.to(device), logsumexp, torch.ones(4, device=device), 3)
+    expected = logits.softmax(dim=1) - torch.nn.functional.one_hot(ids, 3)
+    assert logsumexp.isnan().tolist() == [False, False, True, False]
+    torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@each_form
+def test_the_gradient_of_a_sum_of_losses_is_one_number(form: str) -> None:
+    ids = torch.arange(3, device=_device(form))
+    grad = torch.tensor((2.0, 7.0), device=ids.device)[:1].expand(3)
+    results = []
+    with only(form):
+        for upstream in (grad, grad.clone()):
+            logits = drawn(3, 5, device=_device(form))
+            logsumexp = softmax_statistics(logits, ids, 5).logsumexp
+            softmax_gradient_(logits, logsumexp, ids, logsumexp, upstream.contiguous(), 5)
+            results.append(logits)
+    assert torch.equal(*results)
+
+
+@each_form
+def test_of_equal_experts_the_first_is_taken(form: str) -> None:
+    if form != "triton":
+        pytest.skip("torch's topk does not promise it")
+    with only(form):
+        assert top_k_routing(torch.zeros((3, 5), device=_device(form)), 2).experts_TK.tolist() == [[0, 1]] * 3
+
+
+@each_form
+def test_a_token_of_nan_gets_experts_that_exist(form: str) -> None:
+    # of Triton only compiled kernels can fail here: the interpreter's argmax is NumPy's, which finds a NaN
+    logits = torch.zeros((2, 5), device=_device(form))
+    logits[0] = math.nan
+    with only(form):
+        out = top_k_routing(logits, 5)
+    assert out.experts_TK.sort().values.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert out.probs_TK[0].isnan().all() and not out.probs_TK[1].isnan().any()
+
+
+@each_form
+def test_rows_behind_the_last_expert_stay_out(form: str) -> None:
+    counts, device = (65, 7, 0), _device(form)
+    grad, x = drawn(74, 48, device=device), drawn(74, 32, device=device, seed=1)
+    grad[72:], x[72:] = math.nan, math.nan
+    ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    before = drawn(3, 48, 32, device=device, seed=2)
+    out = before.clone()
+    with only(form):
+        grouped_weight_gradient_(grad, x, ends, out, 1.0)
+    assert torch.equal(out[2], before[2])
+    for expert, rows in ((0, slice(65)), (1, slice(65, 72))):
+        assert_close(out[expert], before[expert].double() + grad[rows].double().T @ x[rows].double())
+
+
+@each_form
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_a_layer_without_tokens_has_a_gradient_of_nothing(form: str, beta: float) -> None:
+    weight = drawn(5, 3, device=_device(form)).requires_grad_()
+    main_grad = torch.full((5, 3), 4.0 if beta else math.nan, device=_device(form))
+    weight.gradient_sink = lambda write: write(main_grad, beta)  # type: ignore[attr-defined]
+    with only(form):
+        linear(torch.empty(0, 3, device=_device(form)), weight).sum().backward()
+    assert torch.equal(main_grad.cpu(), torch.full((5, 3), 4.0 * beta))
+
+
+@each_form
+def test_experts_repeat_themselves_and_leave_no_dirt(form: str) -> None:
+    device, tokens, experts = _device(form), 13, 5
+    x, probs = drawn(tokens, 24, device=device), drawn(tokens, 2, device=device, seed=1).sigmoid()
+    scores = drawn(tokens, experts, device=device, seed=2)
+    scores[:, 1] -= 100  # nobody chooses this one
+
+    def run() -> list[torch.Tensor]:
+        index = permutation_map(scores.topk(2).indices, experts)
+        weights = [drawn(*shape, device=device, seed=3).requires_grad_() for shape in ((5, 16, 24), (5, 24, 8))]
+        main_grads = [torch.full_like(weight, math.nan) for weight in weights]
+        for weight, main_grad in zip(weights, main_grads, strict=True):
+            weight.gradient_sink = lambda write, out=main_grad: write(out, 0.0)  # type: ignore[attr-defined]
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, probs)]
+        y = expert_mlp(*leaves, index, *weights)
+        y.sum().backward()
+        return [y, *main_grads, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    with only(form):
+        first, second = run(), run()
+    assert len(first) == 5
+    for a, b in zip(first, second, strict=True):
+        assert torch.isfinite(a).all() and torch.equal(a, b)
+    assert not first[1][1].any() and not first[2][1].any()
+
+
+@each_form
+@pytest.mark.parametrize("narrow", [False, True])
+def test_adamw_is_the_papers_formula(form: str, narrow: bool) -> None:
+    master, grad = torch.randn(70001), torch.randn(70001)
+    exp_avg, exp_avg_sq = torch.randn(70001), torch.rand(70001)
+    weights = torch.zeros(70001, dtype=torch.bfloat16) if narrow else None
+    step = AdamWStep(7, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.25)
+    g, m, v = grad.double() * 0.25, exp_avg.double(), exp_avg_sq.double()
+    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+    expected = master.double() * (1 - 1e-2 * 0.1)
+    expected -= 1e-2 * (m / (1 - 0.9**7)) / ((v / (1 - 0.95**7)).sqrt() + 1e-8)
+    with only(form) as used:
+        adamw_(master, exp_avg, exp_avg_sq, grad, step, weights)
+    assert ("adamw_" in used) == (form not in ("formula", "library", "triton"))
+    for ours, reference in ((master, expected), (exp_avg, m), (exp_avg_sq, v)):
+        assert relative_error(ours, reference) <= 1e-7
+    if weights is not None:
+        assert torch.equal(weights, master.bfloat16())
+
+
+# 80,000 rows of the two inner products of Mixtral 8x7B are more than 2^31 numbers
+MANY_ROWS, WIDE = 80_000, 28_672
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("formula", "library")])
+def test_rows_beyond_32_bits_are_moved(form: str) -> None:
+    # on a CPU only pages that are touched take memory, on a GPU it is 4.6 GB
+    dtype = torch.float16 if form == "triton" else torch.bfloat16
+    y = torch.empty((MANY_ROWS, WIDE), dtype=dtype, device=_device(form))
+    y[-2], y[-1] = 1, torch.arange(WIDE, device=y.device) % 100
+    pairs = torch.tensor([2 * MANY_ROWS - 1, -1], device=y.device)
+    rows = torch.tensor([[MANY_ROWS - 1, MANY_ROWS - 2]], device=y.device)
+    with only(form) as used:
+        assert torch.equal(gather_pairs(y, pairs, 2), torch.stack((y[-1], torch.zeros_like(y[-1]))))
+        assert torch.equal(combine_pairs(y, rows), y[-1:] + 1)
+    assert used == {"gather_pairs", "combine_pairs"}
+
+
+@pytest.mark.gpu
+def test_rows_beyond_32_bits_are_computed() -> None:
+    last = slice(MANY_ROWS - 64, MANY_ROWS)
+    gate_up = torch.empty((MANY_ROWS, WIDE), dtype=torch.bfloat16, device="cuda").normal_()
+    probs, grad = torch.rand(MANY_ROWS, device="cuda"), torch.empty_like(gate_up[:, ::2]).normal_()
+    with only("triton"):
+        y, (grad_gate_up, grad_probs, again) = swiglu(gate_up, probs), swiglu_backward(grad, gate_up, probs)
+        small = swiglu_backward(grad[last].clone(), gate_up[last].clone(), probs[last].clone())
+        for ours, expected in zip((grad_gate_up[last], grad_probs[last], again[last]), small, strict=True):
+            assert torch.equal(ours, expected)
+        assert torch.equal(y[last], small[2])
+        ends = torch.tensor((MANY_ROWS - 64, MANY_ROWS), dtype=torch.int32, device="cuda")
+        main_grad = torch.zeros((2, WIDE, 64), device="cuda")
+        x = drawn(MANY_ROWS, 64, dtype=torch.bfloat16, device="cuda")
+        grouped_weight_gradient_(gate_up, x, ends, main_grad, 1.0)
+    assert_close(main_grad[1], gate_up[last].double().T @ x[last].double())
