@@ -13,7 +13,7 @@ import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import NamedShard

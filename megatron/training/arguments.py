@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.recompute import RecomputeConfig
 from megatron.training.compatibility import COMPATIBILITY_FLAGS, check_compatibility
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig

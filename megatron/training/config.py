@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.recompute import RecomputeConfig
 from megatron.training.batch_schedule import BatchSchedule, build_batch_schedule
 

@@ -14,8 +14,8 @@ import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, main_grad
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
-from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 from megatron.training.checkpointing import Progress

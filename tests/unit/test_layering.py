@@ -9,14 +9,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each part of megatron/core, and the other parts of it (or single modules of those) that it may import.
-LEAVES = {"config", "optimizer_config", "stages", "atomic_files", "recompute"}
+LEAVES = {"config", "stages", "atomic_files", "recompute"}
 PARALLEL = LEAVES | {"parallel_state"}
 CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
     "communication": PARALLEL,
     "config": {"stages", "config_checks"},
-    "optimizer_config": {"config_checks"},
     "config_checks": set(),
     "atomic_files": set(),
     "host_memory": set(),
@@ -30,7 +29,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "context_parallel": PARALLEL | {"fusions"},
     "pipeline_parallel": {"parallel_state"},
     "distributed": PARALLEL | {"tensor_parallel.parameter", "host_memory"},
-    "optimizer": PARALLEL | {"fusions", "distributed", "tensor_parallel.parameter", "host_memory"},
+    "optimizer": PARALLEL | {"config_checks", "fusions", "distributed", "tensor_parallel.parameter", "host_memory"},
     "transformer": PARALLEL | {"fusions", "tensor_parallel", "context_parallel"},
     "models": PARALLEL | {"fusions", "tensor_parallel", "context_parallel", "transformer"},
 }

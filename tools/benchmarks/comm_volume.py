@@ -36,8 +36,8 @@ from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
-from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import build_process_groups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.runner import forward_backward

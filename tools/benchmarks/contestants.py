@@ -72,8 +72,8 @@ def our_step(shape: StepShape) -> Contestant:
     from megatron.core.host_memory import keep_freed_memory
     from megatron.core.models.mixtral.mixtral_model import MixtralModel
     from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
     from megatron.core.optimizer.param_scheduler import StepRates
-    from megatron.core.optimizer_config import OptimizerConfig
     from megatron.core.parallel_state import ProcessGroups
     from megatron.core.tensor_parallel.parameter import initialize_parameters
 

@@ -13,8 +13,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
-from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 
 @dataclass

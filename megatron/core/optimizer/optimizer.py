@@ -14,8 +14,8 @@ from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.host_memory import zeros
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
-from megatron.core.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.training.arguments import build_parser, field_help, parse_arguments
 from megatron.training.compatibility import COMPATIBILITY_FLAGS
 from megatron.training.config import CheckpointConfig, LoggingConfig, TrainingConfig

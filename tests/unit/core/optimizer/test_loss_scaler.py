@@ -1,7 +1,7 @@
 """The dynamic loss scale goes down after overflows and up after good steps."""
 
 from megatron.core.optimizer.loss_scaler import LossScaler, new_loss_scaler
-from megatron.core.optimizer_config import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
 
 def _run(scaler: LossScaler, steps: str) -> list[float]:

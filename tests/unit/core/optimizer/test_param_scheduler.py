@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
-from megatron.core.optimizer_config import OptimizerConfig
 
 
 def build(warmup: int = 100, decay: int = 300, wsd: int = 80, **settings: Any) -> LearningRateSchedule:
