@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.atomic_files import error_sentence
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpoint_source import CheckpointSource, LoadedState, checkpoint_model, locate_checkpoint
 from megatron.training.checkpoint_steps import remove_leftovers, remove_old_steps
@@ -84,7 +84,7 @@ class CheckpointSaver:
         self._iteration = 0
         self._commit: Callable[[list[Any]], None] = lambda written: None
 
-    def save(self, model: ModelChunks, optimizer: MixedPrecisionAdamW, progress: Progress) -> None:
+    def save(self, model: ModelChunks, optimizer: MixedPrecisionOptimizer, progress: Progress) -> None:
         """Saves the state as it is now; with --async-save it returns when that is copied to host memory.
 
         A save that is still under way is finished first.
@@ -130,7 +130,7 @@ class CheckpointSaver:
             self.poll()
 
     def _prepare_rank_file(
-        self, folder: Path, model: ModelChunks, optimizer: MixedPrecisionAdamW, progress: Progress
+        self, folder: Path, model: ModelChunks, optimizer: MixedPrecisionOptimizer, progress: Progress
     ) -> Callable[[], object]:
         layout = interchange_layout(self.arguments)
 
@@ -142,7 +142,7 @@ class CheckpointSaver:
         return rank_file_writer(folder, self.arguments, self.groups, model, optimizer, progress, namespace)
 
     def _prepare_shards(
-        self, folder: Path, model: ModelChunks, optimizer: MixedPrecisionAdamW, progress: Progress
+        self, folder: Path, model: ModelChunks, optimizer: MixedPrecisionOptimizer, progress: Progress
     ) -> Callable[[], object]:
         settings = self.arguments.checkpoint
         saved = None if settings.no_save_optim else optimizer
@@ -195,7 +195,7 @@ def save_checkpoint(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
     progress: Progress,
 ) -> None:
     """Saves a step and waits until it is in its place; collective. Raises SharedError on every rank if any fails."""
@@ -209,7 +209,7 @@ def load_checkpoint(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
 ) -> tuple[Progress, str]:
     """Loads what `locate_checkpoint` found, and says what was loaded and what was not; collective.
 

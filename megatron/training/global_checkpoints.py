@@ -1,7 +1,7 @@
 """Training checkpoints that know nothing of the layout (`--ckpt-format torch_dist`): what a rank saves and loads.
 
 Every tensor is saved once, under its name in the whole model, by one of the ranks that hold it; whoever loads reads
-the parts it needs. Weights, masters and moments are pieces of the model's tensors, random states one row a rank.
+the parts it needs. Weights and the optimizer's state are pieces of the model's tensors, random states one row a rank.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from torch import nn
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
 from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model
@@ -24,9 +24,9 @@ from megatron.training.initialize import together
 
 
 def checkpoint_shards(
-    model: ModelChunks, optimizer: MixedPrecisionAdamW | None, groups: ProcessGroups
+    model: ModelChunks, optimizer: MixedPrecisionOptimizer | None, groups: ProcessGroups
 ) -> list[TensorShard]:
-    """Views of this rank's weights and, with `optimizer`, of its masters and moments; writing to them sets the state.
+    """Views of this rank's weights and, with `optimizer`, of its optimizer's state; writing to them sets the state.
 
     Of the ranks that hold the same values one owns each of them, taken in turn so that all have as much to write.
     """
@@ -43,7 +43,7 @@ def checkpoint_shards(
             size = shard.data.numel()
             start, end = max(piece.start - position, 0), min(piece.end - position, size)
             for kind, tensor in piece.tensors.items() if start < end else ():
-                if kind == "master" and tensor.dtype == piece.parameter.dtype:
+                if kind == MASTER and tensor.dtype == piece.parameter.dtype:
                     continue  # the weights are their own masters
                 data = tensor[position + start - piece.start : position + end - piece.start]
                 sharded = optimizer is not None and optimizer.buffers.sharded
@@ -126,7 +126,7 @@ def load_state(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
 ) -> LoadedState:
     """Loads the weights and, as `source` says, the optimizer and the random state; collective.
 
@@ -153,7 +153,9 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
     check_same_model(source.folder, SimpleNamespace(**reader.arguments), arguments)
     expected = {rule.name for rule in mixtral_weights(arguments.model)}
     kinds = sorted({shard.kind for shard in shards})
-    if source.with_optimizer and ("optimizer" not in reader.state or not reader.tensors("exp_avg")):
+    state_kinds = [kind for kind in kinds if kind != "weight"]
+    without_state = bool(state_kinds) and not any(reader.tensors(kind) for kind in state_kinds)
+    if source.with_optimizer and ("optimizer" not in reader.state or without_state):
         raise ValueError(
             f"{source.folder} holds no optimizer state: add --no-load-optim to go on with a fresh optimizer, or "
             "--finetune to start a new run from its weights"
@@ -188,7 +190,7 @@ def _load_rng(reader: CheckpointReader, groups: ProcessGroups) -> None:
         setter(row.view(-1))
 
 
-def plain_state(progress: dict[str, Any], optimizer: MixedPrecisionAdamW | None) -> dict[str, Any]:
+def plain_state(progress: dict[str, Any], optimizer: MixedPrecisionOptimizer | None) -> dict[str, Any]:
     """What is saved beside tensors."""
     state: dict[str, Any] = {"progress": progress}
     if optimizer is not None:

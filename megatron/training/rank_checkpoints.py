@@ -11,7 +11,7 @@ import torch
 
 from megatron.core import interchange
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import named_shards
 from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model
@@ -36,7 +36,7 @@ def rank_file_writer(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
     progress: Progress,
     namespace: Any,
 ) -> Callable[[], None]:
@@ -82,7 +82,7 @@ def load_rank_file(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
 ) -> LoadedState:
     """Loads this rank's file as far as `source` says; collective.
 
@@ -108,7 +108,7 @@ def _read(
     arguments: Arguments,
     groups: ProcessGroups,
     model: ModelChunks,
-    optimizer: MixedPrecisionAdamW,
+    optimizer: MixedPrecisionOptimizer,
 ) -> dict[str, Any]:
     """This rank's file, once it is certain that it fits."""
     layout, ours = interchange.available_layout(source.folder), interchange_layout(arguments)

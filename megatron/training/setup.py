@@ -12,7 +12,8 @@ from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
@@ -62,7 +63,7 @@ class Trainer:
     device: torch.device
     model: ModelChunks
     buffers: GradientBuffers
-    optimizer: MixedPrecisionAdamW
+    optimizer: MixedPrecisionOptimizer
     schedule: LearningRateSchedule
     forward_step: ForwardStep
     pipeline: Pipeline
@@ -186,7 +187,7 @@ def build_trainer(
         device=device,
         model=model,
         buffers=buffers,
-        optimizer=MixedPrecisionAdamW(buffers, arguments.optimizer, groups),
+        optimizer=MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, groups),
         schedule=build_schedule(arguments, batches),
         forward_step=forward_step,
         pipeline=pipeline,

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, main_grad
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -180,7 +181,7 @@ def _gathers(rank: int, world_size: int) -> list[list[bool]]:
     groups = build_process_groups(parallel, rank, world_size)
     model = _Toy()
     buffers = GradientBuffers(model, groups, parallel)
-    optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), groups)
+    optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), groups)
     buffers.start_step(1)
     model(_toy_inputs(0, 0)[1]).backward()
     buffers.finalize()

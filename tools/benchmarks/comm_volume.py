@@ -35,7 +35,8 @@ from megatron.core.communication.volume import Step, Traffic, step_traffic
 from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import build_process_groups
@@ -126,7 +127,7 @@ def measure(step: Step, rank: int) -> dict[str, int]:
     for chunk in model:
         initialize_parameters(chunk, chunk.first_layer, 1)
     buffers = GradientBuffers(model, groups, parallel)
-    optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), groups)
+    optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), groups)
     length = LENGTH // groups.cp.size
     shards = groups.tp.size if model.sequence_parallel else 1
     shape = (length // shards, MICRO_BATCH, model_config.hidden_size)

@@ -71,7 +71,8 @@ def our_step(shape: StepShape) -> Contestant:
     from megatron.core.distributed.gradient_buffers import GradientBuffers
     from megatron.core.host_memory import keep_freed_memory
     from megatron.core.models.mixtral.mixtral_model import MixtralModel
-    from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+    from megatron.core.optimizer.adamw import AdamW
+    from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
     from megatron.core.optimizer.optimizer_config import OptimizerConfig
     from megatron.core.optimizer.param_scheduler import StepRates
     from megatron.core.parallel_state import ProcessGroups
@@ -84,7 +85,7 @@ def our_step(shape: StepShape) -> Contestant:
     model = MixtralModel(config, groups=ProcessGroups(), sequence_parallel=False, device=torch.device(shape.device))
     initialize_parameters(model, 0, 1)
     buffers = GradientBuffers(model, ProcessGroups())
-    optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), ProcessGroups())
+    optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), ProcessGroups())
     tokens = shape.tokens()
 
     def step() -> float:

@@ -12,7 +12,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.distributed.gradient_buffers import GradientBuffers
-from megatron.core.optimizer.optimizer import MixedPrecisionAdamW
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups
@@ -40,7 +41,7 @@ class _Matrices(nn.Module):
 def flat_update(model: nn.Module) -> Callable[[], object]:
     """The update of this project."""
     buffers = GradientBuffers(model, ProcessGroups())
-    optimizer = MixedPrecisionAdamW(buffers, OptimizerConfig(), ProcessGroups())
+    optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), ProcessGroups())
     for bucket in buffers.buckets:
         bucket.grads.normal_()
     return lambda: optimizer.step(StepRates(1e-4, 1e-4, 0.1))

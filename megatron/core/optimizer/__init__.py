@@ -1,1 +1,1 @@
-"""AdamW on full-precision master weights, gradient clipping and learning-rate schedules."""
+"""Full-precision master weights, rules that update them, gradient clipping and learning-rate schedules."""

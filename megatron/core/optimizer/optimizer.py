@@ -1,25 +1,26 @@
-"""AdamW (arXiv:1711.05101) on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
+"""A rule's updates on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
-from megatron.core.fusions.adamw import AdamWStep, adamw_
+from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import zeros
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
+from megatron.core.optimizer.update_rule import ParameterKind, Segment, Update, UpdateRule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
-STATE_NAMES = ("master", "exp_avg", "exp_avg_sq")
+MASTER = "master"
+"""Name of the masters beside the rule's state in `StatePiece.tensors` and checkpoints."""
 
 
 class StepResult(NamedTuple):
@@ -46,69 +47,64 @@ class StatePiece(NamedTuple):
     end: int
     """Element after the last one."""
     tensors: dict[str, Tensor]
-    """`master`, `exp_avg`, `exp_avg_sq`: flat views of `end - start` elements; writing to them sets the state."""
+    """Flat views of `end - start` elements by `state_names` of the optimizer; writing to them sets the state."""
 
 
-class _ParameterKind(NamedTuple):
-    """What decides about a parameter's hyperparameters."""
+class MixedPrecisionOptimizer:
+    """Keeps float32 masters of 16-bit parameters, which a rule updates; wider parameters are their own masters.
 
-    decayed: bool
-    vocabulary: bool
-
-
-@dataclass(eq=False)
-class _BucketState:
-    """Masters and moments of the part of a bucket that this rank updates, flat."""
-
-    bucket: Bucket
-    part: slice
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    segments: list[tuple[_ParameterKind, slice]]
-    """Runs of one kind, and their place in the part."""
-
-    @property
-    def has_own_master(self) -> bool:
-        """Whether the master is another tensor than the weights."""
-        return self.master.dtype != self.bucket.weights.dtype
-
-
-class MixedPrecisionAdamW:
-    """Keeps float32 masters of 16-bit parameters; float32 and float64 parameters are their own masters.
-
-    Bytes a parameter beside weights and gradients: 12 in 16-bit types, 8 in float32, 16 in float64; divided by the
+    Masters have 4 bytes a parameter in 16-bit types, and the rule's tensors the masters' type; all are divided by the
     number of ranks that hold the parameter if the optimizer is distributed.
     """
 
-    def __init__(self, buffers: GradientBuffers, config: OptimizerConfig, groups: ProcessGroups) -> None:
-        self.config, self.buffers, self.groups = config, buffers, groups
+    def __init__(
+        self, buffers: GradientBuffers, rule: UpdateRule, config: OptimizerConfig, groups: ProcessGroups
+    ) -> None:
+        self.buffers, self.rule, self.config, self.groups = buffers, rule, config, groups
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
         self._states = [self._new_state(bucket) for bucket in buffers.buckets]
+        self._segments = [
+            segment
+            for bucket, state in zip(buffers.buckets, self._states, strict=True)
+            for segment in self._cut(bucket, state)
+        ]
         self._counted = counted_gradients(buffers, groups)
 
-    def _kind(self, parameter: nn.Parameter) -> _ParameterKind:
-        spec = spec_of(parameter)
-        return _ParameterKind(spec.weight_decay or self.config.apply_wd_to_norms, spec.is_vocabulary)
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the tensors that are kept of each parameter."""
+        return (MASTER, *self.rule.state_names)
 
-    def _new_state(self, bucket: Bucket) -> _BucketState:
-        part = self.buffers.owned(bucket)
-        weights = bucket.weights[part]
+    def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
+        """Masters and the rule's state of the part of a bucket that this rank updates, flat."""
+        weights = bucket.weights[self.buffers.owned(bucket)]
         master_type = torch.promote_types(weights.dtype, torch.float32)
-        exp_avg, exp_avg_sq = (zeros(weights.numel(), master_type, weights.device) for _ in range(2))
-        master = weights
-        if weights.dtype != master_type:
-            master = zeros(weights.numel(), master_type, weights.device).copy_(weights)
-        runs: list[tuple[_ParameterKind, slice]] = []
-        for piece in bucket.pieces(part):
-            kind, start, end = self._kind(piece.parameter), piece.offset, piece.offset + piece.end - piece.start
-            if runs and runs[-1][0] == kind:
-                start = runs.pop()[1].start + part.start
-            runs.append((kind, slice(start - part.start, end - part.start)))
-        if not runs:  # nothing but padding, in a model with fewer elements than a shard
-            runs.append((self._kind(bucket.parameters[-1]), slice(0, master.numel())))
-        return _BucketState(bucket, part, master, exp_avg, exp_avg_sq, runs)
+        state = {name: zeros(weights.numel(), master_type, weights.device) for name in self.rule.state_names}
+        if weights.dtype == master_type:
+            return {MASTER: weights, **state}
+        return {MASTER: zeros(weights.numel(), master_type, weights.device).copy_(weights), **state}
+
+    def _cut(self, bucket: Bucket, state: dict[str, Tensor]) -> Iterator[Segment]:
+        """The runs of one kind in the part of a bucket that this rank updates."""
+        part = self.buffers.owned(bucket)
+        weights = None if state[MASTER].dtype == bucket.weights.dtype else bucket.weights
+        for kind, run in itertools.groupby(bucket.pieces(part), key=self._kind):
+            pieces = tuple(run)
+            start, end = pieces[0].offset, pieces[-1].offset + pieces[-1].end - pieces[-1].start
+            place = slice(start - part.start, end - part.start)
+            yield Segment(
+                kind=kind,
+                pieces=tuple(piece._replace(offset=piece.offset - start) for piece in pieces),
+                master=state[MASTER][place],
+                state={name: state[name][place] for name in self.rule.state_names},
+                grad=bucket.grads[start:end],
+                weights=None if weights is None else weights[start:end],
+            )
+
+    def _kind(self, piece: Piece) -> ParameterKind:
+        spec = spec_of(piece.parameter)
+        return ParameterKind(spec.weight_decay or self.config.apply_wd_to_norms, spec.is_vocabulary)
 
     @torch.no_grad()
     def step(self, rates: StepRates, losses: Tensor | None = None) -> StepResult:
@@ -129,52 +125,34 @@ class MixedPrecisionAdamW:
         clip = self.config.clip_grad
         factor = (clip / (norm + 1e-6) if clip and norm > clip else 1.0) / scale
         self.steps_taken += 1
-        for state in self._states:
-            grads = state.bucket.grads[state.part]
-            weights = state.bucket.weights[state.part] if state.has_own_master else None
-            for kind, place in state.segments:
-                adamw_(
-                    state.master[place],
-                    state.exp_avg[place],
-                    state.exp_avg_sq[place],
-                    grads[place],
-                    AdamWStep(
-                        number=self.steps_taken,
-                        learning_rate=rates.vocabulary_learning_rate if kind.vocabulary else rates.learning_rate,
-                        beta1=self.config.adam_beta1,
-                        beta2=self.config.adam_beta2,
-                        epsilon=self.config.adam_eps,
-                        weight_decay=rates.weight_decay if kind.decayed else 0.0,
-                        factor=factor,
-                    ),
-                    None if weights is None else weights[place],
-                )
+        for segment in self._segments:
+            kind = segment.kind
+            update = Update(
+                number=self.steps_taken,
+                learning_rate=rates.vocabulary_learning_rate if kind.vocabulary else rates.learning_rate,
+                weight_decay=rates.weight_decay if kind.decayed else 0.0,
+                factor=factor,
+            )
+            self.rule.update(segment, update)
         self.buffers.gather_parameters()
         return result
-
-    def _copy_masters_to_weights(self) -> None:
-        for state in self._states:
-            if state.has_own_master:
-                state.bucket.weights[state.part].copy_(state.master)
-        self.buffers.gather_parameters()
 
     @torch.no_grad()
     def reload_masters(self) -> None:
         """Takes the masters anew from the model's parameters, after weights were loaded into it."""
-        for state in self._states:
-            if state.has_own_master:
-                state.master.copy_(state.bucket.weights[state.part])
+        for segment in self._segments:
+            if segment.weights is not None:
+                segment.master.copy_(segment.weights)
 
     def state_pieces(self) -> Iterator[StatePiece]:
         """The state that this rank keeps, parameter by parameter; empty where another rank owns all of one.
 
         To load, write to the tensors on every rank, then call `finish_loading`.
         """
-        for state in self._states:
-            for piece in state.bucket.pieces(state.part):
-                start = piece.offset - state.part.start
-                place = slice(start, start + piece.end - piece.start)
-                tensors = {name: getattr(state, name)[place] for name in STATE_NAMES}
+        for segment in self._segments:
+            for piece in segment.pieces:
+                place = slice(piece.offset, piece.offset + piece.end - piece.start)
+                tensors = {name: flat[place] for name, flat in {MASTER: segment.master, **segment.state}.items()}
                 yield StatePiece(self.buffers.names[piece.parameter], piece.parameter, piece.start, piece.end, tensors)
 
     def scalars(self) -> dict[str, float]:
@@ -186,7 +164,10 @@ class MixedPrecisionAdamW:
         """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
         self.steps_taken = int(scalars["steps_taken"])
         self.scaler.load(scalars)
-        self._copy_masters_to_weights()
+        for segment in self._segments:
+            if segment.weights is not None:
+                segment.weights.copy_(segment.master)
+        self.buffers.gather_parameters()
         self.buffers.wait_for_parameters()
 
     @torch.no_grad()
@@ -196,15 +177,12 @@ class MixedPrecisionAdamW:
         Ranks that do not `keep` it take part and get an empty dictionary.
         """
         whole: dict[str, Any] = {}
-        for state in self._states:
-            bucket = state.bucket
-            for name in STATE_NAMES:
-                flat = getattr(state, name)
+        for bucket, state in zip(self.buffers.buckets, self._states, strict=True):
+            for name, own in state.items():
+                flat = own
                 if self.buffers.sharded and bucket.group.size > 1:
-                    flat = flat.new_empty(bucket.weights.numel())
-                    dist.all_gather(
-                        list(flat.chunk(bucket.group.size)), getattr(state, name), group=bucket.group.handle
-                    )
+                    flat = own.new_empty(bucket.weights.numel())
+                    dist.all_gather(list(flat.chunk(bucket.group.size)), own, group=bucket.group.handle)
                 if keep:
                     for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
                         values = flat[offset : offset + parameter.numel()].view_as(parameter)
@@ -221,7 +199,7 @@ class MixedPrecisionAdamW:
             different = sorted(saved.keys() ^ shapes.keys())
             raise ValueError(f"the optimizer state belongs to another model: {different[:5]} differ")
         for name, shape in shapes.items():
-            for key in STATE_NAMES:
+            for key in self.state_names:
                 if key not in saved[name]:
                     raise ValueError(f"the optimizer state holds no {key} of {name}")
                 if saved[name][key].shape != shape:

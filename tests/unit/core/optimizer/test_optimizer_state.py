@@ -6,15 +6,16 @@ from model_testing import tiny_arguments
 
 import pretrain_gpt
 from megatron.core.distributed.gradient_buffers import GradientBuffers
-from megatron.core.optimizer.optimizer import STATE_NAMES, MixedPrecisionAdamW
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 
 
-def _optimizer(device: str) -> MixedPrecisionAdamW:
+def _optimizer(device: str) -> MixedPrecisionOptimizer:
     arguments = tiny_arguments("bfloat16")
     model = pretrain_gpt.model_provider(arguments, ProcessGroups(), torch.device(device))
     buffers = GradientBuffers(model, ProcessGroups())
-    return MixedPrecisionAdamW(buffers, arguments.optimizer, ProcessGroups())
+    return MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, ProcessGroups())
 
 
 def test_every_tensor_follows_its_parameter() -> None:
@@ -31,15 +32,15 @@ def test_pieces_are_the_state() -> None:
     for number, piece in enumerate(optimizer.state_pieces()):
         assert (piece.start, piece.end) == (0, piece.parameter.numel())
         for key, tensor in piece.tensors.items():
-            tensor.fill_(number + STATE_NAMES.index(key) / 4)
+            tensor.fill_(number + optimizer.state_names.index(key) / 4)
     scalars = optimizer.scalars()
     optimizer.finish_loading(scalars | {"steps_taken": 7})
     assert optimizer.scalars() == scalars | {"steps_taken": 7}
     whole = optimizer.state_dict()["parameters"]
     for number, piece in enumerate(optimizer.state_pieces()):
         assert torch.equal(piece.parameter, torch.full_like(piece.parameter, number))
-        for key in STATE_NAMES:
-            expected = torch.full(piece.parameter.shape, number + STATE_NAMES.index(key) / 4)
+        for key in optimizer.state_names:
+            expected = torch.full(piece.parameter.shape, number + optimizer.state_names.index(key) / 4)
             assert torch.equal(whole[piece.name][key], expected)
 
 

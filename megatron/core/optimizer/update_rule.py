@@ -1,0 +1,63 @@
+"""What `MixedPrecisionOptimizer` and the rule that it applies know of each other."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from megatron.core.distributed.gradient_buffers import Piece
+
+
+class ParameterKind(NamedTuple):
+    """What decides about a parameter's hyperparameters."""
+
+    decayed: bool
+    vocabulary: bool
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment:
+    """A run of neighbouring parameters of one kind, or the parts of them that this rank updates; flat tensors [n]."""
+
+    kind: ParameterKind
+    pieces: tuple[Piece, ...]
+    """The parameters; their offsets are places in the segment. Padding between them belongs to none and stays zero."""
+    master: Tensor
+    """Float32, or float64 for parameters in float64."""
+    state: dict[str, Tensor]
+    """By the rule's names, in the master's type; zeros before the first update."""
+    grad: Tensor
+    """Of any type."""
+    weights: Tensor | None
+    """Those of the model in their narrower type; None if the masters are the weights."""
+
+
+class Update(NamedTuple):
+    """The numbers of one update of a segment."""
+
+    number: int
+    """Updates including this one; skipped steps do not count."""
+    learning_rate: float
+    weight_decay: float
+    factor: float
+    """What gradients are multiplied by first: clipping, and the loss scale's reciprocal."""
+
+
+class UpdateRule(Protocol):
+    """Updates masters from gradients; it knows nothing of communication, loss scaling and checkpoints.
+
+    With the distributed optimizer, segments begin and end anywhere in a parameter, which suits elementwise rules.
+    A rule of whole matrices (Muon) finds them in `segment.pieces` and updates other parameters as AdamW does. It needs
+
+    - an option of `GradientBuffers` that ends shards at whole parameters; now they may cut any of them;
+    - `spec_of(piece.parameter)`: of a matrix split by tensor parallelism a rank holds one part, and the experts of a
+      rank are stacked in one parameter;
+    - state names that depend on the parameter, if matrices are to have no second moments; now all have the same.
+    """
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the tensors it keeps beside the master, as they are called in checkpoints."""
+
+    def update(self, segment: Segment, numbers: Update) -> None:
+        """Updates master, state and weights in place from the gradient, which may be overwritten."""
