@@ -41,7 +41,8 @@ def test_softmax_of_logits_far_apart_and_of_nan(form: str) -> None:
         softmax_gradient_(ours, logsumexp, ids.to(device), logsumexp, torch.ones(4, device=device), 3)
     expected = logits.softmax(dim=1) - torch.nn.functional.one_hot(ids, 3)
     assert logsumexp.isnan().tolist() == [False, False, True, False]
-    torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+    # the logarithm of a sum at -100 is rounded to 4e-6
+    torch.testing.assert_close(ours.cpu(), expected, rtol=4e-6, atol=1e-7, equal_nan=True)
 
 
 @each_form
@@ -58,12 +59,20 @@ def test_the_gradient_of_a_sum_of_losses_is_one_number(form: str) -> None:
     assert torch.equal(*results)
 
 
-@each_form
+in_triton = pytest.mark.parametrize("form", [form for form in FORMS if form == "triton"])
+
+
+@in_triton
 def test_of_equal_experts_the_first_is_taken(form: str) -> None:
-    if form != "triton":
-        pytest.skip("torch's topk does not promise it")
     with only(form):
         assert top_k_routing(torch.zeros((3, 5), device=_device(form)), 2).experts_TK.tolist() == [[0, 1]] * 3
+
+
+@in_triton
+def test_activations_that_are_computed_again_have_the_same_bits(form: str) -> None:
+    gate_up, probs = drawn(13, 1200, device=_device(form)), drawn(13, device=_device(form), seed=1).sigmoid()
+    with only(form):
+        assert torch.equal(swiglu(gate_up, probs), swiglu_backward(gate_up[:, :600].clone(), gate_up, probs)[2])
 
 
 @each_form

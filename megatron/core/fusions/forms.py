@@ -12,7 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.kernels import Kernel, cpp, instruction_set, library, load, refusal, triton
+from megatron.core.fusions.kernels import Kernel, instruction_set, load, refusal
+from megatron.core.fusions.kernels import cpp_kernel as cpp
+from megatron.core.fusions.kernels import library_kernel as library
+from megatron.core.fusions.kernels import triton_kernel as triton
 from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
 from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM
 

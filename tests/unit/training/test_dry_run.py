@@ -84,7 +84,9 @@ def test_activations_are_those_of_the_real_model(monkeypatch: pytest.MonkeyPatch
         output = pretrain_gpt.forward_step(model, step_batches(0, 0, 1)[0], None, MicrobatchInfo())
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
     assert output[0].ndim == 0
-    assert _run(arguments).activations == pytest.approx(real, rel=0.02)
+    # on a CPU torch's attention gives its output in another layout than FlashAttention, and the next product copies it
+    copies = 4 * arguments.model.num_layers * step_batches(0, 0, 1)[0]["tokens"].numel() * arguments.model.hidden_size
+    assert _run(arguments).activations == pytest.approx(real - copies, rel=0.01)
 
 
 def test_recomputation_keeps_less() -> None:

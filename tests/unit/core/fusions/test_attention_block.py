@@ -14,7 +14,7 @@ def operands(queries: int, keys: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("forward", [block.attention_block, block.plain_attention_block])
+@pytest.mark.parametrize("forward", [block.attention_block, block.attention_block.__wrapped__])
 @pytest.mark.parametrize("causal", [True, False])
 def test_forward_equals_attention_and_the_normaliser_of_its_scores(forward, causal: bool) -> None:
     query, key, value, _ = operands(20, 20 if causal else 33)
@@ -27,7 +27,7 @@ def test_forward_equals_attention_and_the_normaliser_of_its_scores(forward, caus
     torch.testing.assert_close(logsumexp, scores.logsumexp(-1), rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("backward", [block.attention_block_backward, block.plain_attention_block_backward])
+@pytest.mark.parametrize("backward", [block.attention_block_backward, block.attention_block_backward.__wrapped__])
 @pytest.mark.parametrize("queries", [slice(None), slice(3, 20)])
 def test_backward_of_blocks_sums_to_that_of_all_keys(backward, queries: slice) -> None:
     query, key, value, grad = operands(20, 40)

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from megatron.core.fusions.grouped_gemm import Backend, add_weight_gradient, grouped_product
 
-from megatron.core.fusions import grouped_gemm
-from megatron.core.fusions import swiglu as swiglu_module
+from megatron.core.fusions import forms, kernels
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, permutation_map
+from megatron.core.fusions.kernels.library import cpu as library
+from megatron.core.fusions.linear import Backend, grouped_product, grouped_weight_gradient_
+from megatron.core.fusions.permute import align_rows, combine_rows, gather_probs, gather_rows, permutation_map
 from megatron.core.fusions.router import top_k_routing
+from megatron.core.fusions.swiglu import swiglu, swiglu_backward
+from megatron.training.grouped_gemm import seconds_of_products
 
 # tokens, experts, top_k
 CASES = [(0, 4, 2), (1, 4, 2), (7, 3, 1), (13, 4, 4), (129, 8, 2)]
@@ -76,14 +78,14 @@ def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bo
     for operand, transpose in ((x, True), (grad, False)):
         matrices = weight.double().transpose(1, 2) if transpose else weight.double()
         expected = torch.cat([p @ m for p, m in zip(operand.double().split(counts), matrices, strict=True)])
-        _close(grouped_product(operand, weight, ends, transpose=transpose, backend=backend), expected, bound)
+        _close(grouped_product(operand, weight, ends, transpose, backend), expected, bound)
     wide = torch.promote_types(dtype, torch.float32)
     for beta in (0.0, 1.0):
         out = _drawn(wide, 3, 24, 16)
         before = out.double().clone()
         if beta == 0:
             out.fill_(float("nan"))  # memory that nobody has cleared
-        add_weight_gradient(grad, x, ends, out, beta)
+        grouped_weight_gradient_(grad, x, ends, out, beta)
         for expert, (g, rows) in enumerate(zip(grad.double().split(counts), x.double().split(counts), strict=True)):
             if not counts[expert]:
                 assert torch.equal(out[expert].double(), beta * before[expert])
@@ -93,21 +95,20 @@ def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bo
 
 @pytest.mark.parametrize("backend", ["auto", "loop", "grouped_mm"])
 def test_what_is_asked_for_multiplies(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    library, calls = grouped_gemm._grouped_mm, []
-    assert library is not None
+    grouped_mm, calls = library.grouped_product, []
 
-    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+    def counted(*args: object) -> torch.Tensor:
         calls.append(args)
-        return library(*args, **kwargs)
+        return grouped_mm(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(grouped_gemm, "_grouped_mm", counted)
+    monkeypatch.setattr(library, "grouped_product", counted)
     weight, x, ends = _drawn(torch.float32, 2, 8, 16), _drawn(torch.float32, 5, 16), torch.tensor([2, 5]).int()
-    grouped_product(x, weight, ends, transpose=True, backend=backend)
+    grouped_product(x, weight, ends, True, backend)
     assert len(calls) == (backend == "grouped_mm")  # on a CPU nobody but a flag asks for it
-    grouped_product(x.double(), weight.double(), ends, transpose=True, backend=backend)
-    grouped_product(x[:, :15], weight[..., :15], ends, transpose=True, backend=backend)
+    grouped_product(x.double(), weight.double(), ends, True, backend)
+    grouped_product(x[:, :15], weight[..., :15], ends, True, backend)
     assert len(calls) == (backend == "grouped_mm"), "it takes neither float64 nor rows that are not aligned"
-    assert grouped_gemm.seconds_of_products(backend, _drawn(torch.float32, 2, 16, 8), _drawn(torch.float32, 2, 8, 8), 3)
+    assert seconds_of_products(backend, _drawn(torch.float32, 2, 16, 8), _drawn(torch.float32, 2, 8, 8), 3)
 
 
 def _loop(x: torch.Tensor, probs: torch.Tensor, experts: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor):
@@ -196,16 +197,53 @@ def test_routing_renormalises_and_counts() -> None:
     torch.testing.assert_close(routing.logsumexp_T, logits.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows_in_a_block", [1, 4, 100])
-def test_swiglu_multiplies_the_probability_in(rows_in_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swiglu_module, "BLOCK_ELEMENTS", rows_in_a_block * 8)
+def test_swiglu_multiplies_the_probability_in() -> None:
     gate_up = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     probs = torch.rand(6, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(6, 4, dtype=torch.float64)
     gate, up = gate_up.chunk(2, dim=-1)
     expected = gate * gate.sigmoid() * up * probs[:, None]
     expected.backward(grad)
-    torch.testing.assert_close(swiglu_module.swiglu(gate_up.detach(), probs.detach()), expected, rtol=1e-14, atol=0)
-    ours = swiglu_module.swiglu_backward(grad, gate_up.detach(), probs.detach())
+    torch.testing.assert_close(swiglu(gate_up.detach(), probs.detach()), expected, rtol=1e-14, atol=0)
+    ours = swiglu_backward(grad, gate_up.detach(), probs.detach())
     for a, b in zip(ours, (gate_up.grad, probs.grad, expected.detach()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_aligned_rows_hold_the_same_pairs(multiple: int) -> None:
+    torch.manual_seed(0)
+    experts = torch.randint(6, (41, 2)).masked_fill_(torch.rand(41, 2) < 0.1, 9)  # 9 is elsewhere
+    experts[experts == 2] = 3  # the third expert has none
+    index = permutation_map(experts, 6, int((experts < 6).sum()))
+    aligned = align_rows(index, multiple)
+    assert (aligned.offsets_E % multiple == 0).all() and aligned.offsets_E.dtype == torch.int32
+    assert aligned.offsets_E[-1] == aligned.row_to_pair_R.shape[0]
+    assert torch.equal(aligned.row_to_pair_R[aligned.row_to_pair_R >= 0], index.row_to_pair_R)
+    pairs = torch.arange(82).view(41, 2)
+    has_row = aligned.pair_to_row_TK >= 0
+    assert torch.equal(has_row, experts < 6)
+    assert torch.equal(aligned.row_to_pair_R[aligned.pair_to_row_TK[has_row]], pairs[has_row])
+    expert_of_row = torch.searchsorted(aligned.offsets_E, aligned.pair_to_row_TK[has_row], right=True)
+    assert torch.equal(expert_of_row, experts[has_row])
+
+
+def test_experts_in_16_bits_get_a_multiple_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    find = forms.kernel
+
+    def spy(operation: str, *arguments: object) -> object:
+        if operation == "grouped_product" and arguments[0].dtype == torch.bfloat16:  # type: ignore[attr-defined]
+            seen.append(arguments[2])  # type: ignore[arg-type]
+        return find(operation, *arguments)
+
+    monkeypatch.setattr(forms, "kernel", spy)
+    monkeypatch.delitem(kernels.DEVICES, "cpu")  # torch multiplies
+    experts = torch.randint(4, (50, 1))
+    x, gate_up, down = torch.randn(50, 32), 0.2 * torch.randn(4, 48, 32), 0.2 * torch.randn(4, 32, 24)
+    index, probs = permutation_map(experts, 4), torch.rand(50, 1)
+    narrow = expert_mlp(x.bfloat16(), probs, index, gate_up.bfloat16(), down.bfloat16())
+    assert len(seen) == 2 and all((ends % 32 == 0).all() for ends in seen)
+    wide = (x.bfloat16().double(), probs.double(), index, gate_up.bfloat16().double(), down.bfloat16().double())
+    _close(narrow, expert_mlp(*wide), 6e-3)
+    assert forms.kernel("row_multiple", x, gate_up, "auto") is None, "only 16-bit types need it"
