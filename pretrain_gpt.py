@@ -1,5 +1,6 @@
 """Pre-trains a Mixtral model; `python pretrain_gpt.py --help` lists the flags."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,11 +9,11 @@ from torch import Tensor
 from megatron.core.context_parallel.zigzag import split_batch
 from megatron.core.datasets.blended_dataset import build_train_valid_test_datasets
 from megatron.core.fusions.attention import Documents
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.mappings import all_reduce
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.config import Arguments
 from megatron.training.metrics import MicrobatchResult
 from megatron.training.training import pretrain
@@ -38,31 +39,28 @@ def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], t
 
 
 def forward_step(
-    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, microbatch: MicrobatchInfo
+    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, microbatch: Microbatch
 ) -> tuple[Tensor, MicrobatchResult]:
-    """One microbatch through one stage; on the last one its loss, the mean over tokens whose `loss_mask` is 1.
+    """One microbatch through one stage; on the last one its loss, over the tokens whose `loss_mask` is 1.
 
-    Where ranks split a sequence, each returns its part of that mean times their number, since gradients are averaged
-    over them.
+    That is returned twice: times the factors of its gradient, and as the mean that is logged. Where ranks split a
+    sequence, each has its part of the mean times their number, since both are averaged over them.
     """
     batch = split_batch(batch or {}, model.cp)
     documents = None
     if "document_bounds" in batch:
         documents = Documents.from_bounds(batch["document_bounds"], batch["tokens"].device)
-    output, statistics = model(
-        batch.get("tokens"),
-        hidden,
-        batch.get("labels"),
-        microbatch._replace(auxiliary_loss_scale=microbatch.auxiliary_loss_scale * model.cp.size),
-        batch.get("position_ids"),
-        documents,
+    microbatch = replace(
+        microbatch, labels=batch.get("labels"), position_ids=batch.get("position_ids"), documents=documents
     )
+    output, statistics = model(batch["tokens"] if hidden is None else hidden, microbatch)
     if model.output_layer is None:
         return output, MicrobatchResult(None, statistics, model.first_layer)
     mask = batch["loss_mask"]
     tokens = all_reduce(mask.sum(), model.cp).clamp(min=1)
-    loss = (output * mask).sum() * (model.cp.size / tokens)
-    return loss, MicrobatchResult(loss.detach(), statistics, model.first_layer)
+    loss = (output * mask).sum()
+    mean = loss.detach() * (model.cp.size / tokens)
+    return loss * microbatch.factors.loss(tokens), MicrobatchResult(mean, statistics, model.first_layer)
 
 
 if __name__ == "__main__":

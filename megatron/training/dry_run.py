@@ -17,13 +17,13 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from megatron.core.config import ParallelConfig
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.pipeline_parallel.schedules import Forward, passes
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.stages import Stage, whole_model
 from megatron.core.tokenizers import build_tokenizer
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.config import Arguments
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
 
@@ -152,7 +152,7 @@ def _run_chunk(trainer: Trainer, probe: MixtralModel, chunk: MixtralModel) -> Ch
         return tensor
 
     with _AcceleratorKernels(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output, _ = trainer.forward_step(probe, batch, hidden, MicrobatchInfo())
+        output, _ = trainer.forward_step(probe, batch, hidden, Microbatch())
     activation_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     if arguments.recompute == RecomputeConfig():  # what is recomputed would not meet the kernels above
         output.backward(None if chunk.stage.has_output else torch.empty_like(output))

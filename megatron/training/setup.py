@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -20,7 +21,6 @@ from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.batch_schedule import BatchSchedule
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
@@ -47,10 +47,13 @@ class DatasetsProvider(Protocol):
 
 
 class ForwardStep(Protocol):
-    """Runs one microbatch through a stage; `batch` is None on stages between the first and the last."""
+    """Runs one microbatch through a stage; on the last one returns its loss times `microbatch.factors.loss`.
+
+    `hidden` is None on the first stage, `batch` may be None on those between the first and the last.
+    """
 
     def __call__(
-        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: MicrobatchInfo
+        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
     ) -> tuple[Tensor, MicrobatchResult]: ...
 
 

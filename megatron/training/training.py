@@ -12,11 +12,11 @@ import torch
 
 from megatron.core.config import DataConfig, ModelConfig
 from megatron.core.datasets.blended_dataset import blend_summary, source_table
+from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training import dry_run
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
@@ -186,21 +186,23 @@ def _run_microbatches(
     `first_sample` is the number of the first of the step's samples, of all ranks.
     """
     chunks, dp, training = list(trainer.model), trainer.groups.dp, trainer.arguments.training
+    factors = GradientFactors(
+        loss_scale=loss_scale, num_microbatches=num_microbatches, dp=dp.size, cp=trainer.groups.cp.size
+    )
     held: dict[int, Batch | None] = {}
 
-    def forward_step(microbatch: int, chunk: int, hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
+    def run_chunk(number: int, chunk: int, hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
         if chunk == 0:
-            held[microbatch] = next(source)
-        batch = held[microbatch]
+            held[number] = next(source)
+        batch = held[number]
         if chunk == len(chunks) - 1:
-            del held[microbatch]
-        sample = first_sample + (microbatch * dp.size + dp.rank) * training.micro_batch_size
-        info = MicrobatchInfo(loss_scale / num_microbatches, sample, training.seed)
-        output, result = trainer.forward_step(chunks[chunk], batch, hidden, info)
-        return output * loss_scale if result.loss is not None and loss_scale != 1 else output, result
+            del held[number]
+        sample = first_sample + (number * dp.size + dp.rank) * training.micro_batch_size
+        microbatch = Microbatch(seed=training.seed, first_sample=sample, factors=factors)
+        return trainer.forward_step(chunks[chunk], batch, hidden, microbatch)
 
     return forward_backward(
-        forward_step,
+        run_chunk,
         pipeline=trainer.pipeline,
         rank=trainer.groups.pp.rank,
         num_microbatches=num_microbatches,

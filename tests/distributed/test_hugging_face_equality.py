@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
@@ -66,7 +67,7 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
     load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
 
     def forward(_microbatch: int, _chunk: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = trainer.model[0](_tokens(), hidden).tensor
+        output = trainer.model[0](_tokens() if hidden is None else hidden).tensor
         return output, output
 
     (output,) = forward_backward(
@@ -116,7 +117,7 @@ def test_every_gradient_equals_transformers(hf_folder: Path) -> None:
     assert {shard.global_name for shard in named_shards(ours, 0)} == rules.keys()
 
     tokens = _tokens()
-    loss = ours(tokens[:, :-1], labels=tokens[:, 1:]).tensor.mean()
+    loss = ours(tokens[:, :-1], Microbatch(labels=tokens[:, 1:])).tensor.mean()
     loss.backward()
     expected = theirs(tokens, labels=tokens).loss
     expected.backward()

@@ -15,6 +15,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
     "communication": PARALLEL,
+    "microbatch": {"fusions.attention"},
     "config": {"stages", "config_checks"},
     "config_checks": set(),
     "atomic_files": set(),
@@ -28,10 +29,11 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "tensor_parallel": PARALLEL | {"fusions"},
     "context_parallel": PARALLEL | {"fusions"},
     "pipeline_parallel": {"parallel_state"},
-    "distributed": PARALLEL | {"tensor_parallel.parameter", "host_memory"},
-    "optimizer": PARALLEL | {"config_checks", "fusions", "distributed", "tensor_parallel.parameter", "host_memory"},
-    "transformer": PARALLEL | {"fusions", "tensor_parallel", "context_parallel"},
-    "models": PARALLEL | {"fusions", "tensor_parallel", "context_parallel", "transformer"},
+    "distributed": PARALLEL | {"microbatch", "tensor_parallel.parameter", "host_memory"},
+    "optimizer": PARALLEL
+    | {"config_checks", "microbatch", "fusions", "distributed", "tensor_parallel.parameter", "host_memory"},
+    "transformer": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel"},
+    "models": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel", "transformer"},
 }
 ENVIRONMENT_READER = "megatron/training/initialize.py"
 ARGUMENTS = "megatron/training/arguments.py"
@@ -131,6 +133,7 @@ def test_the_project_keeps_its_layers() -> None:
         ("megatron/core/datasets/a.py", "from .. import parallel_state"),
         ("megatron/core/datasets/a.py", "from ..parallel_state import ProcessGroups"),
         ("megatron/core/datasets/deeper/a.py", "from ...parallel_state import ProcessGroups"),
+        ("megatron/core/fusions/a.py", "from megatron.core.microbatch import Microbatch"),
         ("megatron/core/fusions/a.py", "def f():\n    import megatron.core.parallel_state"),
         ("megatron/core/pipeline_parallel/a.py", "from megatron.core.transformer.mlp import MLP"),
         ("megatron/core/optimizer/a.py", "import megatron.core.models.mixtral.mixtral_model as m"),

@@ -34,6 +34,7 @@ from megatron.core.communication.counter import CommunicationCounter, group_labe
 from megatron.core.communication.volume import Step, Traffic, step_traffic
 from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -137,7 +138,7 @@ def measure(step: Step, rank: int) -> dict[str, int]:
     def forward(microbatch: int, chunk: int, hidden: Tensor | None) -> tuple[Tensor, None]:
         generator = torch.Generator().manual_seed(100 * microbatch + groups.dp_cp.rank)
         tokens = torch.randint(0, SMALL.vocab_size or 0, (2, MICRO_BATCH, length), generator=generator)
-        output = chunks[chunk](tokens[0], hidden, tokens[1]).tensor
+        output = chunks[chunk](tokens[0] if hidden is None else hidden, Microbatch(labels=tokens[1])).tensor
         return (output if chunks[chunk].output_layer is None else output.mean()), None
 
     with CommunicationCounter(groups) as counter:

@@ -70,6 +70,7 @@ def our_step(shape: StepShape) -> Contestant:
     from megatron.core.config import ModelConfig
     from megatron.core.distributed.gradient_buffers import GradientBuffers
     from megatron.core.host_memory import keep_freed_memory
+    from megatron.core.microbatch import Microbatch
     from megatron.core.models.mixtral.mixtral_model import MixtralModel
     from megatron.core.optimizer.adamw import AdamW
     from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -91,7 +92,7 @@ def our_step(shape: StepShape) -> Contestant:
     def step() -> float:
         with torch.profiler.record_function("gradient handling"):
             buffers.start_step(1)
-        loss = model(tokens, labels=tokens).tensor.mean()
+        loss = model(tokens, Microbatch(labels=tokens)).tensor.mean()
         loss.backward()
         with torch.profiler.record_function("gradient handling"):
             buffers.finalize()

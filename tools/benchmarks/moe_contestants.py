@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.weight_gradient import Write
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import MicrobatchInfo
 
 OURS = "this project"
-_INFO = MicrobatchInfo(1.0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def ours(config: ModelConfig, weights: Weights) -> Layer:
     for weight in (gate_up, down):
         main_grad = torch.empty(weight.shape, dtype=torch.float32, device=device)
         weight.gradient_sink = _write_into(main_grad)  # type: ignore[attr-defined]
-    return Layer(lambda x_TH: layer(x_TH.unsqueeze(1), _INFO)[0].squeeze(1), (router, gate_up, down))
+    return Layer(lambda x_TH: layer(x_TH.unsqueeze(1), Microbatch())[0].squeeze(1), (router, gate_up, down))
 
 
 def _routed(x_TH: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

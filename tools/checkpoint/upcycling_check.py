@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.interchange.element_types import to_torch
+from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from tools.checkpoint.stream import Source
@@ -41,6 +41,7 @@ def check_logits(source: Source) -> float:
     sparse = read("embedding.word_embeddings.weight")[tokens].unsqueeze(1)
     dense = sparse
     rotary = rotary_tables(torch.arange(_TOKENS).unsqueeze(0), model.head_dim, model.rotary_base, torch.float64)
+    microbatch = Microbatch(rotary=rotary)
     with torch.device("meta"):
         layer = TransformerLayer(
             model,
@@ -62,8 +63,8 @@ def check_logits(source: Source) -> float:
             new = torch.nn.Parameter(value, requires_grad=False)
             new.__dict__.update(parameter.__dict__)
             setattr(layer.get_submodule(owner), leaf, new)
-        sparse, _ = layer(sparse, rotary, MicrobatchInfo())
-        attended = dense + layer.self_attention(layer.input_layernorm(dense), rotary, None)
+        sparse, _ = layer(sparse, microbatch)
+        attended = dense + layer.self_attention(layer.input_layernorm(dense), microbatch)
         gate, up = F.linear(layer.pre_mlp_layernorm(attended), gate_up).chunk(2, dim=-1)
         dense = attended + F.linear(F.silu(gate) * up, down)
     norm = RMSNorm(

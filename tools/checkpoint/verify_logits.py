@@ -219,7 +219,7 @@ def _run_stage(
             compare(layer, output[0], part)
 
         handles.append(module.register_forward_hook(hook))
-    output = stage(tokens, hidden).tensor
+    output = stage(tokens if hidden is None else hidden).tensor
     for handle in handles:
         handle.remove()
     if stage.output_layer is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.core.config import ParallelConfig
 from megatron.core.host_memory import zeros
+from megatron.core.microbatch import GradientFactors
 from megatron.core.parallel_state import Group, ProcessGroups, all_gather_single, reduce_scatter_single
 from megatron.core.tensor_parallel.parameter import spec_of
 
@@ -177,7 +178,7 @@ class GradientBuffers:
         for parameter in bucket.parameters:
             if not self._arrivals[parameter]:
                 main_grad(parameter).zero_()
-        replicas = self.groups.dp_cp.size
+        replicas = GradientFactors(dp=self.groups.dp.size, cp=self.groups.cp.size).replicas
         if replicas > 1:
             bucket.grads.div_(replicas)
         if bucket.group.size == 1:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import zeros
+from megatron.core.microbatch import GradientFactors
 from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -123,7 +124,7 @@ class MixedPrecisionOptimizer:
         if overflow:
             return result
         clip = self.config.clip_grad
-        factor = (clip / (norm + 1e-6) if clip and norm > clip else 1.0) / scale
+        factor = GradientFactors(loss_scale=scale).update(clip / (norm + 1e-6) if clip and norm > clip else 1.0)
         self.steps_taken += 1
         for segment in self._segments:
             kind = segment.kind

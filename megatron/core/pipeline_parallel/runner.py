@@ -22,13 +22,13 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 # Takes the number of the microbatch, the number of the chunk and the hidden states of the previous stage (None on the
-# first). Returns the stage's output, which on the last stage is the microbatch's mean loss, and whatever the caller
+# first). Returns the stage's output, which on the last stage is what the gradients are of, and whatever the caller
 # wants to keep of the microbatch.
-ForwardStep = Callable[[int, int, Tensor | None], tuple[Tensor, Any]]
+RunChunk = Callable[[int, int, Tensor | None], tuple[Tensor, Any]]
 
 
 def forward_backward(
-    forward_step: ForwardStep,
+    run_chunk: RunChunk,
     *,
     pipeline: Pipeline,
     rank: int,
@@ -37,14 +37,14 @@ def forward_backward(
     forward_only: bool = False,
     overlap: bool = True,
 ) -> list[Any]:
-    """Runs all microbatches of a step through the chunks of this rank; returns what `forward_step` kept, in its order.
+    """Runs all microbatches of a step through the chunks of this rank; returns what `run_chunk` kept, in its order.
 
-    Gradients are those of the mean of the microbatches' losses. Collective over the pipeline's ranks. Raises ValueError
+    Gradients are those of the sum of the last stage's outputs. Collective over the pipeline's ranks. Raises ValueError
     if an interleaved pipeline cannot take this number of microbatches.
     """
     instructions = program(pipeline, rank, num_microbatches, forward_only=forward_only, overlap=overlap)
     with torch.set_grad_enabled(not forward_only):
-        return _Runner(forward_step, pipeline, rank, num_microbatches, link).run(instructions)
+        return _Runner(run_chunk, pipeline, rank, link).run(instructions)
 
 
 class _Runner:
@@ -54,11 +54,8 @@ class _Runner:
     its gradient edge, and not its values, which are the next stage's business.
     """
 
-    def __init__(
-        self, forward_step: ForwardStep, pipeline: Pipeline, rank: int, num_microbatches: int, link: StageLink
-    ) -> None:
-        self.forward_step, self.pipeline, self.rank, self.link = forward_step, pipeline, rank, link
-        self.num_microbatches = num_microbatches
+    def __init__(self, run_chunk: RunChunk, pipeline: Pipeline, rank: int, link: StageLink) -> None:
+        self.run_chunk, self.pipeline, self.rank, self.link = run_chunk, pipeline, rank, link
         self.coming: dict[Pass, Message] = {}
         self.inputs: dict[Pass, Tensor] = {}
         self.results: dict[Pass, Tensor] = {}
@@ -88,12 +85,10 @@ class _Runner:
         hidden = self.inputs.pop(work, None)
         if hidden is not None and torch.is_grad_enabled():
             hidden.requires_grad_()
-        output, kept = self.forward_step(work.microbatch, work.chunk, hidden)
+        output, kept = self.run_chunk(work.microbatch, work.chunk, hidden)
         self.kept.append(kept)
         if self.pipeline.sends(self.rank, work):
             self.results[work] = output.detach()
-        else:
-            output = output / self.num_microbatches
         if torch.is_grad_enabled():
             self.live[work.microbatch, work.chunk] = hidden, get_gradient_edge(output)
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.context_parallel.ring_attention import ring_attention
-from megatron.core.fusions.attention import Documents, causal_attention
+from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.rotary import apply_rotary
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
 from megatron.core.recompute import recomputed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -56,23 +57,24 @@ class SelfAttention(nn.Module):
             device=device,
         )
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None = None) -> Tensor:
-        """`rotary` holds cos and sin, each [S/cp, head_dim/2] or, by sample, [B, 1, S/cp, head_dim/2]."""
-        arguments = (self.linear_qkv(x), rotary, documents)
-        context = recomputed(self._core, *arguments) if self.recompute_core else self._core(*arguments)
+    def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
+        """Attends within each sample, or within each of its documents if there are any."""
+        qkv = self.linear_qkv(x)
+        context = recomputed(self._core, qkv, microbatch) if self.recompute_core else self._core(qkv, microbatch)
         return self.linear_proj(context)
 
-    def _core(self, qkv: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents | None) -> Tensor:
+    def _core(self, qkv: Tensor, microbatch: Microbatch) -> Tensor:
         """Everything between the two products: [S/cp, B, (heads + 2 groups) d] -> [S/cp, B, heads d], per TP rank."""
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
         query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
         # [S, B, groups, n, d] -> [B, heads, S, d]
         query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        assert microbatch.rotary is not None, "the block makes the rotary tables"
+        query, key = apply_rotary(query, *microbatch.rotary), apply_rotary(key, *microbatch.rotary)
         if self.cp.size == 1:
-            context = causal_attention(query, key, value, documents)
+            context = causal_attention(query, key, value, microbatch.documents)
         else:
-            assert documents is None, "documents are not kept apart in a split sequence"
+            assert microbatch.documents is None, "documents are not kept apart in a split sequence"
             context = ring_attention(query, key, value, self.cp)
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

@@ -1,5 +1,6 @@
 """The layers of one pipeline stage."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,12 +8,12 @@ from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.context_parallel.zigzag import positions
-from megatron.core.fusions.attention import Documents
 from megatron.core.fusions.rotary import rotary_tables
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed
 from megatron.core.stages import Stage
-from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics
+from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -64,41 +65,25 @@ class TransformerBlock(nn.Module):
             else None
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        microbatch: MicrobatchInfo,
-        position_ids: Tensor | None = None,
-        documents: Documents | None = None,
-    ) -> BlockOutput:
-        """x: [S/cp, B, H] (or [S/cp/tp, B, H]).
-
-        position_ids: [B, S/cp], where this rank's tokens stand in their sample; if not given, where the zigzag split
-        puts them.
-        """
+    def forward(self, x: Tensor, microbatch: Microbatch) -> BlockOutput:
+        """x: [S/cp, B, H] (or [S/cp/tp, B, H]); layers get the microbatch with its places and rotary tables."""
         config = self.config
-        if position_ids is None:
-            position_ids = positions(x.shape[0] * self.sequence_shards, self.cp, x.device)
+        places = positions(x.shape[0] * self.sequence_shards, self.cp, x.device)
+        position_ids = places if microbatch.position_ids is None else microbatch.position_ids
         rotary = rotary_tables(position_ids, config.head_dim, config.rotary_base, x.dtype)
+        microbatch = replace(microbatch, places=places, rotary=rotary)
         statistics: list[RouterStatistics] = []
         for layers, again in self.units:
-            arguments = (layers, x, rotary, microbatch, documents)
+            arguments = (layers, x, microbatch)
             x, unit_statistics = recomputed(self._run, *arguments) if again else self._run(*arguments)
             statistics += unit_statistics
         if self.final_layernorm is not None:
             x = self.final_layernorm(x)
         return BlockOutput(x, RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True))))
 
-    def _run(
-        self,
-        layers: range,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        microbatch: MicrobatchInfo,
-        documents: Documents | None,
-    ) -> tuple[Tensor, list[RouterStatistics]]:
+    def _run(self, layers: range, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, list[RouterStatistics]]:
         statistics = []
         for number in layers:
-            x, layer_statistics = self.layers[number](x, rotary, microbatch, documents)
+            x, layer_statistics = self.layers[number](x, microbatch)
             statistics.append(layer_statistics)
         return x, statistics

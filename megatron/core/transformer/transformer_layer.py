@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.attention import Documents
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed, without_keeping
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics
+from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 
 
@@ -65,16 +65,10 @@ class TransformerLayer(nn.Module):
             device=device,
         )
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        microbatch: MicrobatchInfo,
-        documents: Documents | None = None,
-    ) -> tuple[Tensor, RouterStatistics]:
+    def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""
         with self._norm(self.input_layernorm, x) as normalized:
-            x = x + self.self_attention(normalized, rotary, documents)
+            x = x + self.self_attention(normalized, microbatch)
         if self.recompute_moe:
             y, statistics = recomputed(self._experts, x, microbatch)
         else:
@@ -89,5 +83,5 @@ class TransformerLayer(nn.Module):
         with without_keeping(normalized, norm, x) if self.recompute_norm else nullcontext():
             yield normalized
 
-    def _experts(self, x: Tensor, microbatch: MicrobatchInfo) -> tuple[Tensor, RouterStatistics]:
+    def _experts(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         return self.mlp(self.pre_mlp_layernorm(x), microbatch)

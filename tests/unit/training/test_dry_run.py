@@ -6,8 +6,8 @@ from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
 from megatron.core.fusions import kernels
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training import training
 from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
@@ -81,7 +81,7 @@ def test_activations_are_those_of_the_real_model(monkeypatch: pytest.MonkeyPatch
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) is None or tensor, lambda t: t
     ):
-        output = pretrain_gpt.forward_step(model, step_batches(0, 0, 1)[0], None, MicrobatchInfo())
+        output = pretrain_gpt.forward_step(model, step_batches(0, 0, 1)[0], None, Microbatch())
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
     assert output[0].ndim == 0
     # on a CPU torch's attention gives its output in another layout than FlashAttention, and the next product copies it

@@ -8,6 +8,7 @@ from model_testing import tiny_arguments
 
 import pretrain_gpt
 from megatron.core.datasets.gpt_dataset import MockGPTDataset
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.setup import build_trainer
 from megatron.training.training import evaluate
@@ -31,6 +32,6 @@ def test_the_mean_over_the_first_samples() -> None:
     labels = torch.stack([torch.as_tensor(sample["labels"]) for sample in samples])
     assert trainer.model.training
     with torch.no_grad():
-        expected = trainer.model.eval()[0](tokens, labels=labels).tensor.mean()
+        expected = trainer.model.eval()[0](tokens, Microbatch(labels=labels)).tensor.mean()
     assert first == pytest.approx(expected.item(), rel=1e-6)  # masks are float32
     assert all(parameter.grad is None for parameter in trainer.model.parameters())

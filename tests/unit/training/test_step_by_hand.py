@@ -6,8 +6,8 @@ import torch
 from model_testing import step_batches
 
 import pretrain_gpt
+from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.transformer.moe.router import MicrobatchInfo
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import Progress
 from megatron.training.setup import build_trainer
@@ -46,7 +46,8 @@ def test_steps_equal_the_formulas() -> None:
         loss = torch.zeros((), dtype=torch.float64)
         for batch in step_batches(step, 0, 1):
             # the model attaches its auxiliary losses at this scale, a quarter for each of four microbatches
-            per_token = model(batch["tokens"], labels=batch["labels"], microbatch=MicrobatchInfo(0.25)).tensor
+            microbatch = Microbatch(labels=batch["labels"], factors=GradientFactors(num_microbatches=4))
+            per_token = model(batch["tokens"], microbatch).tensor
             loss = loss + (per_token * batch["loss_mask"]).sum() / batch["loss_mask"].sum() / 4
         model.zero_grad()
         loss.backward()

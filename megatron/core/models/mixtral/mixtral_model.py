@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.attention import Documents
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE, RecomputeConfig
 from megatron.core.stages import Stage, whole_model
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding, VocabParallelOutput
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
-from megatron.core.transformer.moe.router import DEFAULT_MICROBATCH, MicrobatchInfo, RouterStatistics
+from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -88,35 +88,20 @@ class MixtralModel(nn.Module):
         """Number of the stage's first layer in the whole model."""
         return self.stage.layers.start
 
-    def forward(
-        self,
-        tokens: Tensor | None,
-        hidden: Tensor | None = None,
-        labels: Tensor | None = None,
-        microbatch: MicrobatchInfo = DEFAULT_MICROBATCH,
-        position_ids: Tensor | None = None,
-        documents: Documents | None = None,
-    ) -> ModelOutput:
-        """Runs the stage; S is the length of this rank's part of the sequence.
+    def forward(self, x: Tensor, microbatch: Microbatch | None = None) -> ModelOutput:
+        """Runs the stage on an ordinary microbatch if none is given; S is this rank's part of the sequence.
 
-        Args:
-            tokens: [B, S] int64; read by the first stage only.
-            hidden: the previous stage's output; None on the first stage.
-            labels: [B, S] int64, the tokens to predict; read by the last stage.
-            microbatch: what routers are told of it.
-            position_ids: [B, S] int64, where they do not just count the tokens of a sample; read by every stage.
-            documents: those of the microbatch if they must not see each other; read by every stage.
+        `x` is int64 tokens [B, S] on the first stage, the output of the stage before on all others.
         """
+        microbatch = microbatch or Microbatch()
         if self.embedding is not None:
-            assert tokens is not None, "the first stage needs tokens"
-            hidden = self.embedding["word_embeddings"](tokens)
-        assert hidden is not None, "a later stage needs the hidden states of the one before"
-        hidden, statistics = self.decoder(hidden, microbatch, position_ids, documents)
+            x = self.embedding["word_embeddings"](x)
+        hidden, statistics = self.decoder(x, microbatch)
         if self.output_layer is None:
             return ModelOutput(hidden, statistics)
-        if labels is None:
+        if microbatch.labels is None:
             return ModelOutput(self.output_layer(hidden).transpose(0, 1), statistics)
-        return ModelOutput(self.output_layer(hidden, labels.t()).t(), statistics)
+        return ModelOutput(self.output_layer(hidden, microbatch.labels.t()).t(), statistics)
 
     def set_expert_share(self, share_LE: Tensor) -> None:
         """Gives routers the part of all tokens that chose each expert: [layers of the whole model, experts]."""

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
-from megatron.core.context_parallel.zigzag import positions
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.core.tensor_parallel.mappings import split_first
 from megatron.core.transformer.moe.experts import Experts
-from megatron.core.transformer.moe.router import MicrobatchInfo, RouterStatistics, TopKRouter
+from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
 
 
@@ -26,12 +25,11 @@ class MoELayer(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.cp, self.sequence_group = groups.cp, groups.tp if sequence_parallel else Group()
         self.router = TopKRouter(
             config,
             layer_number=layer_number,
             token_group=groups.tp_cp if sequence_parallel else groups.cp,
-            sequence_parallel=sequence_parallel,
+            sequence_group=groups.tp if sequence_parallel else Group(),
             device=device,
         )
         self.experts = Experts(
@@ -45,10 +43,9 @@ class MoELayer(nn.Module):
             config, groups, tokens_are_replicated=groups.tp.size > 1 and not sequence_parallel
         )
 
-    def forward(self, x: Tensor, microbatch: MicrobatchInfo) -> tuple[Tensor, RouterStatistics]:
+    def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         """Returns the experts' output and what the router did."""
-        whole = positions(x.shape[0] * self.sequence_group.size, self.cp, x.device)
-        routing, statistics = self.router(x, split_first(whole, self.sequence_group), microbatch)
+        routing, statistics = self.router(x, microbatch)
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing)
         y_TH = self.experts(dispatched.tokens_TH, dispatched.probs_TK, dispatched.index)
         return self.dispatcher.combine(y_TH, dispatched).view_as(x), statistics

@@ -16,23 +16,10 @@ from megatron.core.fusions.capacity import within_capacity
 from megatron.core.fusions.jitter import jittered, mixed
 from megatron.core.fusions.linear import linear
 from megatron.core.fusions.router import Routing, top_k_routing
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.mappings import all_gather_first, all_reduce, split_first
 from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
-
-
-class MicrobatchInfo(NamedTuple):
-    """What routers are told of a microbatch."""
-
-    auxiliary_loss_scale: float = 1.0
-    """What the gradient of this rank's part of the auxiliary losses is multiplied by."""
-    first_sample: int = 0
-    """Number, in the run, of the first of its samples; the others follow."""
-    seed: int = 0
-    """Seed of the run."""
-
-
-DEFAULT_MICROBATCH = MicrobatchInfo()
 
 
 class RouterStatistics(NamedTuple):
@@ -93,7 +80,7 @@ class TopKRouter(nn.Module):
         *,
         layer_number: int,
         token_group: Group,
-        sequence_parallel: bool,
+        sequence_group: Group,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -103,45 +90,44 @@ class TopKRouter(nn.Module):
         self.z_loss_coeff = config.moe_z_loss_coeff
         self.capacity_factor, self.drop_policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
         self.jitter_eps, self.layer_number = config.moe_input_jitter_eps or 0.0, layer_number
-        self.token_group = token_group
+        self.token_group, self.sequence_group = token_group, sequence_group
         spec = ParameterSpec(
             global_shape=(config.num_experts, config.hidden_size),
             init_std=config.init_method_std,
-            sequence_partial_grad=sequence_parallel,
+            sequence_partial_grad=sequence_group.size > 1,
         )
         self.weight = new_parameter(spec, config.dtype, device)
 
-    def forward(
-        self, x_SBH: Tensor, positions_S: Tensor, microbatch: MicrobatchInfo
-    ) -> tuple[Routing, RouterStatistics]:
-        """Routes in float32 or wider; tokens of the result are numbered s * B + b.
-
-        Args:
-            x_SBH: this rank's tokens.
-            positions_S: int64, where they stand in their sequences.
-            microbatch: the one they belong to.
-        """
+    def forward(self, x_SBH: Tensor, microbatch: Microbatch) -> tuple[Routing, RouterStatistics]:
+        """Routes this rank's tokens in float32 or wider; those of the result are numbered s * B + b."""
         x_TH, batch = x_SBH.flatten(0, 1), x_SBH.shape[1]
         if self.jitter_eps and self.training:
             x_TH = x_TH.to(torch.promote_types(x_TH.dtype, torch.float32))
-            x_TH = jittered(x_TH, self._keys(positions_S, batch, microbatch), self.jitter_eps)
+            x_TH = jittered(x_TH, self._keys(batch, microbatch), self.jitter_eps)
         logits_TE = linear(x_TH, self.weight, torch.promote_types(x_TH.dtype, torch.float32))
         routing = top_k_routing(logits_TE, self.top_k)
         loss, statistics = self._auxiliary_losses(routing, batch)
         if loss is not None and torch.is_grad_enabled():
-            scale = microbatch.auxiliary_loss_scale
+            scale = microbatch.factors.auxiliary
             routing = routing._replace(probs_TK=_AttachLoss.apply(routing.probs_TK, loss, scale))
         if self.capacity_factor is not None:
-            order_T = (positions_S.unsqueeze(1) * batch + torch.arange(batch, device=x_TH.device)).flatten()
+            places_S = self._places(microbatch)
+            order_T = (places_S.unsqueeze(1) * batch + torch.arange(batch, device=x_TH.device)).flatten()
             routing = self._within_capacity(routing, order_T, self.capacity_factor)
         return routing, statistics
 
-    def _keys(self, positions_S: Tensor, batch: int, microbatch: MicrobatchInfo) -> Tensor:
+    def _places(self, microbatch: Microbatch) -> Tensor:
+        """int64 [S], where the tokens that this rank routes stand in their samples."""
+        assert microbatch.places is not None, "the block says where tokens stand"
+        return split_first(microbatch.places, self.sequence_group)
+
+    def _keys(self, batch: int, microbatch: Microbatch) -> Tensor:
         """A number for each token that depends on the seed, the layer, the sample and the position alone."""
-        samples_B = microbatch.first_sample + torch.arange(batch, device=positions_S.device)
-        run = torch.tensor(microbatch.seed, device=positions_S.device)
+        places_S = self._places(microbatch)
+        samples_B = microbatch.first_sample + torch.arange(batch, device=places_S.device)
+        run = torch.tensor(microbatch.seed, device=places_S.device)
         keys_B = mixed(mixed(mixed(run) + self.layer_number) + samples_B)
-        return (mixed(keys_B) + positions_S.unsqueeze(1)).flatten()
+        return (mixed(keys_B) + places_S.unsqueeze(1)).flatten()
 
     def _auxiliary_losses(self, routing: Routing, batch: int) -> tuple[Tensor | None, RouterStatistics]:
         """The weighted loss of this rank's tokens (None without coefficients), and the microbatch's statistics."""

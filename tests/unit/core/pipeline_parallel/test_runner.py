@@ -86,7 +86,7 @@ def test_memory_is_given_up_as_soon_as_the_schedule_permits(pipeline: Pipeline, 
     assert [value for _, value in backward] == [3.0 * (work.microbatch + 1) for work, _ in backward]
 
 
-def test_the_loss_is_averaged_over_microbatches() -> None:
+def test_gradients_are_those_of_the_sum_of_the_losses() -> None:
     weight = torch.ones((), requires_grad=True)
     kept = forward_backward(
         lambda microbatch, chunk, hidden: (weight * (microbatch + 1), microbatch),
@@ -96,4 +96,4 @@ def test_the_loss_is_averaged_over_microbatches() -> None:
         link=None,  # type: ignore[arg-type]
     )
     assert kept == [0, 1, 2, 3]
-    assert weight.grad is not None and weight.grad.item() == 2.5
+    assert weight.grad is not None and weight.grad.item() == 10

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron.core.fusions.capacity import within_capacity
 from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, pad_rows, permutation_map
+from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import MicrobatchInfo, TopKRouter
+from megatron.core.transformer.moe.router import TopKRouter
 
 EXPERTS, LENGTH, BATCH = TINY_MODEL.num_experts, 11, 2
 
@@ -33,9 +34,7 @@ def test_an_expert_keeps_its_first_pairs(capacity: int, by_priority: bool) -> No
 
 def _router(policy: str, factor: float) -> tuple[TopKRouter, Tensor]:
     config = replace(TINY_MODEL, moe_expert_capacity_factor=factor, moe_token_drop_policy=policy)  # type: ignore[arg-type]
-    router = TopKRouter(
-        config, layer_number=0, token_group=Group(), sequence_parallel=False, device=torch.device("cpu")
-    )
+    router = TopKRouter(config, layer_number=0, token_group=Group(), sequence_group=Group(), device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(4)
     torch.nn.init.normal_(router.weight, generator=generator)
     return router, torch.randn(LENGTH, BATCH, TINY_MODEL.hidden_size, dtype=torch.float64, generator=generator)
@@ -46,12 +45,10 @@ def test_the_router_drops_over_the_whole_microbatch_in_the_order_of_positions(po
     router, x = _router(policy, 0.6)
     shuffled = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(5))
     free = replace(TINY_MODEL, moe_expert_capacity_factor=None)
-    dropless = TopKRouter(
-        free, layer_number=0, token_group=Group(), sequence_parallel=False, device=torch.device("cpu")
-    )
+    dropless = TopKRouter(free, layer_number=0, token_group=Group(), sequence_group=Group(), device=torch.device("cpu"))
     dropless.load_state_dict(router.state_dict())
-    whole, statistics = dropless(x, torch.arange(LENGTH), MicrobatchInfo())
-    routing, statistics_with_drops = router(x[shuffled], shuffled, MicrobatchInfo())
+    whole, statistics = dropless(x, Microbatch())
+    routing, statistics_with_drops = router(x[shuffled], Microbatch(places=shuffled))
     capacity = math.ceil(0.6 * LENGTH * BATCH * 2 / EXPERTS)
     assert routing.capacity == capacity
     torch.testing.assert_close(statistics.tokens_per_expert, statistics_with_drops.tokens_per_expert)
@@ -105,12 +102,13 @@ def _layer(**settings: object) -> MoELayer:
 
 def test_a_large_capacity_changes_nothing_and_padding_never_does() -> None:
     x = torch.randn(LENGTH, BATCH, TINY_MODEL.hidden_size, dtype=torch.float64)
+    microbatch = Microbatch(places=torch.arange(LENGTH))
     dropless, roomy = (
-        _layer()(x, MicrobatchInfo())[0],
-        _layer(moe_expert_capacity_factor=float(EXPERTS))(x, MicrobatchInfo())[0],
+        _layer()(x, microbatch)[0],
+        _layer(moe_expert_capacity_factor=float(EXPERTS))(x, microbatch)[0],
     )
     torch.testing.assert_close(dropless, roomy, rtol=1e-12, atol=1e-14)
-    tight = _layer(moe_expert_capacity_factor=0.5)(x, MicrobatchInfo())[0]
-    padded = _layer(moe_expert_capacity_factor=0.5, moe_pad_expert_input_to_capacity=True)(x, MicrobatchInfo())[0]
+    tight = _layer(moe_expert_capacity_factor=0.5)(x, microbatch)[0]
+    padded = _layer(moe_expert_capacity_factor=0.5, moe_pad_expert_input_to_capacity=True)(x, microbatch)[0]
     torch.testing.assert_close(tight, padded, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(dropless, tight)

@@ -1,16 +1,17 @@
 """Documents of one sample that must not see each other: as if each were trained alone."""
 
 import itertools
+from typing import Any
 
 import torch
 from model_testing import TINY_MODEL
 from torch import Tensor
 
 from megatron.core.fusions.attention import Documents
+from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import initialize_parameters
-from megatron.core.transformer.moe.router import MicrobatchInfo
 
 LENGTHS = (5, 9, 2)
 BOUNDS = list(itertools.accumulate(LENGTHS, initial=0))
@@ -30,7 +31,12 @@ def losses(model: MixtralModel, tokens: Tensor, reset_positions: bool = True) ->
     """Loss of each token, without auxiliary losses (which look at the whole microbatch)."""
     documents = Documents.from_bounds(torch.tensor(BOUNDS, dtype=torch.int32), torch.device("cpu"))
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0) if reset_positions else None
-    return model(tokens[:, :-1], None, tokens[:, 1:], MicrobatchInfo(0.0), positions, documents).tensor
+    return token_losses(model, tokens, position_ids=positions, documents=documents)
+
+
+def token_losses(model: MixtralModel, tokens: Tensor, **parts: Any) -> Tensor:
+    microbatch = Microbatch(labels=tokens[:, 1:], factors=GradientFactors(loss_scale=0.0), **parts)
+    return model(tokens[:, :-1], microbatch).tensor
 
 
 def test_losses_and_gradients_equal_those_of_each_document_alone() -> None:
@@ -38,7 +44,7 @@ def test_losses_and_gradients_equal_those_of_each_document_alone() -> None:
     packed = losses(together, tokens)
     packed.sum().backward()
     for start, stop in itertools.pairwise(BOUNDS):
-        loss = alone(tokens[:, start:stop], None, tokens[:, start + 1 : stop + 1], MicrobatchInfo(0.0)).tensor
+        loss = token_losses(alone, tokens[:, start : stop + 1])
         torch.testing.assert_close(packed[:, start:stop], loss, rtol=1e-12, atol=1e-12)
         loss.sum().backward()
     gradients = dict(alone.named_parameters())
@@ -82,9 +88,9 @@ def test_reset_positions_alone_change_attention() -> None:
     built, tokens = model(), text()
     positions = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
     with torch.no_grad():
-        rising = built(tokens[:, :-1], None, tokens[:, 1:], MicrobatchInfo(0.0)).tensor
-        same = built(tokens[:, :-1], None, tokens[:, 1:], MicrobatchInfo(0.0), torch.arange(16).unsqueeze(0)).tensor
-        reset = built(tokens[:, :-1], None, tokens[:, 1:], MicrobatchInfo(0.0), positions).tensor
+        rising = token_losses(built, tokens)
+        same = token_losses(built, tokens, position_ids=torch.arange(16).unsqueeze(0))
+        reset = token_losses(built, tokens, position_ids=positions)
     assert torch.equal(rising, same)
     difference = (rising - reset).abs()[0]
     assert difference[: LENGTHS[0]].max() < 1e-12 and difference[LENGTHS[0] :].min() > 1e-9

@@ -8,16 +8,15 @@ from model_testing import TINY_MODEL
 from torch import Tensor
 
 from megatron.core.config import ModelConfig
+from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.parallel_state import Group
-from megatron.core.transformer.moe.router import MicrobatchInfo, TopKRouter
+from megatron.core.transformer.moe.router import TopKRouter
 
 EXPERTS, LENGTH, BATCH = TINY_MODEL.num_experts, 37, 3
 
 
 def _router(config: ModelConfig) -> TopKRouter:
-    router = TopKRouter(
-        config, layer_number=0, token_group=Group(), sequence_parallel=False, device=torch.device("cpu")
-    )
+    router = TopKRouter(config, layer_number=0, token_group=Group(), sequence_group=Group(), device=torch.device("cpu"))
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     return router
 
@@ -50,7 +49,7 @@ def _by_hand(kind: str, logits: Tensor, share: Tensor | None) -> Tensor:
 def test_losses_and_gradients_equal_the_formulas(kind: str, share: Tensor | None) -> None:
     router, x = _router(replace(TINY_MODEL, moe_router_load_balancing_type=kind)), _tokens()  # type: ignore[arg-type]
     router.expert_share = share
-    routing, statistics = router(x, torch.arange(LENGTH), MicrobatchInfo(0.25))
+    routing, statistics = router(x, Microbatch(factors=GradientFactors(num_microbatches=4)))
     (routing.probs_TK * 0).sum().backward()
     gradient = router.weight.grad
     router.weight.grad = None
@@ -69,13 +68,13 @@ def test_losses_and_gradients_equal_the_formulas(kind: str, share: Tensor | None
 def test_a_balanced_router_has_loss_one(kind: str) -> None:
     router = _router(replace(TINY_MODEL, moe_router_load_balancing_type=kind))  # type: ignore[arg-type]
     torch.nn.init.zeros_(router.weight)
-    _, statistics = router(_tokens(), torch.arange(LENGTH), MicrobatchInfo())
+    _, statistics = router(_tokens(), Microbatch())
     assert statistics.load_balancing_loss.item() == pytest.approx(1.0, rel=1e-12)
 
 
 def test_without_balancing_only_the_z_loss_has_a_gradient() -> None:
     config = replace(TINY_MODEL, moe_router_load_balancing_type="none", moe_z_loss_coeff=0.0)
     router = _router(config)
-    routing, _ = router(_tokens(), torch.arange(LENGTH), MicrobatchInfo())
+    routing, _ = router(_tokens(), Microbatch())
     (routing.probs_TK * 0).sum().backward()
     assert router.weight.grad is not None and not router.weight.grad.any()
