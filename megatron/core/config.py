@@ -91,6 +91,14 @@ class ModelConfig:
             raise ValueError("--moe-aux-loss-coeff, --moe-z-loss-coeff and --init-method-std must not be negative")
 
     @property
+    def output_init_std(self) -> float:
+        """`init_method_std` of matrices that write to the residual stream: less in deeper models (GPT-2, Megatron-LM).
+
+        So the variance of the stream does not grow with depth.
+        """
+        return self.init_method_std / math.sqrt(2 * self.num_layers)
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads

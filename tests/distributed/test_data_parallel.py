@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 from megatron.training.checkpointing import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
@@ -122,7 +122,7 @@ class _ToyLayer(nn.Module):
         super().__init__()
         self.matrix = nn.Module() if nested else None
         holder = self.matrix if self.matrix is not None else self
-        holder.weight = new_parameter(ParameterSpec(global_shape=(8, 8)), torch.float64, CPU)
+        holder.weight = new_parameter(ParameterSpec(global_shape=(8, 8)), Placement(dtype=torch.float64, device=CPU))
         nn.init.normal_(holder.weight, generator=torch.Generator().manual_seed(3))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.fusions.weight_gradient import Write
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 OURS = "this project"
@@ -65,9 +66,7 @@ def _write_into(main_grad: Tensor) -> Callable[[Write], None]:
 def ours(config: ModelConfig, weights: Weights) -> Layer:
     """This project's layer, whose weight gradients go to float32 main gradients as in training."""
     device = weights.router_EH.device
-    layer = MoELayer(
-        config, layer_number=1, output_std=0.1, groups=ProcessGroups(), sequence_parallel=False, device=device
-    )
+    layer = MoELayer(config, 1, ProcessGroups(), Placement(dtype=config.dtype, device=device))
     router, gate_up, down = weights.parameters()
     layer.router.weight, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight = router, gate_up, down
     for weight in (gate_up, down):

@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 
 _EXAMPLE = """example:
   python tools/benchmarks/optimizer_step.py --layers 8 --hidden-size 512 --repeat 15"""
@@ -33,7 +33,7 @@ class _Matrices(nn.Module):
         self.weights = nn.ParameterList()
         for shape in shapes * layers:
             spec = ParameterSpec(global_shape=shape, weight_decay=len(shape) > 1)
-            parameter = new_parameter(spec, torch.bfloat16, device)
+            parameter = new_parameter(spec, Placement(dtype=torch.bfloat16, device=device))
             nn.init.normal_(parameter, std=0.02)
             self.weights.append(parameter)
 

@@ -12,6 +12,7 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from tools.checkpoint.stream import Source
@@ -43,14 +44,8 @@ def check_logits(source: Source) -> float:
     rotary = rotary_tables(torch.arange(_TOKENS).unsqueeze(0), model.head_dim, model.rotary_base, torch.float64)
     microbatch = Microbatch(rotary=rotary)
     with torch.device("meta"):
-        layer = TransformerLayer(
-            model,
-            layer_number=0,
-            groups=ProcessGroups(),
-            sequence_parallel=False,
-            recompute=NO_RECOMPUTE,
-            device=torch.device("meta"),
-        )
+        placement = Placement(dtype=torch.float64, device=torch.device("meta"))
+        layer = TransformerLayer(model, 0, ProcessGroups(), placement, NO_RECOMPUTE)
     for number in range(model.num_layers):
         prefix = f"decoder.layers.{number}."
         gate_up, down = (_common(source, rules, f"{prefix}mlp.experts", kind) for kind in ("linear_fc1", "linear_fc2"))
@@ -67,10 +62,7 @@ def check_logits(source: Source) -> float:
         attended = dense + layer.self_attention(layer.input_layernorm(dense), microbatch)
         gate, up = F.linear(layer.pre_mlp_layernorm(attended), gate_up).chunk(2, dim=-1)
         dense = attended + F.linear(F.silu(gate) * up, down)
-    norm = RMSNorm(
-        model.hidden_size, epsilon=model.norm_epsilon, sequence_parallel=False, dtype=torch.float64,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    norm = RMSNorm(model, replace(placement, device=torch.device("cpu")))
     norm.weight.copy_(read("decoder.final_layernorm.weight"))
     difference, largest = 0.0, 0.0
     rule = rules["output_layer.weight"]

@@ -4,39 +4,29 @@ Shapes: S sequence, B batch, H input width, O output width, V padded vocabulary;
 parallelism, activations outside the tensor-parallel regions are [S/tp, B, H].
 """
 
-import torch
 from torch import Tensor, nn
 
 from megatron.core.fusions.embedding import lookup
 from megatron.core.fusions.linear import linear
-from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.column_parallel import column_parallel_linear
 from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
-from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 
 
 class ColumnParallelLinear(nn.Module):
     """y = x W^T with the rows of W split: x [S, B, H] (or [S/tp, B, H]) -> y [S, B, O/tp]."""
 
     def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        init_std: float,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        init_rows: int | None = None,
+        self, input_size: int, output_size: int, init_std: float, placement: Placement, init_rows: int | None = None
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
+        shape = (output_size, input_size)
         spec = ParameterSpec(
-            global_shape=(output_size, input_size), group=group, partition_dim=0, init_std=init_std, init_rows=init_rows
+            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=init_rows
         )
-        self.weight = new_parameter(spec, dtype, device)
+        self.weight = new_parameter(spec, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns this rank's output columns."""
@@ -47,27 +37,9 @@ class VocabParallelOutput(ColumnParallelLinear):
     """The output layer, split by vocabulary entry: logits, or straight to each token's loss."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        padded_vocab_size: int,
-        hidden_size: int,
-        *,
-        init_std: float,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
     ) -> None:
-        super().__init__(
-            hidden_size,
-            padded_vocab_size,
-            init_std=init_std,
-            init_rows=vocab_size,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            device=device,
-        )
+        super().__init__(hidden_size, padded_vocab_size, init_std, placement, init_rows=vocab_size)
         self.vocab_size = vocab_size
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -80,21 +52,12 @@ class VocabParallelOutput(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y = x W^T with the columns of W split: x [S, B, H/tp] -> y [S, B, O] (or [S/tp, B, O]), summed over ranks."""
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        init_std: float,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, input_size: int, output_size: int, init_std: float, placement: Placement) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
-        spec = ParameterSpec(global_shape=(output_size, input_size), group=group, partition_dim=1, init_std=init_std)
-        self.weight = new_parameter(spec, dtype, device)
+        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
+        shape = (output_size, input_size)
+        spec = ParameterSpec(global_shape=shape, group=self.group, partition_dim=1, init_std=init_std)
+        self.weight = new_parameter(spec, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the complete output, or this rank's slice of the sequence."""
@@ -108,29 +71,17 @@ class VocabParallelEmbedding(nn.Module):
     """Rows of the embedding table split by token id: tokens [B, S] -> [S, B, H] (or [S/tp, B, H])."""
 
     def __init__(
-        self,
-        vocab_size: int,
-        padded_vocab_size: int,
-        hidden_size: int,
-        *,
-        init_std: float,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
     ) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
-        self.rows = padded_vocab_size // group.size
-        self.first_row = self.rows * group.rank
+        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
+        self.rows = padded_vocab_size // self.group.size
+        self.first_row = self.rows * self.group.rank
+        shape = (padded_vocab_size, hidden_size)
         spec = ParameterSpec(
-            global_shape=(padded_vocab_size, hidden_size),
-            group=group,
-            partition_dim=0,
-            init_std=init_std,
-            init_rows=vocab_size,
+            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=vocab_size
         )
-        self.weight = new_parameter(spec, dtype, device)
+        self.weight = new_parameter(spec, placement)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Looks up int64 `tokens` [B, S]; ids that other ranks hold contribute zero here and are summed in."""

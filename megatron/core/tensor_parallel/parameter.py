@@ -43,9 +43,24 @@ class ParameterSpec:
         return self.init_rows is not None
 
 
-def new_parameter(
-    spec: ParameterSpec, dtype: torch.dtype, device: torch.device, stack: int | None = None
-) -> nn.Parameter:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the parameters of a module are, and who has the rest of them."""
+
+    dtype: torch.dtype
+    device: torch.device
+    group: Group = field(default_factory=Group)
+    """Ranks that its products are split over."""
+    sequence_parallel: bool = False
+    """Whether each of these ranks has only its slice of the sequence outside of those products."""
+
+    @property
+    def sequence_group(self) -> Group:
+        """Ranks that share a sequence outside of the products: of one if each has the whole of it."""
+        return self.group if self.sequence_parallel else Group()
+
+
+def new_parameter(spec: ParameterSpec, placement: Placement, stack: int | None = None) -> nn.Parameter:
     """An uninitialised parameter of this rank's local shape, with `spec` attached.
 
     `stack` is the number of local experts of a stacked parameter.
@@ -56,7 +71,7 @@ def new_parameter(
         shape[spec.partition_dim] //= spec.group.size
     if stack is not None:
         shape.insert(0, stack)
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+    parameter = nn.Parameter(torch.empty(shape, dtype=placement.dtype, device=placement.device))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 

@@ -3,7 +3,6 @@
 Heads are split over tensor-parallel ranks, the sequence over context-parallel ranks.
 """
 
-import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
@@ -14,6 +13,7 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
 from megatron.core.recompute import recomputed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.parameter import Placement
 
 
 class SelfAttention(nn.Module):
@@ -22,40 +22,22 @@ class SelfAttention(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
+        placement: Placement,
         *,
-        output_std: float,
-        group: Group,
         cp: Group,
-        sequence_parallel: bool,
         recompute_core: bool,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.cp, self.recompute_core = cp, recompute_core
         self.head_dim = config.head_dim
-        self.local_groups = config.query_groups // group.size
+        self.local_groups = config.query_groups // placement.group.size
         self.queries_per_group = config.num_attention_heads // config.query_groups
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.query_groups * config.head_dim
         # rows: for each key/value group its query heads, its key, its value, so that TP splits whole groups
-        self.linear_qkv = ColumnParallelLinear(
-            config.hidden_size,
-            query_size + 2 * key_size,
-            init_std=config.init_method_std,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            dtype=config.dtype,
-            device=device,
-        )
-        self.linear_proj = RowParallelLinear(
-            query_size,
-            config.hidden_size,
-            init_std=output_std,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            dtype=config.dtype,
-            device=device,
-        )
+        rows = query_size + 2 * key_size
+        self.linear_qkv = ColumnParallelLinear(config.hidden_size, rows, config.init_method_std, placement)
+        self.linear_proj = RowParallelLinear(query_size, config.hidden_size, config.output_init_std, placement)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """Attends within each sample, or within each of its documents if there are any."""

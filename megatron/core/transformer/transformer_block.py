@@ -13,6 +13,7 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed
 from megatron.core.stages import Stage
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -31,39 +32,19 @@ class TransformerBlock(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        *,
         stage: Stage,
         groups: ProcessGroups,
-        sequence_parallel: bool,
+        placement: Placement,
         recompute: RecomputeConfig,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.config, self.cp = config, groups.cp
-        self.sequence_shards = groups.tp.size if sequence_parallel else 1
+        self.sequence_shards = placement.sequence_group.size
         self.layers = nn.ModuleList(
-            TransformerLayer(
-                config,
-                layer_number=number,
-                groups=groups,
-                sequence_parallel=sequence_parallel,
-                recompute=recompute,
-                device=device,
-            )
-            for number in stage.layers
+            TransformerLayer(config, number, groups, placement, recompute) for number in stage.layers
         )
         self.units = recompute.units(len(self.layers))
-        self.final_layernorm = (
-            RMSNorm(
-                config.hidden_size,
-                epsilon=config.norm_epsilon,
-                sequence_parallel=sequence_parallel,
-                dtype=config.dtype,
-                device=device,
-            )
-            if stage.has_output
-            else None
-        )
+        self.final_layernorm = RMSNorm(config, placement) if stage.has_output else None
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> BlockOutput:
         """x: [S/cp, B, H] (or [S/cp/tp, B, H]); layers get the microbatch with its places and rotary tables."""

@@ -1,16 +1,15 @@
 """One layer: attention and experts, each behind a norm and beside a residual connection."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed, without_keeping
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import RouterStatistics
@@ -23,47 +22,19 @@ class TransformerLayer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        *,
         layer_number: int,
         groups: ProcessGroups,
-        sequence_parallel: bool,
+        placement: Placement,
         recompute: RecomputeConfig,
-        device: torch.device,
     ) -> None:
         super().__init__()
         self.recompute_norm, self.recompute_moe = recompute.includes("layernorm"), recompute.includes("moe")
-        # Matrices that write to the residual stream start smaller, so that its variance does not grow with depth
-        # (GPT-2, as in Megatron-LM).
-        output_std = config.init_method_std / math.sqrt(2 * config.num_layers)
-
-        def norm() -> RMSNorm:
-            return RMSNorm(
-                config.hidden_size,
-                epsilon=config.norm_epsilon,
-                sequence_parallel=sequence_parallel,
-                dtype=config.dtype,
-                device=device,
-            )
-
-        self.input_layernorm = norm()
+        self.input_layernorm = RMSNorm(config, placement)
         self.self_attention = SelfAttention(
-            config,
-            output_std=output_std,
-            group=groups.tp,
-            cp=groups.cp,
-            sequence_parallel=sequence_parallel,
-            recompute_core=recompute.includes("core_attn"),
-            device=device,
+            config, placement, cp=groups.cp, recompute_core=recompute.includes("core_attn")
         )
-        self.pre_mlp_layernorm = norm()
-        self.mlp = MoELayer(
-            config,
-            layer_number=layer_number,
-            output_std=output_std,
-            groups=groups,
-            sequence_parallel=sequence_parallel,
-            device=device,
-        )
+        self.pre_mlp_layernorm = RMSNorm(config, placement)
+        self.mlp = MoELayer(config, layer_number, groups, placement)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""

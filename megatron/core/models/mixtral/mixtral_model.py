@@ -12,7 +12,7 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE, RecomputeConfig
 from megatron.core.stages import Stage, whole_model
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding, VocabParallelOutput
-from megatron.core.tensor_parallel.parameter import NamedShard, named_shards
+from megatron.core.tensor_parallel.parameter import NamedShard, Placement, named_shards
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -45,43 +45,17 @@ class MixtralModel(nn.Module):
         self.stage = stage = stage or whole_model(config.num_layers)
         assert config.vocab_size is not None, "the vocabulary size is not known yet"
         self.cp = groups.cp
-        self.sequence_parallel = sequence_parallel = sequence_parallel and groups.tp.size > 1
+        self.sequence_parallel = sequence_parallel and groups.tp.size > 1
+        placement = Placement(
+            dtype=config.dtype, device=device, group=groups.tp, sequence_parallel=self.sequence_parallel
+        )
         padded = config.padded_vocab_size(groups.tp.size)
-        self.embedding: nn.ModuleDict | None = None
+        vocabulary = (config.vocab_size, padded, config.hidden_size, config.init_method_std, placement)
+        self.embedding = None
         if stage.has_embedding:
-            word_embeddings = VocabParallelEmbedding(
-                config.vocab_size,
-                padded,
-                config.hidden_size,
-                init_std=config.init_method_std,
-                group=groups.tp,
-                sequence_parallel=sequence_parallel,
-                dtype=config.dtype,
-                device=device,
-            )
-            self.embedding = nn.ModuleDict({"word_embeddings": word_embeddings})
-        self.decoder = TransformerBlock(
-            config,
-            stage=stage,
-            groups=groups,
-            sequence_parallel=sequence_parallel,
-            recompute=recompute,
-            device=device,
-        )
-        self.output_layer = (
-            VocabParallelOutput(
-                config.vocab_size,
-                padded,
-                config.hidden_size,
-                init_std=config.init_method_std,
-                group=groups.tp,
-                sequence_parallel=sequence_parallel,
-                dtype=config.dtype,
-                device=device,
-            )
-            if stage.has_output
-            else None
-        )
+            self.embedding = nn.ModuleDict({"word_embeddings": VocabParallelEmbedding(*vocabulary)})
+        self.decoder = TransformerBlock(config, stage, groups, placement, recompute)
+        self.output_layer = VocabParallelOutput(*vocabulary) if stage.has_output else None
 
     @property
     def first_layer(self) -> int:

@@ -1,6 +1,5 @@
 """All experts of a rank, on stacked weights."""
 
-import torch
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
@@ -9,37 +8,30 @@ from megatron.core.fusions.forms import takes_grouped_mm
 from megatron.core.fusions.linear import Backend
 from megatron.core.fusions.permute import PermutationMap
 from megatron.core.parallel_state import Group
-from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 
 
 class _StackedWeight(nn.Module):
     """One matrix for each local expert, stacked: [experts, out, in]."""
 
-    def __init__(self, spec: ParameterSpec, experts: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ParameterSpec, experts: int, placement: Placement) -> None:
         super().__init__()
-        self.weight = new_parameter(spec, dtype, device, stack=experts)
+        self.weight = new_parameter(spec, placement, stack=experts)
 
 
 class Experts(nn.Module):
-    """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over `group`).
+    """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over ranks).
 
     Attributes:
         backend: what makes their products; may be set again, to what has been measured.
         takes_grouped_mm: whether there is a choice.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        output_std: float,
-        ep_group: Group,
-        group: Group,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, ep: Group, placement: Placement) -> None:
         super().__init__()
-        experts = config.num_experts // ep_group.size
-        first_expert = experts * ep_group.rank
+        group = placement.group
+        experts = config.num_experts // ep.size
+        first_expert = experts * ep.rank
         gate_up = ParameterSpec(
             global_shape=(2 * config.ffn_hidden_size, config.hidden_size),
             group=group,
@@ -53,12 +45,12 @@ class Experts(nn.Module):
             global_shape=(config.hidden_size, config.ffn_hidden_size),
             group=group,
             partition_dim=1,
-            init_std=output_std,
+            init_std=config.output_init_std,
             is_expert=True,
             first_expert=first_expert,
         )
-        self.linear_fc1 = _StackedWeight(gate_up, experts, config.dtype, device)
-        self.linear_fc2 = _StackedWeight(down, experts, config.dtype, device)
+        self.linear_fc1 = _StackedWeight(gate_up, experts, placement)
+        self.linear_fc2 = _StackedWeight(down, experts, placement)
         self.backend: Backend = config.moe_grouped_gemm_backend
         width = config.ffn_hidden_size // group.size
         self.takes_grouped_mm = takes_grouped_mm(config.dtype, config.hidden_size, width)

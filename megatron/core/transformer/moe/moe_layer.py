@@ -1,11 +1,13 @@
 """The mixture-of-experts layer (Mixtral, arXiv:2401.04088)."""
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.microbatch import Microbatch
-from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.parallel_state import ProcessGroups
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
@@ -14,34 +16,13 @@ from megatron.core.transformer.moe.token_dispatcher import build_token_dispatche
 class MoELayer(nn.Module):
     """Router, dispatch, experts, combine: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        layer_number: int,
-        output_std: float,
-        groups: ProcessGroups,
-        sequence_parallel: bool,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer_number: int, groups: ProcessGroups, placement: Placement) -> None:
         super().__init__()
-        self.router = TopKRouter(
-            config,
-            layer_number=layer_number,
-            token_group=groups.tp_cp if sequence_parallel else groups.cp,
-            sequence_group=groups.tp if sequence_parallel else Group(),
-            device=device,
-        )
-        self.experts = Experts(
-            config,
-            output_std=output_std,
-            ep_group=groups.ep,
-            group=groups.etp,
-            device=device,
-        )
-        self.dispatcher = build_token_dispatcher(
-            config, groups, tokens_are_replicated=groups.tp.size > 1 and not sequence_parallel
-        )
+        token_group = groups.tp_cp if placement.sequence_parallel else groups.cp
+        self.router = TopKRouter(config, layer_number, token_group, placement)
+        self.experts = Experts(config, groups.ep, replace(placement, group=groups.etp, sequence_parallel=False))
+        replicated = groups.tp.size > 1 and not placement.sequence_parallel
+        self.dispatcher = build_token_dispatcher(config, groups, tokens_are_replicated=replicated)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         """Returns the experts' output and what the router did."""

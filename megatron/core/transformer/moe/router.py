@@ -19,7 +19,7 @@ from megatron.core.fusions.router import Routing, top_k_routing
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.mappings import all_gather_first, all_reduce, split_first
-from megatron.core.tensor_parallel.parameter import ParameterSpec, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 
 
 class RouterStatistics(NamedTuple):
@@ -74,15 +74,7 @@ class TopKRouter(nn.Module):
     expert_share: Tensor | None = None
     """[E], float: see `global_aux_loss`."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        layer_number: int,
-        token_group: Group,
-        sequence_group: Group,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer_number: int, token_group: Group, placement: Placement) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.moe_router_topk
         self.balancing = config.moe_router_load_balancing_type
@@ -90,13 +82,13 @@ class TopKRouter(nn.Module):
         self.z_loss_coeff = config.moe_z_loss_coeff
         self.capacity_factor, self.drop_policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
         self.jitter_eps, self.layer_number = config.moe_input_jitter_eps or 0.0, layer_number
-        self.token_group, self.sequence_group = token_group, sequence_group
+        self.token_group, self.sequence_group = token_group, placement.sequence_group
         spec = ParameterSpec(
             global_shape=(config.num_experts, config.hidden_size),
             init_std=config.init_method_std,
-            sequence_partial_grad=sequence_group.size > 1,
+            sequence_partial_grad=placement.sequence_parallel,
         )
-        self.weight = new_parameter(spec, config.dtype, device)
+        self.weight = new_parameter(spec, placement)
 
     def forward(self, x_SBH: Tensor, microbatch: Microbatch) -> tuple[Routing, RouterStatistics]:
         """Routes this rank's tokens in float32 or wider; those of the result are numbered s * B + b."""

@@ -8,6 +8,7 @@ from model_testing import TINY_MODEL
 from megatron.core.fusions.jitter import jittered, mixed
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -31,9 +32,9 @@ def test_noise_is_uniform_and_uncorrelated() -> None:
 
 def _logsumexp(seed: int = 1, layer: int = 3, first_sample: int = 10, training: bool = True) -> torch.Tensor:
     config = replace(TINY_MODEL, moe_input_jitter_eps=0.1)
-    router = TopKRouter(
-        config, layer_number=layer, token_group=Group(), sequence_group=Group(), device=torch.device("cpu")
-    ).train(training)
+    router = TopKRouter(config, layer, Group(), Placement(dtype=torch.float64, device=torch.device("cpu"))).train(
+        training
+    )
     torch.nn.init.ones_(router.weight)
     x = torch.ones(5, 4, TINY_MODEL.hidden_size, dtype=torch.float64)
     routing, _ = router(x, Microbatch(seed=seed, first_sample=first_sample, places=torch.arange(20, 25)))

@@ -10,13 +10,14 @@ from torch import Tensor
 from megatron.core.config import ModelConfig
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.parallel_state import Group
+from megatron.core.tensor_parallel.parameter import Placement
 from megatron.core.transformer.moe.router import TopKRouter
 
 EXPERTS, LENGTH, BATCH = TINY_MODEL.num_experts, 37, 3
 
 
 def _router(config: ModelConfig) -> TopKRouter:
-    router = TopKRouter(config, layer_number=0, token_group=Group(), sequence_group=Group(), device=torch.device("cpu"))
+    router = TopKRouter(config, 0, Group(), Placement(dtype=torch.float64, device=torch.device("cpu")))
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     return router
 
