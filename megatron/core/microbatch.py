@@ -73,4 +73,4 @@ class Microbatch:
     places: Tensor | None = None
     """int64 [S/cp], where this rank's tokens stand in their samples; filled in by the transformer block."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """cos and sin, each [S/cp, head_dim/2] or, by sample, [B, 1, S/cp, head_dim/2]; filled in by the block."""
+    """cos and sin, each [S/cp, head_dim/2] or, by sample, [B, S/cp, head_dim/2]; filled in by the block."""

@@ -9,12 +9,12 @@ from distributed_testing import run_distributed
 from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
-from megatron.core.communication.counter import CommunicationCounter, group_labels
-from megatron.core.communication.volume import Step, step_traffic
 from megatron.core.parallel_state import build_process_groups
 from megatron.training.checkpointing import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
+from tools.traffic.counter import CommunicationCounter, group_labels
+from tools.traffic.volume import Step, step_traffic
 
 TP2 = {"tensor_model_parallel_size": 2}
 SP = {"sequence_parallel": True}

@@ -14,7 +14,6 @@ PARALLEL = LEAVES | {"parallel_state"}
 CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
-    "communication": PARALLEL,
     "microbatch": {"fusions.attention"},
     "config": {"stages", "config_checks"},
     "config_checks": set(),
@@ -35,6 +34,9 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "transformer": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel"},
     "models": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel", "transformer"},
 }
+KERNELS = "megatron/core/fusions/kernels/"
+CHOOSES_KERNELS = "megatron/core/fusions/forms.py"
+SHOWS_KERNELS = {"tools/show_forms.py"}
 ENVIRONMENT_READER = "megatron/training/initialize.py"
 ARGUMENTS = "megatron/training/arguments.py"
 ENVIRONMENT_NAMES = {"environ", "environb", "getenv", "putenv", "unsetenv"}
@@ -73,8 +75,14 @@ def forbidden_import(file: str, module: str) -> str | None:
     """Why `file` (a path inside the project) may not import `module`, or None if it may."""
     top, _, rest = module.partition(".")
     in_core = file.startswith("megatron/core/")
-    if top == "triton" and not file.startswith("megatron/core/fusions/kernels/"):
-        return "only megatron/core/fusions/kernels imports triton"
+    if top == "triton" and not file.startswith(f"{KERNELS}triton/"):
+        return f"only {KERNELS}triton imports triton"
+    if (
+        f"{module}.".startswith("megatron.core.fusions.kernels.")
+        and file not in SHOWS_KERNELS
+        and not (file == CHOOSES_KERNELS or file.startswith(KERNELS))
+    ):
+        return f"only {CHOOSES_KERNELS} knows kernels: operations hold a formula"
     # The interchange checkpoint holds an argparse.Namespace: there it is a data type, not a command line.
     is_file_format = module == "argparse.Namespace" and file.startswith("megatron/core/interchange/")
     if top == "argparse" and file.startswith("megatron/") and file != ARGUMENTS and not is_file_format:
@@ -151,6 +159,12 @@ def test_the_project_keeps_its_layers() -> None:
         ("megatron/training/training.py", "import os\nx = os.environ['RANK']"),
         ("megatron/core/config.py", "from os import getenv"),
         ("megatron/core/fusions/rms_norm.py", "import triton.language as tl"),
+        ("megatron/core/fusions/kernels/cpu/wrapper.py", "import triton.language as tl"),
+        ("megatron/core/fusions/rms_norm.py", "from megatron.core.fusions.kernels.triton import rms_norm"),
+        ("megatron/core/fusions/rms_norm.py", "from megatron.core.fusions import kernels"),
+        ("megatron/core/fusions/rms_norm.py", "from .kernels import cpu"),
+        ("megatron/core/transformer/a.py", "import megatron.core.fusions.kernels.cpu.wrapper as w"),
+        ("tools/benchmarks/a.py", "from megatron.core.fusions.kernels import load"),
         ("tools/preprocess_data.py", "from megatron.training.training import pretrain"),
         ("tools/preprocess_data.py", "from megatron import training"),
         ("pretrain_gpt.py", "import tests.helpers"),
@@ -168,7 +182,9 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("megatron/core/fusions/kernels/rms_norm.py", "import triton\nimport triton.language as tl"),
+        ("megatron/core/fusions/kernels/triton/rms_norm.py", "import triton\nimport triton.language as tl"),
+        ("megatron/core/fusions/forms.py", "from megatron.core.fusions.kernels import load"),
+        ("megatron/core/fusions/rms_norm.py", "from megatron.core.fusions.forms import operation"),
         ("megatron/core/datasets/a.py", "from megatron.core.config import DataConfig\nfrom .b import c"),
         ("megatron/core/models/mixtral/a.py", "from ...transformer.moe import router"),
         ("megatron/core/distributed/a.py", "from megatron.core.tensor_parallel.parameter import spec_of"),

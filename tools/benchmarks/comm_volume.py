@@ -1,7 +1,7 @@
 """Prints what the ranks of a layout send each other in a training step: measured on a small model, and by formula.
 
 Every layout of a small Mixtral makes one step on CPU processes. All that goes through torch.distributed is counted, and
-compared with the formulas of megatron/core/communication/volume.py, summed over the ranks. The formulas are then
+compared with the formulas of megatron/tools/traffic/volume.py, summed over the ranks. The formulas are then
 applied to the two models that the toolkit is made for. A layout is written as in tp2-sp-pp2; parts: tp, pp, cp, ep,
 etp, dp and vpp (chunks of layers on a pipeline rank) with a number, sp (sequence parallelism), zero (distributed
 optimizer), allgather (instead of all-to-all), full and selective (recomputation).
@@ -30,8 +30,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron.core.communication.counter import CommunicationCounter, group_labels, sent_share
-from megatron.core.communication.volume import Step, Traffic, step_traffic
 from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.microbatch import Microbatch
@@ -46,6 +44,8 @@ from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import initialize_parameters
+from tools.traffic.counter import CommunicationCounter, group_labels, sent_share
+from tools.traffic.volume import Step, Traffic, step_traffic
 
 SMALL = ModelConfig(
     num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, num_experts=4,

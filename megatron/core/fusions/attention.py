@@ -72,9 +72,10 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        attention_backward = forms.kernel("attention_backward", grad, *ctx.saved_tensors)
+        operands = (grad, *ctx.saved_tensors)
+        attention_backward = forms.kernel("attention_backward", *operands)
         assert attention_backward is not None
-        return attention_backward(grad, *ctx.saved_tensors)
+        return attention_backward(*operands)
 
 
 def _whole_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ _GRADIENT = "float32 gradients", lambda *args: args[3].dtype == FP32
 _ALIGNED = "rows in 16 bytes, not --moe-grouped-gemm-backend loop", _is_grouped
 _ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
 _PRODUCTS = "float32 with AVX-512, bfloat16 with AMX", _multiplies
-_SUMS = "the same, not into float16", lambda g, x, _, out, beta: out.dtype in (g.dtype, FP32) and _multiplies(g, x)
+_SUMS = (
+    "float32 with AVX-512, bfloat16 with AMX",
+    lambda g, x, _, out, beta: out.dtype in (g.dtype, FP32) and _multiplies(g, x),
+)
 _NARROW = "bfloat16 with AMX", lambda weight, _: weight.dtype == BF16 and _multiplies(weight, weight)
 _BY_ONEDNN = (
     "16 bits that oneDNN multiplies",

@@ -96,7 +96,7 @@ class _OutputLoss(Function):
         weight, vocabulary = ctx.weight, ctx.vocabulary
         whole = mappings.all_gather_first(x, vocabulary.group) if ctx.sequence_parallel else x
         x_NH = whole.reshape(-1, whole.shape[-1])
-        grad_N = grads[0].reshape(-1).to(logsumexp_N.dtype)
+        grad_N = grads[0].reshape(-1).to(logsumexp_N.dtype).contiguous()  # that of a sum is one number, expanded
         one_block = len(_blocks(weight, vocabulary, min(ctx.piece, x_NH.shape[0]))) == 1
         # sums over blocks are rounded once
         grad_x_NH = torch.empty_like(x_NH, dtype=x.dtype if one_block else logsumexp_N.dtype)

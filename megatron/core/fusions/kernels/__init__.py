@@ -50,7 +50,7 @@ def library_kernel(device: str, *condition: Any) -> Kernel:
 def instruction_set() -> str:
     """That of the C++ kernels; empty where they are missing."""
     wrapper = load("cpu.wrapper")
-    return "" if isinstance(wrapper, str) else wrapper.instruction_set()
+    return "" if isinstance(wrapper, str) or "cpu" not in DEVICES else wrapper.instruction_set()
 
 
 @functools.cache

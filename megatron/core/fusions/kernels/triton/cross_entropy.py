@@ -67,5 +67,4 @@ def softmax_gradient_(
     """Overwrites the logits with (softmax - one_hot(target)) * grad, and with 0 in padding columns."""
     rows, width = logits_NV.shape
     if rows:
-        grad_N = grad_N.contiguous()  # that of a plain sum is one number, expanded
         _gradient[(rows, triton.cdiv(width, BLOCK))](logits_NV, ids_N, logsumexp_N, grad_N, width, columns, BLOCK=BLOCK)

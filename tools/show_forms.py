@@ -1,0 +1,80 @@
+"""Prints which form of every operation runs on this machine, and why the others do not.
+
+An operation is a formula in PyTorch, for which kernels may stand in: Triton's, C++, or a library's. The table they are
+chosen from is megatron/core/fusions/forms.py.
+
+Example:
+  python tools/show_forms.py
+  python tools/show_forms.py --operation swiglu grouped_product
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron.core.fusions.forms import TABLE
+from megatron.core.fusions.kernels import DEVICES, Kernel, instruction_set, load
+from tools.run_tool import run_tool
+
+NAMES = {"triton": "Triton", "cpu": "C++", "library": "library"}
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def _name(kernel: Kernel) -> str:
+    return NAMES[kernel.part.partition(".")[0]]
+
+
+def _obstacle(kernel: Kernel, device: str) -> str:
+    """Why a kernel cannot run on a device of this machine whatever the operands; empty if it can."""
+    if DEVICES[kernel.part] != device:
+        return f"runs on {DEVICES[kernel.part]}"
+    module = load(kernel.module)
+    return module if isinstance(module, str) else ""
+
+
+def _line(operation: str, device: str) -> list[str]:
+    """The kernels of an operation that can run, in the order they are asked, then those that cannot."""
+    able = [kernel for kernel in TABLE[operation] if not _obstacle(kernel, device)]
+    chain = []
+    for kernel in able:
+        types = [str(kind).removeprefix("torch.") for kind in TYPES if kind in kernel.types]
+        conditions = [*([] if len(types) == len(TYPES) else types), *([kernel.words] if kernel.words else [])]
+        chain.append(_name(kernel) + (f" ({'; '.join(conditions)})" if conditions else ""))
+    lines = [f"  {operation:26}" + ", else ".join([*chain, "the formula"])]
+    absent = [f"{_name(kernel)}: {_obstacle(kernel, device)}" for kernel in TABLE[operation] if kernel not in able]
+    return lines + [f"  {'':26}  not {reason}" for reason in dict.fromkeys(absent)]
+
+
+def report(operations: Iterable[str]) -> str:
+    """For every kind of device here. Raises ValueError for an operation that there is not."""
+    unknown = sorted(set(operations) - TABLE.keys())
+    if unknown:
+        raise ValueError(f"--operation {unknown[0]}: there is no such operation; choose of {' '.join(TABLE)}")
+    cpp, triton = load("cpu.wrapper"), load("triton.swiglu")
+    lines = [
+        f"torch {torch.__version__}; C++: {cpp if isinstance(cpp, str) else instruction_set()}; "
+        f"Triton: {triton if isinstance(triton, str) else 'installed'}"
+    ]
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        lines.append(f"on {device}" + (f", {torch.cuda.get_device_name()}" if device == "cuda" else ""))
+        for operation in operations:
+            lines += _line(operation, device)
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operation", nargs="+", default=list(TABLE), metavar="NAME", help="only these (default: all)")
+    args = parser.parse_args(argv)
+    return run_tool(lambda: print(report(args.operation)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
