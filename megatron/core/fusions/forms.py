@@ -12,10 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from megatron.core.fusions.kernels import Kernel, instruction_set, load, refusal
-from megatron.core.fusions.kernels import cpp_kernel as cpp
-from megatron.core.fusions.kernels import library_kernel as library
-from megatron.core.fusions.kernels import triton_kernel as triton
+from megatron.core.fusions.kernels import Kernel, by_library, in_cpp, in_triton, instruction_set, load, refusal
 from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
 from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM
 
@@ -33,7 +30,7 @@ def _is_grouped(x: Tensor, weight: Tensor, ends: Tensor, transpose: bool, backen
 
 
 def _multiplies(a: Tensor, b: Tensor, *_: Any) -> bool:
-    return a.dtype == b.dtype and instruction_set() in (("amx", "avx512") if a.dtype == FP32 else ("amx",))
+    return a.dtype == b.dtype and instruction_set() in {FP32: ("amx", "avx512"), BF16: ("amx",)}.get(a.dtype, ())
 
 
 def _fits_tiles(a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
@@ -66,43 +63,42 @@ _WIDENED = "16 bits into float32", _widens
 _GRADIENT = "float32 gradients", lambda *args: args[3].dtype == FP32
 _ALIGNED = "rows in 16 bytes, not --moe-grouped-gemm-backend loop", _is_grouped
 _ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
-_PRODUCTS = "float32 with AVX-512, bfloat16 with AMX", _multiplies
-_SUMS = (
-    "float32 with AVX-512, bfloat16 with AMX",
-    lambda g, x, _, out, beta: out.dtype in (g.dtype, FP32) and _multiplies(g, x),
-)
+_SETS = "float32 with AVX-512, bfloat16 with AMX"
+_PRODUCTS = _SETS, _multiplies
+_SUMS = _SETS, lambda grad, x, ends, out, beta: out.dtype in (grad.dtype, FP32) and _multiplies(grad, x)
 _NARROW = "bfloat16 with AMX", lambda weight, _: weight.dtype == BF16 and _multiplies(weight, weight)
-_BY_ONEDNN = (
-    "16 bits that oneDNN multiplies",
-    lambda x, weight, backend: x.dtype in (BF16, FP16) and (backend == "grouped_mm" or not _multiplies(x, weight)),
-)
+_ONEDNN = "16 bits, by oneDNN", lambda x, w, b: x.dtype.itemsize == 2 and (b == "grouped_mm" or not _multiplies(x, w))
 
 TABLE: dict[str, tuple[Kernel, ...]] = {
-    "rms_norm_forward": (triton("rms_norm"), cpp(*_ONE_TYPE)),
-    "rms_norm_backward": (triton("rms_norm"), cpp(*_ONE_TYPE)),
-    "rotate": (triton("rotary"), cpp(*_TABLES)),
-    "swiglu": (triton("swiglu"), cpp(*_PROBS)),
-    "swiglu_backward": (triton("swiglu"), cpp(*_PROBS)),
-    "route_forward": (triton("router"),),
-    "route_backward": (triton("router"),),
-    "sort_pairs": (triton("permute"),),
-    "gather_pairs": (triton("permute"), cpp()),
-    "combine_pairs": (triton("permute"), cpp()),
-    "softmax_statistics_": (triton("cross_entropy"), cpp(*_REAL)),
-    "softmax_gradient_": (triton("cross_entropy"), cpp(*_REAL)),
-    "add_rows_": (library("cuda"),),
-    "adamw_": (cpp(*_MASTERS),),
-    "attention_forward": (cpp(*_SHORT),),
-    "attention_backward": (cpp(),),
-    "attend": (library("cuda", *_WHOLE),),
-    "attend_documents": (library("cuda", *_FLASH),),
-    "attention_block": (library("cuda", *_FLASH), library("cpu")),
-    "attention_block_backward": (library("cuda", *_FLASH), library("cpu")),
-    "multiply_": (cpp(*_TILES), library("cpu", *_BROAD), library("cuda", *_ADDED), triton("grouped_gemm", *_WIDENED)),
-    "grouped_product": (library("meta"), library("cuda", *_ALIGNED), library("cpu", *_ASKED), cpp(*_PRODUCTS)),
-    "grouped_weight_gradient_": (library("meta"), triton("grouped_gemm", *_GRADIENT), cpp(*_SUMS)),
-    "row_multiple": (library("cpu", *_BY_ONEDNN),),
-    "vocabulary_blocks": (cpp(*_NARROW), library("cpu")),
+    "rms_norm_forward": (in_triton("rms_norm"), in_cpp(*_ONE_TYPE)),
+    "rms_norm_backward": (in_triton("rms_norm"), in_cpp(*_ONE_TYPE)),
+    "rotate": (in_triton("rotary"), in_cpp(*_TABLES)),
+    "swiglu": (in_triton("swiglu"), in_cpp(*_PROBS)),
+    "swiglu_backward": (in_triton("swiglu"), in_cpp(*_PROBS)),
+    "route_forward": (in_triton("router"),),
+    "route_backward": (in_triton("router"),),
+    "sort_pairs": (in_triton("permute"),),
+    "gather_pairs": (in_triton("permute"), in_cpp()),
+    "combine_pairs": (in_triton("permute"), in_cpp()),
+    "softmax_statistics_": (in_triton("cross_entropy"), in_cpp(*_REAL)),
+    "softmax_gradient_": (in_triton("cross_entropy"), in_cpp(*_REAL)),
+    "add_rows_": (by_library("cuda"),),
+    "adamw_": (in_cpp(*_MASTERS),),
+    "attention_forward": (in_cpp(*_SHORT),),
+    "attention_backward": (in_cpp(),),
+    "attend": (by_library("cuda", *_WHOLE),),
+    "attend_documents": (by_library("cuda", *_FLASH),),
+    "attention_block": (by_library("cuda", *_FLASH), by_library("cpu")),
+    "attention_block_backward": (by_library("cuda", *_FLASH), by_library("cpu")),
+    "multiply_": (
+        in_cpp(*_TILES), by_library("cpu", *_BROAD), by_library("cuda", *_ADDED), in_triton("grouped_gemm", *_WIDENED),
+    ),
+    "grouped_product": (
+        by_library("meta"), by_library("cuda", *_ALIGNED), by_library("cpu", *_ASKED), in_cpp(*_PRODUCTS),
+    ),
+    "grouped_weight_gradient_": (by_library("meta"), in_triton("grouped_gemm", *_GRADIENT), in_cpp(*_SUMS)),
+    "row_multiple": (by_library("cpu", *_ONEDNN),),
+    "vocabulary_blocks": (in_cpp(*_NARROW), by_library("cpu")),
 }  # fmt: skip
 
 

@@ -31,17 +31,17 @@ class Kernel(NamedTuple):
     """The same as a function of them."""
 
 
-def triton_kernel(module: str, *condition: Any) -> Kernel:
+def in_triton(module: str, *condition: Any) -> Kernel:
     """A Triton kernel; `condition` is words and takes."""
     return Kernel("triton", f"triton.{module}", (torch.float32, torch.bfloat16, torch.float16), *condition)
 
 
-def cpp_kernel(*condition: Any) -> Kernel:
+def in_cpp(*condition: Any) -> Kernel:
     """A kernel in C++."""
     return Kernel("cpu", "cpu.wrapper", (torch.float32, torch.bfloat16), *condition)
 
 
-def library_kernel(device: str, *condition: Any) -> Kernel:
+def by_library(device: str, *condition: Any) -> Kernel:
     """A library's kernel for a device."""
     types = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     return Kernel(f"library.{device}", f"library.{device}", types, *condition)
