@@ -19,14 +19,7 @@ from megatron.core.tensor_parallel.parameter import Placement
 class SelfAttention(nn.Module):
     """Attention over one sequence: [S/cp, B, H] (or [S/cp/tp, B, H]) -> the same shape."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        placement: Placement,
-        *,
-        cp: Group,
-        recompute_core: bool,
-    ) -> None:
+    def __init__(self, config: ModelConfig, placement: Placement, *, cp: Group, recompute_core: bool) -> None:
         super().__init__()
         self.cp, self.recompute_core = cp, recompute_core
         self.head_dim = config.head_dim
