@@ -87,7 +87,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "attention_forward": (in_cpp(*_SHORT),),
     "attention_backward": (in_cpp(),),
     "attend": (by_library("cuda", *_WHOLE),),
-    "attend_documents": (by_library("cuda", *_FLASH),),
+    "attend_documents": (by_library("cuda", *_FLASH, module="packed"),),
     "attention_block": (by_library("cuda", *_FLASH), by_library("cpu")),
     "attention_block_backward": (by_library("cuda", *_FLASH), by_library("cpu")),
     "multiply_": (

@@ -41,10 +41,10 @@ def in_cpp(*condition: Any) -> Kernel:
     return Kernel("cpu", "cpu.wrapper", (torch.float32, torch.bfloat16), *condition)
 
 
-def by_library(device: str, *condition: Any) -> Kernel:
-    """A library's kernel for a device."""
+def by_library(device: str, *condition: Any, module: str = "") -> Kernel:
+    """A library's kernel for a device, in the module of that name or in another one."""
     types = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return Kernel(f"library.{device}", f"library.{device}", types, *condition)
+    return Kernel(f"library.{device}", f"library.{module or device}", types, *condition)
 
 
 def instruction_set() -> str:
@@ -65,12 +65,12 @@ def load(module: str) -> ModuleType | str:
 
 def refusal(kernel: Kernel, arguments: tuple[Any, ...]) -> str:
     """Why a kernel does not run with these arguments of its operation; empty if it does."""
-    device, module = DEVICES.get(kernel.part), load(kernel.module)
-    if device is None or isinstance(module, str):
-        return str(module)
+    device = DEVICES.get(kernel.part)
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if any(tensor.device.type != device for tensor in tensors):
         return f"for tensors on {device}"
     if any(tensor.is_floating_point() and tensor.dtype not in kernel.types for tensor in tensors):
         return "for other types"
+    if isinstance(missing := load(kernel.module), str):
+        return missing
     return "" if kernel.takes(*arguments) else f"for {kernel.words}"

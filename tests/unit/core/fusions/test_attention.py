@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions.attention import Documents, causal_attention
-from megatron.core.fusions.kernels.library import cuda
+from megatron.core.fusions.kernels.library import packed
 
 # samples of 12 tokens: a whole document, single tokens, and documents that fill a sample
 LENGTHS = [(12, 12), (5, 7, 12), (1, 1, 10, 3, 8, 1), (4, 4, 4, 11, 1)]
@@ -69,9 +69,10 @@ def test_the_variable_length_kernel_gets_what_it_is_documented_to_take(monkeypat
             ]
             return torch.cat([piece.squeeze(0).transpose(0, 1) for piece in pieces])
 
-        monkeypatch.setattr(cuda, "varlen_attn", varlen)
-        monkeypatch.setattr(cuda, "_VARLEN_GROUPS", grouped)
+        monkeypatch.setattr(packed, "varlen_attn", varlen)
+        monkeypatch.setattr(packed, "_VARLEN_GROUPS", grouped)
         parts = inputs()
-        packed = [part.transpose(1, 2).flatten(0, 1) for part in parts]
-        output = cuda.attend_documents(*packed, documents_of(lengths).bounds, lengths).view(2, 12, 4, 6).transpose(1, 2)
+        operands = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+        output = packed.attend_documents(*operands, documents_of(lengths).bounds, lengths)
+        output = output.view(2, 12, 4, 6).transpose(1, 2)
         torch.testing.assert_close(output, dense(*parts, lengths), rtol=1e-12, atol=1e-12)

@@ -1,18 +1,12 @@
 """Of torch, cuBLAS and FlashAttention, for CUDA devices."""
 
-import inspect
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 _grouped_mm = getattr(F, "grouped_mm", None)
 HAS_GROUPED_MM = _grouped_mm is not None
 ADDS_TO_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
-# torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so
-_VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
@@ -36,17 +30,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-
-def attend_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """All documents in one call of FlashAttention (arXiv:2307.08691)."""
-    options: dict[str, Any] = {"enable_gqa": True} if _VARLEN_GROUPS else {}
-    if not _VARLEN_GROUPS:
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    longest = max(lengths)
-    context = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
-    assert isinstance(context, Tensor)
-    return context
 
 
 def attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
