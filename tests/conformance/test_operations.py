@@ -68,7 +68,7 @@ def _router(top_k: int) -> Callable[..., Outputs]:
 
 def _softmax(columns: int) -> Callable[..., Outputs]:
     def run(logits: Tensor, grad: Tensor, elsewhere: Tensor) -> Outputs:
-        ids = torch.arange(logits.shape[0], device=logits.device) * 5 % (columns + 4) - 2  # some are in other columns
+        ids = torch.arange(logits.shape[0], device=logits.device) * 7 % (columns + 4) - 2  # some elsewhere
         logits = 4 * logits.detach()
         statistics = softmax_statistics(logits, ids, columns)
         if columns:
