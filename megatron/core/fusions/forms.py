@@ -1,8 +1,7 @@
 """Which form of an operation runs: the table of all kernels, and the only place that looks at the machine.
 
 An operation is a formula in PyTorch, and the formula runs anywhere. The first kernel in its row of TABLE that is there
-and takes the arguments runs in its place. `tools/show_forms.py` prints what that is on a machine, and why the others
-are not.
+and takes the arguments runs in its place; `tools/show_forms.py` prints which, and why not the others.
 """
 
 import functools
