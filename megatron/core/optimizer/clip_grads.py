@@ -1,6 +1,6 @@
 """The global gradient norm, in which every parameter of the model counts once under every layout."""
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,39 +14,56 @@ from megatron.core.tensor_parallel.parameter import spec_of
 _CHUNK = 1 << 14
 
 
-def counted_gradients(buffers: GradientBuffers, groups: ProcessGroups) -> list[Tensor]:
-    """Flat views of the gradients that this rank counts: those of its own shard of each bucket.
+class OwnGradients(NamedTuple):
+    """Flat views of the gradients in this rank's own shard of each bucket."""
+
+    counted: list[Tensor]
+    """Those that this rank adds to the norm."""
+    watched: list[Tensor]
+    """Those that another rank adds, which must be finite here too."""
+
+
+def own_gradients(buffers: GradientBuffers, groups: ProcessGroups) -> OwnGradients:
+    """What this rank counts and watches.
 
     The shards of a bucket lie on different ranks whether the optimizer is distributed or not. Tensors that all
     tensor-parallel ranks hold whole are counted on the first one only.
     """
-    views: list[Tensor] = []
+    own = OwnGradients([], [])
     for bucket in buffers.buckets:
-        run: slice | None = None  # padding within a run does no harm, it is zero
+        runs: list[tuple[list[Tensor], slice]] = []  # padding within a run does no harm, it is zero
         for piece in bucket.pieces(bucket.own):
             spec = spec_of(piece.parameter)
-            if spec.is_expert or spec.partition_dim is not None or groups.tp.is_first:
-                run = slice(run.start if run else piece.offset, piece.offset + piece.end - piece.start)
-            elif run is not None:
-                views.append(bucket.grads[run])
-                run = None
-        if run is not None:
+            counts = spec.is_expert or spec.partition_dim is not None or groups.tp.is_first
+            views, start = own.counted if counts else own.watched, piece.offset
+            if runs and runs[-1][0] is views:
+                start = runs.pop()[1].start
+            runs.append((views, slice(start, piece.offset + piece.end - piece.start)))
+        for views, run in runs:
             views.append(bucket.grads[run])
-    return views
+    return own
 
 
-def gradient_norm(counted: Iterable[Tensor], losses: Tensor, world: Group) -> float:
-    """L2 norm of the gradients that all ranks counted, the same on each of them; not finite if a loss is not.
+def _sum_of_squares(grads: Tensor) -> Tensor:
+    """In float64: [n] -> []."""
+    whole = grads.numel() // _CHUNK * _CHUNK
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    parts = [part for part in (grads[:whole].view(-1, _CHUNK), grads[whole:].view(1, -1)) if part.numel()]
+    squares = [torch.linalg.vector_norm(part, dim=1, dtype=wide).double().square().sum() for part in parts]
+    return torch.stack(squares).sum()
 
-    `losses` is any scalar that is finite if this rank's losses are.
+
+def gradient_norm(own: OwnGradients, losses: Tensor, world: Group) -> float:
+    """L2 norm of the gradients that all ranks counted, the same on each of them.
+
+    It is not finite if any rank has a gradient or a loss that is not; `losses` is any scalar that is finite if this
+    rank's losses are.
     """
     total = losses.detach().double() * 0
-    for grads in counted:
-        whole = grads.numel() // _CHUNK * _CHUNK
-        wide = torch.promote_types(grads.dtype, torch.float32)
-        for part in (grads[:whole].view(-1, _CHUNK), grads[whole:].view(1, -1)):
-            if part.numel():
-                total = total + torch.linalg.vector_norm(part, dim=1, dtype=wide).double().square().sum()
+    for grads in own.counted:
+        total = total + _sum_of_squares(grads)
+    for grads in own.watched:
+        total = total + 0 * _sum_of_squares(grads)
     if world.size > 1:
         dist.all_reduce(total, group=world.handle)
     return float(total.sqrt())

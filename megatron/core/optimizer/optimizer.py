@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
-from megatron.core.optimizer.clip_grads import counted_gradients, gradient_norm
+from megatron.core.optimizer.clip_grads import gradient_norm, own_gradients
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
@@ -70,7 +70,7 @@ class MixedPrecisionOptimizer:
             for bucket, state in zip(buffers.buckets, self._states, strict=True)
             for segment in self._cut(bucket, state)
         ]
-        self._counted = counted_gradients(buffers, groups)
+        self._own_gradients = own_gradients(buffers, groups)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -117,7 +117,7 @@ class MixedPrecisionOptimizer:
         if losses is None:
             losses = self.buffers.buckets[0].grads.new_zeros(())
         scale = self.scaler.scale
-        norm = gradient_norm(self._counted, losses, self.groups.world) / scale
+        norm = gradient_norm(self._own_gradients, losses, self.groups.world) / scale
         overflow = not math.isfinite(norm)
         result = StepResult(not overflow, norm, scale, self.scaler.can_lower)
         self.scaler.update(overflow)
