@@ -160,7 +160,8 @@ fi
 
 hosts=(--nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX_RESTARTS")
 if [[ $NNODES == 1 && -z $MASTER_PORT ]]; then
-    hosts+=(--standalone)
+    # the machine's own name need not resolve, as in many containers
+    hosts+=(--standalone --local-addr 127.0.0.1)
 else
     hosts+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-6000}")
 fi

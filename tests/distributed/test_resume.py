@@ -27,7 +27,8 @@ def pretrain(
 ) -> subprocess.CompletedProcess:
     """Runs pretrain_gpt.py, or a script with arguments of its own, under torchrun."""
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+        *("--nproc-per-node", str(processes)),
         *("--max-restarts", str(restarts), *script),
         *FLAGS,
         *flags,

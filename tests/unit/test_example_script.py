@@ -130,7 +130,12 @@ def test_several_machines_meet_at_the_master(machine: dict[str, str]) -> None:
     assert values(words, "--master-addr") == ["first"]
     assert values(words, "--master-port")[0] == "6000"
     assert values(words, "--max-restarts") == ["1"]
-    assert "--standalone" not in words
+    assert "--standalone" not in words and "--local-addr" not in words
+
+
+def test_one_machine_needs_no_name_that_resolves(machine: dict[str, str]) -> None:
+    words = command(machine)
+    assert "--standalone" in words and values(words, "--local-addr")[0] == "127.0.0.1"
 
 
 @pytest.mark.parametrize("gpus", ["", "0,1,2"])

@@ -182,7 +182,8 @@ def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
         "    return pretrain_gpt.forward_step(*arguments)\n"
         "pretrain(pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, forward)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", "2", str(script)]
     result = subprocess.run(
         [*command, *SHAPE, "--mock-data", "--train-iters", "1", "--eval-interval", "0"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
