@@ -1,12 +1,15 @@
 """Numbers of each step: brought together from all ranks, printed, and recorded."""
 
+import contextlib
+import errno
 import itertools
 import json
 import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +131,10 @@ class StepRecord:
 
 
 class MetricsLog:
-    """Console, JSON lines and TensorBoard; only the first rank makes one."""
+    """Console, JSON lines and TensorBoard; only the first rank makes one.
+
+    What cannot be written, on a disk that is full for example, is dropped and counted, and never stops the training.
+    """
 
     def __init__(
         self,
@@ -144,6 +150,7 @@ class MetricsLog:
         self.interval: list[StepRecord] = []
         self.json_file = _open_json_lines(Path(config.metrics_path), resumed_at) if config.metrics_path else None
         self.tensorboard = _tensorboard_writer(config.tensorboard_dir, resumed_at) if config.tensorboard_dir else None
+        self.dropped = {"standard output": 0, "--metrics-path": 0, "--tensorboard-dir": 0}
 
     def step(self, record: StepRecord) -> None:
         """Records one iteration; prints the line of an interval at its end."""
@@ -170,9 +177,9 @@ class MetricsLog:
         )
         self.interval.append(record)
         if record.iteration % self.config.log_interval == 0 or record.iteration == self.total_iterations:
-            print(self._line(), flush=True)
+            self._print(self._line())
             if slow := slow_ranks(self.interval):
-                print(f"WARNING: {slow}", flush=True)
+                self._print(f"WARNING: {slow}")
             self._tensorboard(
                 record.iteration,
                 {
@@ -205,9 +212,8 @@ class MetricsLog:
         """Records the loss on a split."""
         self._write_json({"iteration": iteration, "consumed_samples": consumed_samples, f"{split}_loss": loss})
         perplexity = math.exp(min(20.0, loss))
-        print(
-            f" {split} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |",
-            flush=True,
+        self._print(
+            f" {split} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |"
         )
         self._tensorboard(iteration, {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity})
 
@@ -216,7 +222,7 @@ class MetricsLog:
         if self.json_file is not None:
             self.json_file.close()
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            self._attempt("--tensorboard-dir", self.tensorboard.close)
 
     def _line(self) -> str:
         """Megatron-LM's line: averages over the interval's steps; rate, gradient norm and expert load of the last."""
@@ -248,13 +254,46 @@ class MetricsLog:
 
     def _write_json(self, values: dict[str, Any]) -> None:
         if self.json_file is not None:
-            self.json_file.write(json.dumps(values) + "\n")
-            self.json_file.flush()
+            file, line = self.json_file, json.dumps(values) + "\n"
+            self._attempt("--metrics-path", lambda: _append(file, line.encode()))
 
     def _tensorboard(self, iteration: int, values: dict[str, float]) -> None:
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, iteration)
+        writer = self.tensorboard
+        if writer is not None:
+            scalars = values.items()
+            self._attempt("--tensorboard-dir", lambda: [writer.add_scalar(name, v, iteration) for name, v in scalars])
+
+    def _print(self, line: str) -> None:
+        self._attempt("standard output", lambda: print(line, flush=True))
+
+    def _attempt(self, target: str, write: Callable[[], object]) -> None:
+        """Writes, or drops the record; the first one that is dropped, and the first that is not again, are told."""
+        try:
+            write()
+        except OSError as error:
+            if not self.dropped[target]:
+                self._warn(f"WARNING: records for {target} are dropped while they cannot be written: {error}")
+            self.dropped[target] += 1
+        else:
+            if count := self.dropped[target]:
+                self.dropped[target] = 0
+                self._warn(f"{target} can be written again; {count} record(s) were dropped")
+
+    def _warn(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _append(file: Any, line: bytes) -> None:
+    """Appends a whole line or nothing to an unbuffered file."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def _open_json_lines(path: Path, resumed_at: int) -> Any:
@@ -275,7 +314,7 @@ def _open_json_lines(path: Path, resumed_at: int) -> Any:
                 continue
         with atomic_writer(path) as file:
             file.write("".join(line + os.linesep for line in kept).encode())
-    return open(path, "a")
+    return open(path, "ab", buffering=0)
 
 
 def _tensorboard_writer(folder: str, resumed_at: int) -> Any:

@@ -1,10 +1,12 @@
 """The console line people grep, JSON lines that survive a restart, TensorBoard events, averages over a step."""
 
+import errno
 import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,3 +150,59 @@ def test_slow_ranks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert slow_ranks([_record(1, busy=[0.5, 0.1])]).startswith("rank 0 is slow")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert warnings == ["WARNING: rank 1 is slow: it works 0.40 s in a step, the others typically 0.12 s"]
+
+
+class _Disk:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.data = room, b""
+
+    def seek(self, offset: int, whence: int) -> int:
+        return len(self.data)
+
+    def write(self, line: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = line[: self.room]
+        self.data, self.room = self.data + written, self.room - len(written)
+        return len(written)
+
+    def truncate(self, size: int) -> None:
+        self.room, self.data = self.room + len(self.data) - size, self.data[:size]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_full_disk_drops_records_and_never_stops_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = _log(metrics_path=str(tmp_path / "metrics.jsonl"))
+    log.json_file = disk = _Disk(room=10_000)
+    log.step(_record(1))
+    disk.room = len(disk.data) * 3 // 2  # a record and a half
+    for iteration in range(2, 7):
+        log.step(_record(iteration))
+    disk.room += 10_000
+    log.step(_record(7))
+    log.close()
+    assert [json.loads(line)["iteration"] for line in disk.data.splitlines()] == [1, 2, 7]
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert "--metrics-path are dropped" in told[0] and "No space left" in told[0]
+    assert told[1] == "--metrics-path can be written again; 4 record(s) were dropped"
+
+
+def test_a_terminal_and_a_tensorboard_that_fail_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = _log()
+    log.tensorboard = SimpleNamespace(add_scalar=fail, close=fail)
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=fail, flush=fail))
+    log.step(_record(100))
+    log.evaluation("validation", 100, 800, 2.5)
+    log.close()
+    told = capsys.readouterr().err
+    assert told.count("standard output are dropped") == told.count("--tensorboard-dir are dropped") == 1
