@@ -6,7 +6,6 @@ of the machines that convert it.
 
 import math
 import os
-import struct
 import threading
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron.core.interchange.element_types import STORED_AS, Array, cast, dtype_name, from_torch
-from megatron.core.interchange.torch_file import index_torch
+from megatron.core.interchange.torch_file import archive_records, index_torch
 from megatron.core.interchange.torch_pickle import TensorEntry
 
 _BLOCK = 1 << 22
@@ -42,41 +41,34 @@ class ZipRecords:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._records: dict[int, zipfile.ZipInfo] = {}
-        self._starts: dict[str, int] = {}
+        self._named = archive_records(path)
+        self._records = {record.start: record for record in self._named.values() if record.size}
         self._good: set[int] = set()
         self._running: dict[int, tuple[int, int]] = {}
         """Bytes of a record that were read in their order, and their checksum."""
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            for info in archive.infolist():
-                file.seek(info.header_offset + 26)
-                name_length, extra_length = struct.unpack("<HH", file.read(4))
-                start = info.header_offset + 30 + name_length + extra_length
-                self._records[start] = info
-                self._starts[info.filename.partition("/")[2]] = start
 
     def start(self, name: str) -> int:
         """Where the bytes of the record `name` begin. Raises ValueError if there is none."""
-        if name not in self._starts:
+        if name not in self._named:
             raise ValueError(f"cannot read {self.path}: it has no record {name}; restore the file from its source")
-        return self._starts[name]
+        return self._named[name].start
 
     def checksum(self, offset: int, nbytes: int) -> int | None:
         """The stored checksum of the `nbytes` bytes at `offset`, None if they are only a part of a record."""
-        info = self._records.get(offset)
-        return info.CRC if info is not None and info.file_size == nbytes else None
+        record = self._records.get(offset)
+        return record.checksum if record is not None and record.size == nbytes else None
 
     def verify(self, offset: int) -> None:
         """Raises ValueError if the record that begins at `offset` is not what was written."""
         if offset in self._good:
             return
-        info = self._records.get(offset)
-        if info is None or info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"cannot read {self.path}: it is damaged or cut short; restore the file from its source")
-        found, view = 0, memoryview(bytearray(min(_BLOCK, info.file_size)))
+        record = self._records.get(offset)
+        if record is None:  # of no bytes
+            return
+        found, view = 0, memoryview(bytearray(min(_BLOCK, record.size)))
         with open(self.path, "rb", buffering=0) as file:
-            for start in range(0, info.file_size, _BLOCK):
-                part = view[: min(_BLOCK, info.file_size - start)]
+            for start in range(0, record.size, _BLOCK):
+                part = view[: min(_BLOCK, record.size - start)]
                 _fill(file.fileno(), part, offset + start, self.path)
                 found = zlib.crc32(part, found)
         self._compare(offset, found)
@@ -93,14 +85,14 @@ class ZipRecords:
             return self.verify(offset)
         done, found = done + len(data), zlib.crc32(data, found)
         self._running[offset] = (done, found)
-        if done == self._records[offset].file_size:
+        if done == self._records[offset].size:
             self._compare(offset, found)
 
     def _compare(self, offset: int, found: int) -> None:
-        info = self._records[offset]
-        if found != info.CRC:
+        record = self._records[offset]
+        if found != record.checksum:
             raise ValueError(
-                f"cannot read {self.path}: the checksum of {info.filename} does not match; restore the file from its "
+                f"cannot read {self.path}: the checksum of {record.name} does not match; restore the file from its "
                 "source"
             )
         self._good.add(offset)

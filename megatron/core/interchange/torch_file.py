@@ -10,15 +10,14 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from mmap import ACCESS_READ
+from mmap import mmap as memory_map
 from pathlib import Path
 from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
-from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, read_pickle
-
-
-class _DamagedError(ValueError):
-    """The content of a file is not what was written."""
+from megatron.core.interchange.torch_archive import DamagedError, Record, read_archive
+from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, check_old_pickles, read_pickle
 
 
 def save_torch(path: Path, content: dict[str, Any]) -> None:
@@ -40,7 +39,7 @@ def _check_sums(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise _DamagedError(f"the checksum of {damaged} does not match")
+        raise DamagedError(f"the checksum of {damaged} does not match")
 
 
 def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[str, Any]:
@@ -54,6 +53,7 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
 
     with _readable(Path(path)):
         zipped = zipfile.is_zipfile(path)
+        _check(Path(path), zipped)
         if zipped and verify:
             _check_sums(path)
         with torch.serialization.safe_globals([Namespace, *_inert_globals(path, zipped)]):
@@ -68,18 +68,42 @@ def index_torch(path: Path) -> dict[str, Any]:
     """
     if path.is_file() and not zipfile.is_zipfile(path):
         return load_torch(path)
-    with _readable(path), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        described = next(name for name in names if name.endswith("/data.pkl") and name.count("/") == 1)
-        order = described.replace("data.pkl", "byteorder")
-        if order in names and archive.read(order) != b"little":
-            raise _DamagedError("its numbers are big-endian, which is not supported")
-        return _dictionary(read_pickle(archive.read(described)))
+    with _readable(path):
+        return _dictionary(_index(path))
+
+
+def archive_records(path: Path) -> dict[str, Record]:
+    """The records of a `.pt` file by name. Raises ValueError naming the file if they are not what torch writes."""
+    with _readable(path):
+        return read_archive(path)
+
+
+def _check(path: Path, zipped: bool) -> None:
+    """Raises what `_readable` knows if torch would allocate or read what is not there."""
+    if zipped:
+        _index(path)
+        return
+    with open(path, "rb") as file, memory_map(file.fileno(), 0, access=ACCESS_READ) as data:
+        check_old_pickles(data)
+
+
+def _index(path: Path) -> Any:
+    records = read_archive(path)
+    with open(path, "rb") as file:
+
+        def content(record: Record) -> bytes:
+            file.seek(record.start)
+            return file.read(record.size)
+
+        if "byteorder" in records and content(records["byteorder"]) != b"little":
+            raise DamagedError("its numbers are big-endian, which is not supported")
+        described = content(records["data.pkl"])
+    return read_pickle(described, {name: record.size for name, record in records.items()})
 
 
 def _dictionary(content: object) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise _DamagedError(f"it holds a {type(content).__name__}, not a checkpoint")
+        raise DamagedError(f"it holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
@@ -90,10 +114,10 @@ def _readable(path: Path) -> Iterator[None]:
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:
         yield
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, _DamagedError) else "it is damaged or cut short"
+        reason = str(error) if isinstance(error, DamagedError) else "it is damaged or cut short"
         if isinstance(error, pickle.UnpicklingError):
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = found.group(1) if found else "something other than tensors and plain values"
