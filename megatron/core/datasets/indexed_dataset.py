@@ -110,7 +110,8 @@ class IndexedDataset:
         if (
             documents[0] != 0
             or documents[-1] != sequences
-            or any(np.any(np.diff(documents[block.start : block.stop + 1]) < 0) for block in blocks(len(documents)))
+            # compared, not subtracted: a difference of 64-bit numbers may overflow
+            or any(np.any(documents[1:][block] < documents[:-1][block]) for block in blocks(len(documents) - 1))
         ):
             raise ValueError(f"{self._idx_path} has document indices that do not rise from 0 to {sequences}")
         size = os.path.getsize(self._bin_path)

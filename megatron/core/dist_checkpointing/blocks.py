@@ -60,7 +60,7 @@ def matrix_shape(shape: Sequence[int], partition_dim: int | None, stride: int) -
         return 1, math.prod(shape)
     assert shape[partition_dim] % stride == 0, (shape, partition_dim, stride)
     rows = math.prod(shape[:partition_dim]) * stride
-    return rows, math.prod(shape) // rows
+    return rows, math.prod(shape[partition_dim:]) // stride
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +114,28 @@ class TensorShard:
 
 
 def missing_elements(blocks: Sequence[Block], rows: int, columns: int) -> int:
-    """How many elements of a matrix `blocks` leave out; -1 if one is covered twice or lies outside."""
-    ordered = sorted(blocks)
-    for index, block in enumerate(ordered):
-        if min(block.rows, block.columns) <= 0 or block.row_end > rows or block.column_end > columns:
+    """How many elements of a matrix `blocks` leave out in sum; -1 if one is covered twice or lies outside.
+
+    Where blocks overlap and others are missing, it is the difference of both, or -1 if that is not positive.
+    """
+    missing = rows * columns
+    corners: set[int] = set()  # those of an odd number of blocks
+    for block in blocks:
+        inside = 0 <= block.row_begin < block.row_end <= rows and 0 <= block.column_begin < block.column_end <= columns
+        if not inside:
             return -1
-        if min(block.row_begin, block.column_begin) < 0:
-            return -1
-        for later in ordered[index + 1 :]:
-            if later.row_begin >= block.row_end:
-                break
-            if block.intersect(later):
-                return -1
-    return rows * columns - sum(block.numel for block in ordered)
+        missing -= block.numel
+        corners ^= _corners(block, columns)
+    if missing:
+        return max(missing, -1)
+    # Corners as of one block that covers everything: every element is in an odd number of blocks, so in one or more,
+    # and by their sum in one. That holds without comparing blocks with each other, of which there may be very many.
+    return 0 if not blocks or corners == _corners(Block(0, rows, 0, columns), columns) else -1
+
+
+def _corners(block: Block, columns: int) -> set[int]:
+    rows = (block.row_begin * (columns + 1), block.row_end * (columns + 1))
+    return {row + column for row in rows for column in (block.column_begin, block.column_end)}
 
 
 def view_of(data: Tensor, block: Block, part: Block) -> Tensor:

@@ -1,9 +1,11 @@
 """`metadata.json` of a step: what is saved, where each rectangle of each tensor lies, and checksums of everything."""
 
 import json
+import math
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, DTYPES, Block, matrix_shape, missing_elements
+from megatron.core.text_files import read_json
 
 METADATA_FILE = "metadata.json"
 FORMAT = "megatron-mixtral training checkpoint"
 VERSION = 1
+_MOST, _MOST_DIMENSIONS = 1 << 56, 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def read(folder: Path) -> Metadata:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the checkpoint is damaged, use another step")
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
         name, version = document["format"], document["version"]
         checksum, content = document["checksum"], document["content"]
     except (ValueError, KeyError, TypeError) as error:
@@ -111,8 +115,8 @@ def read(folder: Path) -> Metadata:
         raise ValueError(f"{path} was altered: its checksum does not match; restore it, or use another step")
     try:
         metadata = _from_plain(content)
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; restore it, or use another step") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!s:.200}; restore it, or use another step") from error
     check_complete(folder, metadata)
     return metadata
 
@@ -129,6 +133,19 @@ def check_complete(folder: Path, metadata: Metadata) -> None:
             end = stored.block.offset + stored.block.numel * tensor.dtype.itemsize
             if file is None or stored.block.offset < file.header_size or end > file.size:
                 raise ValueError(f"{folder}: {tensor.kind} of {tensor.name} lies outside of {stored.file}")
+    _check_apart(folder, metadata)
+
+
+def _check_apart(folder: Path, metadata: Metadata) -> None:
+    """Raises ValueError if two blocks share bytes of a file: reading all would then read more than the files have."""
+    places = sorted(
+        (stored.file, stored.block.offset, stored.block.numel * tensor.dtype.itemsize)
+        for tensor in metadata.tensors.values()
+        for stored in tensor.blocks
+    )
+    for (file, offset, nbytes), (following, begin, _) in pairwise(places):
+        if file == following and offset + nbytes > begin:
+            raise ValueError(f"{folder / file}: two tensors share the bytes at {begin}: the checkpoint cannot be used")
 
 
 def _checksum(content: Any) -> int:
@@ -151,14 +168,47 @@ def _to_plain(metadata: Metadata) -> dict[str, Any]:
 
 
 def _from_plain(content: dict[str, Any]) -> Metadata:
-    files = {name: StoredFile(*map(int, numbers)) for name, *numbers in content["files"]}
+    files = {name: StoredFile(*_numbers(numbers, 3)) for name, *numbers in content["files"]}
     for name in files:
         if not re.fullmatch(r"rank_[0-9]{5,}\.safetensors", name):
             raise ValueError(f"{name!r} is not the name of a file of a checkpoint")
     names = list(files)
     tensors = {}
     for kind, name, dtype, shape, partition_dim, stride, blocks in content["tensors"]:
-        stored = tuple(StoredBlock(Block(*map(int, block)), names[file], crc) for file, crc, *block in blocks)
-        tensor = StoredTensor(kind, name, DTYPES[dtype], tuple(shape), partition_dim, stride, stored)
+        if not isinstance(kind, str) or not isinstance(name, str):
+            raise ValueError("a tensor's kind or name is not a text")
+        if not _can_be_cut(shape, partition_dim, stride):
+            raise ValueError(f"{name}: a tensor cannot be of shape {shape}, cut at {partition_dim} in {stride}")
+        if len(blocks) > math.prod(shape):
+            raise ValueError(f"{name} has more pieces than elements")
+        stored = []
+        for block in blocks:
+            file, checksum, *place = _numbers(block, 7)
+            if file >= len(names):
+                raise ValueError(f"{name}: there is no file {file}")
+            stored.append(StoredBlock(Block(*place), names[file], checksum))
+        tensor = StoredTensor(kind, name, DTYPES[dtype], tuple(shape), partition_dim, stride, tuple(stored))
         tensors[kind, name] = tensor
-    return Metadata(content["iteration"], content["arguments"], content["state"], files, tensors)
+    iteration, arguments, state = _numbers([content["iteration"]], 1)[0], content["arguments"], content["state"]
+    if not isinstance(arguments, dict) or not isinstance(state, dict):
+        raise ValueError("its arguments or its state have no names")
+    return Metadata(iteration, arguments, state, files, tensors)
+
+
+def _numbers(values: Any, count: int) -> list[int]:
+    """`values`, if they are `count` sizes or positions. Raises ValueError if not."""
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"{count} numbers are needed")
+    if values and (set(map(type, values)) != {int} or min(values) < 0 or max(values) >= _MOST):
+        raise ValueError(f"not all of {values} are sizes")
+    return values
+
+
+def _can_be_cut(shape: Any, partition_dim: Any, stride: Any) -> bool:
+    """Whether there is a tensor of this shape that is cut along that dimension in that many blocks."""
+    _numbers([stride], 1)
+    if not isinstance(shape, list) or len(_numbers(shape, len(shape))) > _MOST_DIMENSIONS or math.prod(shape) >= _MOST:
+        return False
+    if partition_dim is None:
+        return True
+    return partition_dim in range(len(shape)) and stride > 0 and shape[partition_dim] % stride == 0

@@ -138,6 +138,7 @@ class CheckpointReader:
                     f"{name}: dimension {tensor.partition_dim} of {length} cannot be cut into {size} parts"
                 )
             shape[tensor.partition_dim] = length // size
+        self._check_files(tensor)
         whole = torch.empty(shape, dtype=tensor.dtype)
         self.read_into(
             TensorShard(
@@ -158,6 +159,7 @@ class CheckpointReader:
         """Consecutive rows (along the first dimension) of a whole tensor, on the CPU."""
         tensor = self.metadata.tensors[kind, name]
         assert rows.step == 1 and 0 <= rows.start <= rows.stop <= tensor.shape[0], (name, rows)
+        self._check_files(tensor)
         target = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype)
         self.read_into(
             TensorShard(
@@ -217,6 +219,14 @@ class CheckpointReader:
                 self._read_bytes(stored.file, content, stored.block.offset + start * dtype.itemsize)
             if not direct:
                 view.copy_(buffer)
+
+    def _check_files(self, tensor: md.StoredTensor) -> None:
+        """Raises ValueError if a file lacks what it should have of a tensor, before memory is taken for that."""
+        for name in {stored.file for stored in tensor.blocks}:
+            with self._open(name) as descriptor:
+                found, expected = os.fstat(descriptor).st_size, self.metadata.files[name].size
+            if found < expected:
+                raise ValueError(f"{self.folder / name} is cut short: restore it, or use another step")
 
     def _read_bytes(self, name: str, buffer: memoryview, offset: int) -> None:
         with self._open(name) as descriptor:

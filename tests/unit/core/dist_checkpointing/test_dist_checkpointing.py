@@ -135,7 +135,9 @@ def test_coverage_counts() -> None:
     left, right = Block(0, 4, 0, 3), Block(0, 4, 3, 6)
     assert missing_elements([left, right], 4, 6) == 0
     assert missing_elements([left], 4, 6) == 12
-    assert missing_elements([left, Block(3, 4, 2, 6)], 4, 6) == -1
+    assert missing_elements([left, Block(3, 4, 2, 6)], 4, 6) == 8
+    assert missing_elements([left, Block(1, 4, 2, 6)], 4, 6) == -1  # as many twice as are missing
+    assert missing_elements([right, right], 4, 6) == missing_elements([left, left, right], 4, 6) == -1
     assert missing_elements([left, Block(0, 5, 3, 6)], 4, 6) == -1
     assert missing_elements([left, right, Block(0, 0, 0, 0)], 4, 6) == -1
 
