@@ -1,7 +1,6 @@
 """GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt."""
 
 import heapq
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import regex
 
+from megatron.core.text_files import read_object, read_text
 from megatron.core.tokenizers.identity import tokenizer_identity
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,18 +50,15 @@ class GPT2BPETokenizer:
 
     @staticmethod
     def _read_vocabulary(path: Path) -> dict[str, int]:
-        try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(vocabulary, dict) or not all(isinstance(token, int) for token in vocabulary.values()):
+        vocabulary = read_object(path)
+        if not vocabulary or not all(type(token) is int and 0 <= token < 1 << 30 for token in vocabulary.values()):
             raise ValueError(f"{path} must be a JSON object of pieces and their ids")
         return vocabulary
 
     def _read_merges(self, path: Path) -> dict[tuple[int, int], tuple[int, int]]:
         """(left id, right id) -> (rank, merged id)."""
         merges: dict[tuple[int, int], tuple[int, int]] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if not line.strip() or (number == 1 and line.startswith("#version")):
                 continue
             pieces = line.rstrip("\r").split(" ")

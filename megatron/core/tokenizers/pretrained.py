@@ -1,16 +1,17 @@
 """Tokenizers of Hugging Face model folders."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.settings import SPECIAL_TOKENS, added_tokens, content, read_settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TEKKEN = "tekken.json"
 # From this size on, transformers rewrites the pre-tokenisation of some tokenizer.json files while it loads them.
 _LARGEST_UNTOUCHED_VOCABULARY = 100_000
 
@@ -22,13 +23,18 @@ def build_pretrained_tokenizer(model: str, trust_remote_code: bool = False) -> T
     nothing but a `tokenizer.model`, sentencepiece itself is used. transformers is loaded only for what is in neither.
     """
     path = Path(model)
+    if path.name == _TEKKEN:
+        raise ValueError(_no_tokenizer(path.parent))
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise FileNotFoundError(
             f"--tokenizer-model {model} does not exist: give a folder of this machine with the tokenizer's files "
             "(models are not downloaded)"
         )
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
+    sentencepiece_files = _sentencepiece_files(path, folder)
+    if sentencepiece_files == [path] and path.name != "tokenizer.model":
+        return _sentencepiece_tokenizer(path, settings)
     if _remote_code(settings):
         if not trust_remote_code:
             raise ValueError(
@@ -40,32 +46,46 @@ def build_pretrained_tokenizer(model: str, trust_remote_code: bool = False) -> T
         if _is_complete(tokenizer, settings):
             return TokenizerFromJson(folder / "tokenizer.json", tokenizer, settings)
         return _transformers_tokenizer(folder, trust_remote_code)
-    if (folder / "tokenizer.model").is_file():
-        from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-
-        added = 1 + max(map(int, settings.get("added_tokens_decoder", {})), default=-1)
-        return SentencePieceTokenizer(
-            folder / "tokenizer.model", _content(settings.get("eos_token")), _content(settings.get("bos_token")), added
-        )
-    if (folder / "vocab.json").is_file():
+    if (folder / "vocab.json").is_file() and not sentencepiece_files:
         return _transformers_tokenizer(folder, trust_remote_code)
-    raise FileNotFoundError(f"{folder} has no tokenizer: none of {', '.join(_FILES)} is there")
+    if len(sentencepiece_files) != 1:
+        raise FileNotFoundError(_no_tokenizer(folder))
+    return _sentencepiece_tokenizer(sentencepiece_files[0], settings)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json; a token that the former leaves null keeps the latter's."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is not JSON: {error}") from None
-            if not isinstance(content, dict):
-                raise ValueError(f"{path} must hold a JSON object")
-            settings.update({key: value for key, value in content.items() if value is not None})
-    return settings
+def _sentencepiece_files(path: Path, folder: Path) -> list[Path]:
+    """The file that was named, else the folder's tokenizer.model, else those with a version: tokenizer.model.v3."""
+    if path.is_file() and path.name.startswith("tokenizer.model."):
+        return [path]
+    whole = folder / "tokenizer.model"
+    return [whole] if whole.is_file() else sorted(folder.glob("tokenizer.model.v*"))
+
+
+def _no_tokenizer(folder: Path) -> str:
+    versions = ", ".join(path.name for path in sorted(folder.glob("tokenizer.model.v*")))
+    if versions:
+        return f"{folder} has more than one tokenizer ({versions}): name the file, as in {folder}/{versions[:18]}"
+    if (folder / _TEKKEN).is_file():
+        return (
+            f"{folder / _TEKKEN} is a tokenizer of Mistral's own kind, which is not supported: take the "
+            "tokenizer.json of the same model in Hugging Face's format"
+        )
+    return f"{folder} has no tokenizer: none of {', '.join(_FILES)} is there"
+
+
+def _sentencepiece_tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """sentencepiece itself; transformers where the folder adds tokens, which the model's file knows nothing of."""
+    from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, read_pieces
+
+    added = added_tokens(path.parent, settings)
+    named = [content(settings.get(name)) for name in ("eos_token", "bos_token")]
+    pieces = read_pieces(path)
+    if path.name == "tokenizer.model" and (
+        any(number >= len(pieces) or pieces[number] != token for number, token in added.items())
+        or any(token is not None and token in added.values() and token not in pieces for token in named)
+    ):
+        return _transformers_tokenizer(path.parent, False)
+    return SentencePieceTokenizer(path, *named)
 
 
 def _remote_code(settings: dict[str, Any]) -> bool:
@@ -73,16 +93,14 @@ def _remote_code(settings: dict[str, Any]) -> bool:
     return bool(auto_map.get("AutoTokenizer")) if isinstance(auto_map, dict) else bool(auto_map)
 
 
-def _content(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _load_tokenizer_json(path: Path) -> Any:
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for any broken file
+        tokenizer = tokenizers.Tokenizer.from_str(read_text(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception for any broken file, and panics at some
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
     # A file saved after batched use carries settings that would cut or fill up documents.
     tokenizer.no_truncation()
@@ -99,10 +117,10 @@ def _is_complete(tokenizer: Any, settings: dict[str, Any]) -> bool:
         token = added.get(int(index))
         if token is None or any(getattr(token, flag) != wanted.get(flag, getattr(token, flag)) for flag in flags):
             return False
-    named = [_content(settings.get(name)) for name in _SPECIAL_TOKENS]
+    named = [content(settings.get(name)) for name in SPECIAL_TOKENS]
     for name in ("additional_special_tokens", "extra_special_tokens"):
         extra = settings.get(name) or []
-        named += [_content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+        named += [content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     return (
         all(token in contents for token in named if token is not None)
         and not settings.get("split_special_tokens")
@@ -123,11 +141,11 @@ class TokenizerFromJson:
         self.paths = [path]
         self._tokenizer = tokenizer
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        eos = _content(settings.get("eos_token"))
+        eos = content(settings.get("eos_token"))
         if eos is None:
             raise ValueError(f"{path.parent} names no eos_token in tokenizer_config.json to end documents with")
         self.eod: int = tokenizer.token_to_id(eos)
-        bos = _content(settings.get("bos_token"))
+        bos = content(settings.get("bos_token"))
         self.bos: int | None = None if bos is None else tokenizer.token_to_id(bos)
 
     @cached_property

@@ -10,31 +10,32 @@ import sentencepiece
 from megatron.core.tokenizers.identity import tokenizer_identity
 
 
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: --tokenizer-model takes a sentencepiece tokenizer.model")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not a sentencepiece model ({error})") from None
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The pieces of the model in a file, by id. Raises ValueError naming it if it is not a sentencepiece model."""
+    model = _load(path)
+    return model.id_to_piece(list(range(model.get_piece_size())))
+
+
 class SentencePieceTokenizer:
     """The sentencepiece model in a file, as Llama 2 and Mixtral use it.
 
     `eos_token` and `bos_token` name the pieces where the folder's configuration does; else the model's own are taken.
-    Special tokens written out in a text ("</s>") are ordinary text. Tokens that a configuration adds beyond the
-    model (`added_vocab_size` in all) count in `vocab_size`, but no text becomes them.
+    Special tokens written out in a text ("</s>") are ordinary text.
     """
 
-    def __init__(
-        self,
-        model_file: str | Path,
-        eos_token: str | None = None,
-        bos_token: str | None = None,
-        added_vocab_size: int = 0,
-    ) -> None:
+    def __init__(self, model_file: str | Path, eos_token: str | None = None, bos_token: str | None = None) -> None:
         self.paths = [Path(model_file)]
-        if not self.paths[0].is_file():
-            raise FileNotFoundError(
-                f"{model_file} is not a file: --tokenizer-model takes a sentencepiece tokenizer.model"
-            )
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.paths[0].read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{model_file} is not a sentencepiece model ({error})") from None
-        self.vocab_size = max(self._model.get_piece_size(), added_vocab_size)
+        self._model = _load(self.paths[0])
+        self.vocab_size: int = self._model.get_piece_size()
         eod = self._piece(eos_token, self._model.eos_id())
         if eod is None:
             raise ValueError(f"{model_file} has no end-of-sequence token to end documents with")

@@ -1,26 +1,52 @@
 """Tokenizers that only transformers can run."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from megatron.core.text_files import read_text
 from megatron.core.tokenizers.identity import tokenizer_identity
+
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or one like it if Windows editors put marks (BOM) before JSON, which transformers cannot read."""
+    marked = [path for path in folder.glob("*.json") if path.read_bytes()[:3] == codecs.BOM_UTF8]
+    if not marked:
+        yield folder
+        return
+    with TemporaryDirectory() as name:
+        for path in folder.iterdir():
+            (Path(name) / path.name).symlink_to(path.resolve())
+        for path in marked:
+            (Path(name) / path.name).unlink()
+            (Path(name) / path.name).write_text(read_text(path), encoding="utf-8")
+        yield Path(name)
 
 
 class TransformersTokenizer:
     """transformers' AutoTokenizer on a local folder; slow to start, for folders that need its code."""
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
-        from transformers import AutoTokenizer
-
         self._folder = folder
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"transformers cannot load the tokenizer in {folder}: {error}") from error
+            from transformers import AutoTokenizer
+
+            with _without_marks(folder) as readable:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    str(readable), trust_remote_code=trust_remote_code, local_files_only=True
+                )
+        except Exception as error:  # of files that it did not expect, transformers raises whatever comes of them
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ValueError(f"transformers cannot load the tokenizer in {folder}: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer in {folder} has no eos_token to end documents with")
         self.eod: int = self._tokenizer.eos_token_id
@@ -30,8 +56,7 @@ class TransformersTokenizer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """See `Tokenizer.identity`."""
-        names = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"}
-        files = [path for path in self._folder.iterdir() if path.name in names or path.suffix == ".py"]
+        files = [path for path in self._folder.iterdir() if path.name in _FILES or path.suffix == ".py"]
         return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, files)
 
     def tokenize(self, text: str) -> list[int]:
