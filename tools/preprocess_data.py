@@ -17,6 +17,7 @@ if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.text_files import terminal_output
 from megatron.core.tokenizers import TOKENIZER_TYPES
 from tools.preprocessing.engine import BACKENDS
 from tools.preprocessing.journal import journal_path
@@ -112,6 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     # One thread a process: the workers already use the cores that --workers grants.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with terminal_output():
+        return _run(settings, timeout)
+
+
+def _run(settings: Settings, timeout: float) -> int:
     place = Place()
     try:
         place = place_from(os.environ)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.text_files import terminal_output
 
 
 def run_tool(
@@ -14,6 +15,11 @@ def run_tool(
     sentence: Callable[[ValueError | OSError], str] = error_sentence,
 ) -> int:
     """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
+    with terminal_output():
+        return _run(action, interrupted, sentence)
+
+
+def _run(action: Callable[[], object], interrupted: str, sentence: Callable[[ValueError | OSError], str]) -> int:
     try:
         action()
     except (ValueError, OSError) as error:

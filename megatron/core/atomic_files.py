@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron.core.text_files import printable
+
 # The process's file mode mask can only be read by setting it.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -85,7 +87,8 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
 
 
 def error_sentence(error: ValueError | OSError) -> str:
-    """What a user is told: the message, and of an operating system's error the file and the reason."""
+    """What a user is told: the message, and of an operating system's error the file and the reason; printable."""
+    sentence = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return str(error) or type(error).__name__
+        sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return printable(sentence)

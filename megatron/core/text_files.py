@@ -3,8 +3,12 @@
 import json
 import os
 import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # Line breaks and tabs only lay text out; every other control character, and those that turn the direction of text,
 # can make a terminal do or show something else.
@@ -14,6 +18,49 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 def printable(text: str) -> str:
     """`text` as it may go to a terminal: control characters are written as `\\x1b`."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Terminal:
+    """A standard stream whose text is printable, and whose reader may leave: then the process ends without a word."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        # a line that shows progress begins with a return to its start, and may erase what was there
+        parts = _LIVE.split(text) if self._stream.isatty() else [text]
+        with _reader_may_leave(self._stream):
+            self._stream.write("".join(part if _LIVE.fullmatch(part) else printable(part) for part in parts))
+        return len(text)
+
+    def flush(self) -> None:
+        with _reader_may_leave(self._stream):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+_LIVE = re.compile("(\r(?:\x1b\\[K)?)")
+
+
+@contextmanager
+def _reader_may_leave(stream: TextIO) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # Python flushes what is left when it ends
+        os.close(nowhere)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+@contextmanager
+def terminal_output() -> Iterator[None]:
+    """What is printed within is printable; if nobody reads it any more (`| head`), SystemExit(141) is raised."""
+    with redirect_stdout(_Terminal(sys.stdout)), redirect_stderr(_Terminal(sys.stderr)):  # type: ignore[type-var]
+        yield
+        sys.stdout.flush()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -26,12 +73,13 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds. Raises ValueError naming the file."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{os.fspath(path)} is damaged: it is not JSON ({error})") from None
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
     except RecursionError:
-        raise ValueError(f"{os.fspath(path)} is damaged: it nests values too deeply") from None
+        raise ValueError(f"{os.fspath(path)} is not JSON that can be read: values are nested too deeply") from None
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from torch.distributed.rendezvous import rendezvous
 from megatron.core.atomic_files import error_sentence
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, grid_sizes
+from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments
+from megatron.training.loader import worker_killed
 from megatron.training.step_monitor import StepMonitor
 
 T = TypeVar("T")
@@ -158,6 +160,13 @@ def run(main: Callable[[Environment], None]) -> None:
     environment = read_environment()
     if environment.rank != 0:
         logging.getLogger("megatron").setLevel(logging.ERROR)  # warnings are the same on every rank
+    with terminal_output():
+        _run(main, environment)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _run(main: Callable[[Environment], None], environment: Environment) -> None:
     try:
         main(environment)
     except ValueError as error:
@@ -165,7 +174,7 @@ def run(main: Callable[[Environment], None]) -> None:
         speaker = environment.rank == 0 if dist.is_initialized() else environment.local_rank == 0
         if alone or speaker:
             who = f"rank {environment.rank}: " if alone and environment.world_size > 1 else ""
-            print(f"error: {who}{error}", file=sys.stderr, flush=True)
+            print(f"error: {who}{error_sentence(error)}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
         _leave(1)
@@ -173,11 +182,17 @@ def run(main: Callable[[Environment], None]) -> None:
         if environment.local_rank == 0:
             print("error: interrupted; nothing was saved since the last checkpoint", file=sys.stderr, flush=True)
         _leave(130)
-    except Exception:
+    except SystemExit as error:  # of a reader of the output that has left, or of --help
+        if dist.is_initialized():
+            _leave(error.code if isinstance(error.code, int) else 1)
+        raise
+    except Exception as error:
+        killed = worker_killed(error)
+        if killed is not None:
+            print(f"error: rank {environment.rank}: {killed}", file=sys.stderr, flush=True)
+            _leave(1)
         traceback.print_exc()
         _leave(1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _leave(status: int) -> None:

@@ -1,5 +1,6 @@
 """Microbatches of a data set, read and put together by loader processes ahead of the steps that need them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.gpt_dataset import Sample
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.training.signals import leave_stopping_to_the_parent
@@ -15,6 +17,37 @@ from megatron.training.signals import leave_stopping_to_the_parent
 Batch = dict[str, Tensor]
 # Microbatches that each loader process keeps ready, so that a slow read does not hold up a step.
 _PREFETCHED = 4
+
+
+class _Reported:
+    """A data set in a loader's process; what is wrong with a sample is its value, since DataLoader hides sentences."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: Any) -> Sample | Exception:
+        try:
+            return self._dataset[index]
+        except (ValueError, OSError) as error:
+            return error
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+
+def _collate_reported(samples: Sequence[Sample | Exception]) -> Batch | Exception:
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)  # type: ignore[arg-type]
+
+
+def worker_killed(error: Exception) -> str | None:
+    """What to tell the user if `error` says that a loader's process was killed; None for any other error."""
+    found = re.search(r"DataLoader worker .*(killed by signal: .*?\.|exited unexpectedly)", str(error))
+    if found is None:
+        return None
+    return (
+        f"a process that reads data ahead was lost ({found[1].rstrip('.')}): memory or shared memory (/dev/shm) may be "
+        "short; give the container more with --shm-size, or read in the training process with --num-workers 0"
+    )
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -35,11 +68,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def load_batches(dataset: Any, sampler: PretrainingSampler, num_workers: int, device: torch.device) -> Iterator[Batch]:
-    """The sampler's microbatches, on `device` but for `document_bounds`, which the host needs to know."""
-    loader = DataLoader(
-        dataset,
+    """The sampler's microbatches, on `device` but for `document_bounds`, which the host needs to know.
+
+    Raises ValueError with the sentence of a sample that cannot be read.
+    """
+    loader: DataLoader[Batch | Exception] = DataLoader(
+        _Reported(dataset),  # type: ignore[arg-type]
         batch_sampler=sampler,  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=_collate_reported,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
         worker_init_fn=leave_stopping_to_the_parent,
@@ -47,6 +83,8 @@ def load_batches(dataset: Any, sampler: PretrainingSampler, num_workers: int, de
         generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
     )
     for batch in loader:
+        if isinstance(batch, Exception):
+            raise ValueError(error_sentence(batch)) from batch  # type: ignore[arg-type]
         yield {
             name: tensor if name == "document_bounds" else tensor.to(device, non_blocking=True)
             for name, tensor in batch.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.interchange.element_types import Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.text_files import read_text
 from tools.checkpoint.stream import Description, Source
 
 
@@ -36,7 +37,7 @@ def chosen_experts(text: str, statistics: Path | None, layers: int, experts: int
 
 def read_statistics(path: Path, layers: int, experts: int) -> list[list[float]]:
     """Tokens that each expert of each layer got. Raises ValueError naming the file if it is not of this model."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         records = [json.loads(text)]
     except ValueError:

@@ -7,8 +7,9 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from megatron.core.text_files import read_text
 
 if TYPE_CHECKING:
     from megatron.core.config import DataConfig
@@ -97,8 +98,8 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
 
 def _read_text(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{flag} {path} cannot be read: {error}") from error
 
 
@@ -106,7 +107,7 @@ def _per_split_file(path: str) -> list[Sequence[str]]:
     """Data path arguments of train, valid and test from a JSON object with these keys."""
     try:
         content = json.loads(_read_text("--per-split-data-args-path", path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--per-split-data-args-path {path} is not JSON: {error}") from error
     known = isinstance(content, dict) and content and content.keys() <= set(SPLITS)
     lists = list(content.values()) if known else []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.core.atomic_files import atomic_writer
+from megatron.core.text_files import read_json
 
 VERSION = 1
 _BLOCK = 1 << 20
@@ -77,11 +78,11 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
     """The description of the data set at `prefix`, or None if it has none. Raises ValueError for a broken one."""
     path = description_path(prefix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): prepare the data set again, or remove this file") from None
+        raise ValueError(f"{error}: prepare the data set again, or remove this file") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"{path} is no description of a data set of version {VERSION}: it is from another program")
     missing = [field.name for field in fields(DatasetDescription) if field.name not in content]
