@@ -29,12 +29,30 @@ def find_data_sets(patterns: list[str], output: str) -> list[str]:
             stems = {str(path.with_suffix("")) for end in ("bin", "idx") for path in Path(pattern).glob(f"*.{end}")}
             if not stems:
                 raise ValueError(f"--input {pattern} has no data sets (.bin and .idx) in it")
-            found += sorted(stems, key=natural_order)
+            found += _without_results(sorted(stems, key=natural_order))
         else:
             found.append(pattern.removesuffix(".bin").removesuffix(".idx"))
+    resolved = [Path(prefix).resolve() for prefix in found]
+    twice = next((prefix for prefix, path in zip(found, resolved) if resolved.count(path) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--input names {twice} twice: name it once")
     if Path(output).absolute() in [Path(prefix).absolute() for prefix in found]:
         raise ValueError(f"--output-prefix {output} is one of the inputs: choose another name, or move it away")
     return found
+
+
+def _without_results(prefixes: list[str]) -> list[str]:
+    """The data sets of a folder but for those that were merged from others of them; says which are left out."""
+    names = {Path(prefix).name for prefix in prefixes}
+    kept = []
+    for prefix in prefixes:
+        description = read_description(prefix)
+        sources = set(description.merged_from) if description is not None else set()
+        if sources and sources <= names - {Path(prefix).name}:
+            print(f"left out {prefix}: it was merged from {', '.join(sorted(sources))}", file=sys.stderr)
+        else:
+            kept.append(prefix)
+    return kept
 
 
 def common_origin(prefixes: list[str]) -> Origin | None:
@@ -62,7 +80,8 @@ def merge(patterns: list[str], output: str) -> None:
         for number, prefix in enumerate(prefixes, start=1):
             writer.add_file(prefix)
             print(f"{number} of {len(prefixes)}: {prefix}, {writer.token_count} tokens so far", file=sys.stderr)
-        writer.finalize(origin)
+        names = tuple(Path(prefix).name for prefix in prefixes)
+        writer.finalize(None if origin is None else origin._replace(merged_from=names))
     print(f"{output}.bin and .idx: {writer.document_count} documents, {writer.token_count} tokens")
 
 

@@ -6,7 +6,7 @@ Data sets from elsewhere have none; everything here works without torch.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ class Origin(NamedTuple):
     tokenizer: dict[str, Any]
     append_eod: bool
     append_bos: bool
+    merged_from: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class DatasetDescription:
     """NumPy name of the token type."""
     sha256: dict[str, str]
     """SHA-256 in hex of the files `bin` and `idx`."""
+    merged_from: Sequence[str] = ()
+    """Names, without folders, of the data sets that it was merged from; not written if there are none."""
 
     def tokenizer_differences(self, identity: Mapping[str, Any]) -> list[str]:
         """How the tokenizer that wrote the data set differs from the one of `identity` (see `Tokenizer.identity`)."""
@@ -66,7 +69,8 @@ class DatasetDescription:
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write `<prefix>.json`, whole or not at all."""
         with atomic_writer(description_path(prefix)) as file:
-            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+            content = {name: value for name, value in asdict(self).items() if name != "merged_from" or value}
+            file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def description_path(prefix: str | os.PathLike[str]) -> Path:
@@ -85,13 +89,17 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
         raise ValueError(f"{error}: prepare the data set again, or remove this file") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"{path} is no description of a data set of version {VERSION}: it is from another program")
-    missing = [field.name for field in fields(DatasetDescription) if field.name not in content]
-    unknown = sorted(content.keys() - {field.name for field in fields(DatasetDescription)})
+    names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
+    missing = sorted(names - content.keys())
+    merged_from = content.pop("merged_from", [])
+    if not isinstance(merged_from, list) or not all(isinstance(name, str) for name in merged_from):
+        raise ValueError(f"{path}: merged_from must be a list of names")
+    unknown = sorted(content.keys() - names - {"merged_from"})
     if missing or unknown or not isinstance(content["tokenizer"], dict) or not isinstance(content["sha256"], dict):
         raise ValueError(
             f"{path} lacks {missing or 'nothing'} and has {unknown or 'nothing'} too much for a description"
         )
-    return DatasetDescription(**content)
+    return DatasetDescription(**content, merged_from=tuple(merged_from))
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.core.atomic_files import atomic_writer, error_sentence
+from megatron.core.datasets.mapped_file import map_file
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class _Layout:
         """The arrays, memory-mapped. Raises _DamagedError if the file is not whole or is of something else."""
         if path.stat().st_size != self.size:
             raise _DamagedError(f"it has {path.stat().st_size} bytes, not {self.size}")
-        content = np.asarray(np.memmap(path, np.uint8, "r"))
+        content = map_file(path)
         if content[: len(self.header)].tobytes() != self.header:
             raise _DamagedError("its header describes something else")
         checksums = content[self.checksums_at :].view("<u4").tolist()

@@ -5,7 +5,6 @@ i32, byte offsets i64, document indices i64 (starting with 0, ending with the se
 """
 
 import hashlib
-import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron.core.datasets.mapped_file import map_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -51,7 +52,7 @@ class IndexedDataset:
         for path in (self._idx_path, self._bin_path):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} does not exist{self._suggestion()}")
-        self._index = np.asarray(self._map(self._idx_path))
+        self._index = map_file(self._idx_path)
         self.dtype, sequences = self._read_header()
         lengths_end = HEADER.size + 4 * sequences
         offsets_end = lengths_end + 8 * sequences
@@ -59,17 +60,7 @@ class IndexedDataset:
         self._offsets: NDArray[np.int64] = self._index[lengths_end:offsets_end].view("<i8")
         self.document_indices: NDArray[np.int64] = self._index[offsets_end:].view("<i8")
         self.token_count = self._check_index(sequences)
-        self._tokens = np.asarray(self._map(self._bin_path, random_access)).view(self.dtype)
-
-    @staticmethod
-    def _map(path: str, random_access: bool = False) -> NDArray[np.uint8]:
-        if not os.path.getsize(path):
-            return np.empty(0, np.uint8)
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if random_access:
-            mapped.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(mapped, np.uint8)
+        self._tokens = map_file(self._bin_path, random_access).view(self.dtype)
 
     def _suggestion(self) -> str:
         matches = sorted(Path(self.prefix).parent.glob(f"{Path(self.prefix).name}*_document.idx"))

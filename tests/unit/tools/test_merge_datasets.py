@@ -1,5 +1,6 @@
 """tools/merge_datasets.py: one data set with the documents of several, in order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ def test_documents_of_a_folder_follow_in_natural_order(tmp_path: Path) -> None:
     assert [merged[i].tolist() for i in range(len(merged))] == [[1], [2, 2, 2], [3, 4], [], [5]]
     assert merged.document_indices.tolist() == [0, 1, 2, 3, 4, 5]
     together = make(tmp_path / "together", [[1], [2, 2, 2], [3, 4], [], [5]])
-    for end in ("bin", "idx", "json"):
+    for end in ("bin", "idx"):
         assert (tmp_path / f"all.{end}").read_bytes() == Path(f"{together}.{end}").read_bytes()
     description = read_description(tmp_path / "all")
-    assert description is not None
+    assert description is not None and replace(description, merged_from=()) == read_description(together)
     assert description.sha256 == {end: file_sha256(tmp_path / f"all.{end}") for end in ("bin", "idx")}
 
 
@@ -89,3 +90,22 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
         assert np.frombuffer(raw, "<i8").tolist() == expected
     finally:
         (tmp_path / "all.bin").unlink(missing_ok=True)
+
+
+def test_results_of_earlier_merges_and_sets_named_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, b = (make(tmp_path / name, [[1, 99], [2, 99]]) for name in "ab")
+    assert merge_datasets.main(["--input", str(tmp_path), "--output-prefix", str(tmp_path / "all")]) == 0
+    assert merge_datasets.main(["--input", str(tmp_path), "--output-prefix", str(tmp_path / "again")]) == 0
+    assert f"left out {tmp_path / 'all'}: it was merged from a, b" in capsys.readouterr().err
+    assert IndexedDataset(tmp_path / "again").document_count == 4
+    description = read_description(tmp_path / "again")
+    assert description is not None and tuple(description.merged_from) == ("a", "b")
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("a*.*"):
+        file.rename(tmp_path / "moved" / file.name)
+    assert merge_datasets.main(["--input", str(tmp_path / "moved"), "--output-prefix", str(tmp_path / "c")]) == 0
+    assert IndexedDataset(tmp_path / "c").document_count == 10, "a result is a source where its own sources are not"
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (b, f"{tmp_path}/./b", f"{tmp_path}/link/b", f"{b}.bin"):
+        assert merge_datasets.main(["--input", b, other, "--output-prefix", str(tmp_path / "twice")]) == 1
+        assert "twice: name it once" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """What an `.idx` claims is checked against the two files' sizes: planted claims, and damage."""
 
+import gc
+import os
 import random
 import struct
 from pathlib import Path
@@ -78,3 +80,17 @@ def test_damage_is_a_sentence(tmp_path: Path) -> None:
             refused += 1
             assert str(tmp_path / "a") in str(error)
     assert refused > 1000
+
+
+def test_mapped_data_sets_keep_no_descriptor(tmp_path: Path) -> None:
+    prefix = write(tmp_path, index())
+    before = len(os.listdir("/dev/fd"))
+    kept = [IndexedDataset(prefix, random_access=bool(number % 2)) for number in range(50)]
+    assert len(os.listdir("/dev/fd")) == before
+    assert all(dataset[2].tolist() == [3, 4, 5, 6, 7] for dataset in kept)
+    tokens = kept[0][2]
+    del kept
+    gc.collect()
+    assert tokens.tolist() == [3, 4, 5, 6, 7], "memory lives as long as what looks into it"
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
