@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from megatron.core.atomic_files import error_sentence
+from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.text_files import terminal_output
 
 
@@ -15,6 +15,7 @@ def run_tool(
     sentence: Callable[[ValueError | OSError], str] = error_sentence,
 ) -> int:
     """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
+    allow_open_files()
     with terminal_output():
         return _run(action, interrupted, sentence)
 

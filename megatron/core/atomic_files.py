@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,13 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def allow_open_files() -> None:
+    """Raises the soft limit of open files to the hard one, which is what an administrator allows."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where the hard limit is said to be infinite but is not
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def error_sentence(error: ValueError | OSError) -> str:

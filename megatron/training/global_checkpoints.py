@@ -160,6 +160,13 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
             f"{source.folder} holds no optimizer state: add --no-load-optim to go on with a fresh optimizer, or "
             "--finetune to start a new run from its weights"
         )
+    saved, ours = reader.arguments.get("params_dtype"), arguments.model.params_dtype
+    if source.with_optimizer and saved is not None and saved != ours:
+        raise ValueError(
+            f"{source.folder} was saved by a run in {saved}, and this one is in {ours} (--bf16, --fp16 or neither; "
+            "PRECISION in the example script): take the same, or start anew from its weights with --no-load-optim or "
+            "--finetune"
+        )
     problems = []
     for kind in kinds:
         found = reader.tensors(kind).keys()

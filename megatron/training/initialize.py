@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from megatron.core.atomic_files import error_sentence
+from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, grid_sizes
 from megatron.core.text_files import terminal_output
@@ -158,6 +158,7 @@ def run(main: Callable[[Environment], None]) -> None:
     each machine; later, an error of one rank alone is reported by that rank.
     """
     environment = read_environment()
+    allow_open_files()
     if environment.rank != 0:
         logging.getLogger("megatron").setLevel(logging.ERROR)  # warnings are the same on every rank
     with terminal_output():

@@ -123,7 +123,7 @@ def test_another_type_is_refused_unless_only_weights_are_taken(saved: Saved) -> 
     root, trainer, _ = saved
     arguments = checkpoint_arguments(load=str(root))
     wide = replace(arguments, model=replace(arguments.model, params_dtype="float32"))
-    with pytest.raises(ValueError, match="is bfloat16, not float32"):
+    with pytest.raises(ValueError, match="was saved by a run in bfloat16, and this one is in float32"):
         load(tiny_trainer(wide))
     second = tiny_trainer(replace(wide, checkpoint=replace(wide.checkpoint, finetune=True)))
     load(second)
