@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.text_files import read_json
 
-VERSION = 1
+VERSION = 2
+_OLDER = (1,)  # without `input`
 _BLOCK = 1 << 20
 
 
@@ -50,6 +51,9 @@ class DatasetDescription:
     """NumPy name of the token type."""
     sha256: dict[str, str]
     """SHA-256 in hex of the files `bin` and `idx`."""
+    input: dict[str, Any] | None = None
+    """What it was made from: `files` (path, documents, bytes; bad_lines, lost_bytes and trouble where there are any),
+    `files_not_listed` (how many more there were), `left_aside` (files of other kinds, by ending); None if unknown."""
     merged_from: Sequence[str] = ()
     """Names, without folders, of the data sets that it was merged from; not written if there are none."""
 
@@ -69,8 +73,16 @@ class DatasetDescription:
     def write(self, prefix: str | os.PathLike[str]) -> None:
         """Write `<prefix>.json`, whole or not at all."""
         with atomic_writer(description_path(prefix)) as file:
-            content = {name: value for name, value in asdict(self).items() if name != "merged_from" or value}
-            file.write((json.dumps(content, indent=2) + "\n").encode())
+            file.write((self._text() + "\n").encode())
+
+    def _text(self) -> str:
+        """JSON with a line for each file."""
+        content = {name: value for name, value in asdict(self).items() if name != "merged_from" or value}
+        if not self.input:
+            return json.dumps(content, indent=2)
+        files = ",\n".join(f"      {json.dumps(row)}" for row in self.input["files"])
+        content["input"] = self.input | {"files": []}
+        return json.dumps(content, indent=2).replace('"files": []', f'"files": [\n{files}\n    ]', 1)
 
 
 def description_path(prefix: str | os.PathLike[str]) -> Path:
@@ -87,15 +99,16 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
         return None
     except ValueError as error:
         raise ValueError(f"{error}: prepare the data set again, or remove this file") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("version") not in (VERSION, *_OLDER):
         raise ValueError(f"{path} is no description of a data set of version {VERSION}: it is from another program")
-    names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
-    missing = sorted(names - content.keys())
+    content.setdefault("input", None)
     merged_from = content.pop("merged_from", [])
     if not isinstance(merged_from, list) or not all(isinstance(name, str) for name in merged_from):
         raise ValueError(f"{path}: merged_from must be a list of names")
-    unknown = sorted(content.keys() - names - {"merged_from"})
-    if missing or unknown or not isinstance(content["tokenizer"], dict) or not isinstance(content["sha256"], dict):
+    names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
+    missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
+    is_typed = all(isinstance(content.get(name), dict) for name in ("tokenizer", "sha256"))
+    if missing or unknown or not is_typed or not isinstance(content["input"], dict | None):
         raise ValueError(
             f"{path} lacks {missing or 'nothing'} and has {unknown or 'nothing'} too much for a description"
         )

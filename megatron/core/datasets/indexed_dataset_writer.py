@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -180,11 +180,12 @@ class IndexedDatasetWriter:
             os.fsync(file.fileno())
         return WriterState(self.sequence_count, self.document_count, self.token_count)
 
-    def finalize(self, origin: Origin | None = None) -> None:
+    def finalize(self, origin: Origin | None = None, source: dict[str, Any] | None = None) -> None:
         """Complete both files, flush them to disk and give them their names, `.bin` first and `.idx` last.
 
         An older `.idx` of that name is removed before, so that at no moment an index meets another run's tokens. With
-        an `origin` a description is written beside them; without one, an older description is removed.
+        an `origin` a description is written beside them, which also tells of the `source` files; without one, an older
+        description is removed.
         """
         assert self._open, "the writer is already closed"
         self._write_offsets()
@@ -207,6 +208,7 @@ class IndexedDatasetWriter:
                 tokens=self.token_count,
                 dtype=self.dtype.name,
                 sha256=checksums,
+                input=source,
             ).write(self.prefix)
         os.replace(self._idx.name, f"{self.prefix}.idx")
         os.unlink(self._documents.name)

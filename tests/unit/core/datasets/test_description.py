@@ -26,9 +26,32 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a_text_document.json").read_text())["tokenizer"] == TOKENIZER
 
 
+def test_files_of_the_input_take_a_line_each(tmp_path: Path) -> None:
+    files = [{"path": f'in/"files": [] {number}', "documents": number, "bytes": 9} for number in range(3)]
+    description = replace(DESCRIPTION, input={"files": files, "files_not_listed": 2, "left_aside": {".txt": 1}})
+    description.write(tmp_path / "a")
+    assert read_description(tmp_path / "a") == description
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines if line.startswith('      {"path"')] == files
+
+
+def test_the_first_version_is_read(tmp_path: Path) -> None:
+    content = asdict(DESCRIPTION) | {"version": 1}
+    del content["input"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert read_description(tmp_path / "a") == replace(DESCRIPTION, version=1)
+
+
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", '{"version": 2}', json.dumps(asdict(DESCRIPTION) | {"tokenizer": 3})]
+    [
+        "",
+        "[]",
+        '{"version": 2}',
+        json.dumps(asdict(DESCRIPTION) | {"version": 3}),
+        json.dumps(asdict(DESCRIPTION) | {"input": 3}),
+        json.dumps(asdict(DESCRIPTION) | {"tokenizer": 3}),
+    ]
     + [json.dumps({k: v for k, v in asdict(DESCRIPTION).items() if k != "tokens"})]
     + [json.dumps(asdict(DESCRIPTION) | {"more": 1})],
 )
