@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tokenise corpora into Megatron's indexed data sets, `<output-prefix>_<key>_document.bin` and `.idx`.
 
-Reads .jsonl, .json (a JSON object a line), both also as .gz and .zst, and .parquet. Lines that cannot be used are left
-out, counted, and listed in `<output-prefix>_quarantine.jsonl`.
+Reads a JSON object a line, plain or compressed, and Parquet (which files of a folder: docs/data.md). Lines that cannot
+be used are left out, counted, and listed in `<output-prefix>_quarantine.jsonl`.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--append-eod", action="store_true", help="end each document with the end-of-document token")
     add("--append-bos", action="store_true", help="begin each document with the beginning-of-sequence token")
     add("--max-bad-fraction", type=float, default=0.1, metavar="F",
-        help="refuse the result if more than this share of the lines cannot be used (default: 0.1)")  # fmt: skip
+        help="refuse the result if more than this share of the input's bytes on disk is in bad lines, or in files or "
+        "ends of files that cannot be read; blank lines do not count (default: 0.1)")  # fmt: skip
     add("--resume", action="store_true", help="go on where an interrupted run of the same command stopped")
     add("--preview", type=int, default=0, metavar="N", help="decode the first N stored documents and show them")
     add("--workers", type=int, default=available_cores(), metavar="N",
@@ -78,6 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def too_long(prefix: str, keys: list[str]) -> bool:
+    """Whether the longest name that is made from the prefix, a temporary one, is longer than file systems take."""
+    folder, name = os.path.split(os.path.abspath(prefix))
+    longest = len(os.fsencode(f".{name}_rank00000of00000_{max(keys, key=len)}_document.json.xxxxxxxx.tmp"))
+    return longest > 255 or len(os.fsencode(folder)) + longest + 1 >= 4096
+
+
 def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, float]:
     """What the command line asks for, and the rank timeout in seconds."""
     parser = make_parser()
@@ -87,6 +95,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, float]:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if not 0 <= args.max_bad_fraction <= 1:
         parser.error(f"--max-bad-fraction must be between 0 and 1, got {args.max_bad_fraction}")
+    if too_long(args.output_prefix, args.json_keys):
+        parser.error(
+            f"--output-prefix {args.output_prefix[:60]}...: the files' names would be longer than names may be"
+        )
     if args.output_prefix.endswith(os.sep) or Path(args.output_prefix).is_dir():
         parser.error(f"--output-prefix {args.output_prefix} is a folder: add the beginning of the files' names")
     if len(set(args.json_keys)) < len(args.json_keys):

@@ -8,7 +8,6 @@ try:
 except ImportError:  # the standard library reads the same, several times slower
     orjson = None  # type: ignore[assignment]
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLANK = "blank line"
 NOT_JSON, NOT_AN_OBJECT = "invalid JSON", "not an object"
 ONE_A_LINE = "each line must be a JSON object, so write arrays and indented files as one object a line (jq -c)"

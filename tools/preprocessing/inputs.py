@@ -3,11 +3,23 @@
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tools.preprocessing.kinds import (
+    ENDINGS_IN_WORDS,
+    TEXT,
+    Kind,
+    ending,
+    is_corpus_name,
+    is_product,
+    is_product_name,
+    kind_of,
+    read_head,
+)
+
 CHUNK_BYTES = 1 << 20
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
 # A compressed file cannot be cut: a rank takes all of it, and it counts as much text as it probably holds.
 _EXPANSION = 4
 
@@ -18,11 +30,12 @@ class Input(NamedTuple):
     path: str
     start: int
     end: int
+    kind: Kind = Kind(TEXT)
 
     @property
     def is_plain(self) -> bool:
         """Whether any part of the file can be read without what comes before it."""
-        return not self.path.endswith((".gz", ".zst", ".parquet"))
+        return self.kind.reading == TEXT
 
     @property
     def size(self) -> int:
@@ -30,36 +43,72 @@ class Input(NamedTuple):
         return self.end - self.start
 
 
-def natural_order(path: str) -> list[tuple[int, int | str]]:
-    """Sort key under which 2.jsonl comes before 10.jsonl."""
-    parts = re.split(r"([0-9]+)", path)
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part]
+class Corpus(NamedTuple):
+    """The files that --input names, and what it names that is no input."""
+
+    files: list[Input]
+    left_aside: dict[str, int]
+    """Files of other kinds, by ending, the most frequent first."""
+    products: int
+    """Files that this project wrote: data sets, descriptions, quarantines, journals, temporary files."""
 
 
-def find_inputs(patterns: list[str]) -> list[Input]:
+def natural_order(path: str) -> tuple[list[tuple[int, int | bytes]], bytes]:
+    """Sort key under which 2.jsonl comes before 10.jsonl; no two paths are equal, and no locale has a say."""
+    name = os.fsencode(path)
+    parts = re.split(rb"([0-9]+)", name)
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts if part], name
+
+
+def find_inputs(patterns: list[str]) -> Corpus:
     """The files of folders (below them too, links followed), files and globs; each once, however often named.
 
-    Files of one pattern are in natural order, patterns in the order given. Raises ValueError for a pattern that
-    matches nothing.
+    Files of one pattern are in natural order, patterns in the order given. Of folders, and of globs that match any
+    file with an ending of a corpus, only such files are taken. Raises ValueError for a pattern that has none.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Input] = {}
+    aside: dict[str, str] = {}
+    products: set[str] = set()
     for pattern in patterns:
-        for path in sorted(_files_of(pattern), key=natural_order):
-            found.setdefault(os.path.realpath(path), path)
-    return [Input(path, 0, os.path.getsize(path)) for path in found.values()]
+        taken, others = _files_of(pattern)
+        for path in others:
+            if is_product_name(path):
+                products.add(os.path.realpath(path))
+            else:
+                aside[os.path.realpath(path)] = ending(path)
+        inputs = 0
+        for path in sorted(taken, key=natural_order):
+            real = os.path.realpath(path)
+            if real not in found:
+                head = None if is_product_name(path) else read_head(path)
+                if head is None or is_product(head):
+                    products.add(real)
+                    continue
+                found[real] = Input(path, 0, os.path.getsize(path), kind_of(path, head))
+            inputs += 1
+        if not inputs and (not os.path.isfile(pattern) or (pattern == patterns[-1] and not found)):
+            raise ValueError(f"--input {pattern} has nothing but files that this tool wrote itself")
+    counts = Counter(name for real, name in aside.items() if real not in found)
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return Corpus(list(found.values()), dict(ordered), len(products))
 
 
-def _files_of(pattern: str) -> list[str]:
+def _files_of(pattern: str) -> tuple[list[str], list[str]]:
+    """The files that a pattern means, and the others that it matches."""
     if os.path.isfile(pattern):
-        return [pattern]
+        return [pattern], []
     matches = [pattern] if os.path.isdir(pattern) else _expand(pattern)
-    files = [path for path in matches if os.path.isfile(path)]
-    files += [path for match in matches if os.path.isdir(match) for path in _walk(match)]
-    if not files and os.path.isdir(pattern):
-        raise ValueError(f"--input {pattern} has no *.jsonl or *.json files in it (nor .gz, .zst, .parquet)")
-    if not files:
+    named = [path for path in matches if os.path.isfile(path)]
+    files = [path for match in matches if os.path.isdir(match) for path in _walk(match)]
+    taken = [path for path in [*named, *files] if is_corpus_name(path)]
+    if named and not taken:
+        taken = named
+    if not taken and os.path.isdir(pattern):
+        raise ValueError(f"--input {pattern} has no files in it that end in {ENDINGS_IN_WORDS}")
+    if not taken:
         raise ValueError(f"--input {pattern} is no file, no folder, and no pattern that matches a file")
-    return files
+    chosen = set(taken)
+    return taken, [path for path in [*named, *files] if path not in chosen]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -78,13 +127,14 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Corpus files below a folder; hidden files and folders are left out."""
+    """Files below a folder; hidden files and folders are left out."""
     for path, files in _tree(folder):
         for name in files:
-            if name.endswith(SUFFIXES) and not name.startswith("."):
-                if not os.path.isfile(os.path.join(path, name)):
-                    raise ValueError(f"{os.path.join(path, name)} is a link to nothing: mend or remove it")
-                yield os.path.join(path, name)
+            if name.startswith("."):
+                continue
+            if is_corpus_name(name) and not os.path.isfile(os.path.join(path, name)):
+                raise ValueError(f"{os.path.join(path, name)} is a link to nothing: mend or remove it")
+            yield os.path.join(path, name)
 
 
 def _tree(root: str) -> Iterator[tuple[str, list[str]]]:
@@ -116,7 +166,7 @@ def share(inputs: list[Input], rank: int, ranks: int) -> list[Input]:
             # Cut where chunks of the whole file are cut, so that a rank's chunks are among those of a single process.
             cuts = [min(max(-(-(bound - position) // CHUNK_BYTES) * CHUNK_BYTES, 0), part.end) for bound in (low, high)]
             if cuts[0] < cuts[1]:
-                parts.append(Input(part.path, *cuts))
+                parts.append(part._replace(start=cuts[0], end=cuts[1]))
         elif low <= position + weight // 2 < high or (weight == 0 and rank == 0):
             parts.append(part)
         position += weight

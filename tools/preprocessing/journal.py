@@ -1,7 +1,7 @@
 """The record of how far a run has come, from which --resume goes on after a kill."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron.core.atomic_files import atomic_writer
 from megatron.core.datasets.indexed_dataset_writer import WriterState
 from tools.preprocessing.statistics import Statistics
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Journal:
     def write(self, path: Path) -> None:
         """Write it, whole or not at all; what it tells of must be on disk already."""
         with atomic_writer(path) as out:
-            out.write(json.dumps({"version": VERSION, **asdict(self)}).encode())
+            out.write(json.dumps({"version": VERSION, **vars(self)}, default=vars).encode())
 
 
 def journal_path(prefix: str) -> Path:
@@ -44,7 +44,7 @@ def read_journal(prefix: str) -> Journal | None:
         if content.pop("version") != VERSION:
             raise ValueError("its version is another")
         content["writers"] = [WriterState(*state) for state in content["writers"]]
-        content["statistics"] = Statistics(**content["statistics"])
+        content["statistics"] = Statistics.from_record(content["statistics"])
         return Journal(**content)
     except FileNotFoundError:
         return None

@@ -8,9 +8,11 @@ from pathlib import Path
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers import Tokenizer
+from tools.preprocessing.inputs import Corpus
 from tools.preprocessing.part import Report, quarantine_path
 from tools.preprocessing.ranks import Place, part_prefix, status_path
 from tools.preprocessing.settings import Settings, token_type
+from tools.preprocessing.statistics import Statistics
 
 
 def merge_parts(
@@ -18,9 +20,14 @@ def merge_parts(
     prefixes: list[str],
     reports: list[Report],
     tokenizer: Tokenizer,
+    corpus: Corpus,
+    statistics: Statistics,
     check: Callable[[list[int]], None],
 ) -> None:
-    """Write the data sets and the quarantine of the whole from those at `prefixes`; `check` may refuse the counts."""
+    """Write the data sets and the quarantine of the whole from those at `prefixes`.
+
+    `statistics` are those of the whole; `check` may refuse the counts of documents.
+    """
     _merge_quarantines(settings.output_prefix, prefixes, reports)
     with ExitStack() as stack:
         writers = []
@@ -31,8 +38,8 @@ def merge_parts(
                 writer.add_file(f"{prefix}_{key}_document")
             writers.append(writer)
         check([writer.document_count for writer in writers])
-        for key, writer in zip(settings.json_keys, writers):
-            writer.finalize(settings.origin(key, tokenizer))
+        for number, (key, writer) in enumerate(zip(settings.json_keys, writers)):
+            writer.finalize(settings.origin(key, tokenizer), statistics.record(corpus, number))
 
 
 def _merge_quarantines(output: str, prefixes: list[str], reports: list[Report]) -> None:

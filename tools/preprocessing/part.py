@@ -13,13 +13,13 @@ from typing import Any, BinaryIO, NamedTuple
 from megatron.core.datasets.description import read_description
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter, WriterState
 from megatron.core.tokenizers import Tokenizer
-from tools.preprocessing.inputs import Input
+from tools.preprocessing.inputs import Corpus, Input
 from tools.preprocessing.journal import Journal, journal_path, read_journal
 from tools.preprocessing.pool import WorkerDied, WorkerPool
 from tools.preprocessing.progress import Progress
-from tools.preprocessing.reader import Block, blocks_of
+from tools.preprocessing.reader import TOO_LONG, Block, blocks_of
 from tools.preprocessing.settings import Settings, token_type
-from tools.preprocessing.statistics import Statistics
+from tools.preprocessing.statistics import FileCount, Statistics
 from tools.preprocessing.worker import Result
 
 SECONDS_BETWEEN_JOURNALS = 10.0
@@ -39,6 +39,8 @@ class Part(NamedTuple):
     settings: Settings
     prefix: str
     inputs: list[Input]
+    corpus: Corpus
+    """All that the job reads."""
     tokenizer: Tokenizer
     pool: WorkerPool
     label: str
@@ -89,7 +91,8 @@ class PartRun:
             if part.settings.resume:
                 print(f"{part.label}there is no interrupted run to resume: starting from the beginning")
             keys = len(part.settings.json_keys)
-            return Journal(part.fingerprint, [WriterState()] * keys, Statistics([0] * keys))
+            files = {file.path: FileCount([0] * keys, file.size) for file in part.inputs}
+            return Journal(part.fingerprint, [WriterState()] * keys, Statistics([0] * keys, files))
         if found.fingerprint != part.fingerprint:
             raise ValueError(
                 f"--resume: the interrupted run of {part.prefix} had other inputs, keys or another tokenizer, or files "
@@ -175,9 +178,11 @@ class PartRun:
             journal.file += 1
             journal.blocks = journal.file_lines = 0
         statistics = journal.statistics
+        file = statistics.files[block.path]
         for i, (writer, encoded) in enumerate(zip(self._writers, result.parts)):
             writer.add_documents(encoded.tokens, encoded.lengths)
             statistics.empty[i] += encoded.empty
+            file.documents[i] += len(encoded.lengths)
         for bad in result.bad:
             entry: dict[str, Any] = {
                 "file": block.path,
@@ -194,7 +199,14 @@ class PartRun:
         statistics.lines += result.lines
         statistics.text_bytes += result.text_bytes
         statistics.read_bytes += block.end - block.start
-        statistics.lost_bytes += block.lost
+        statistics.lost_bytes += result.lost_bytes
+        statistics.blank_lines += result.blank
+        statistics.blank_bytes += result.blank_bytes
+        file.lines += result.lines
+        file.bad_lines += len(result.bad)
+        file.lost_bytes += result.lost_bytes
+        if block.broken and block.broken != TOO_LONG:
+            file.why = block.broken
 
     def _save(self) -> None:
         self._journal.writers = [writer.checkpoint() for writer in self._writers]
@@ -206,8 +218,11 @@ class PartRun:
     def _finish(self) -> None:
         part = self._part
         for writer in self._writers:
-            key = next(key for key in part.settings.json_keys if part.data_set(key) == writer.prefix)
-            writer.finalize(part.settings.origin(key, part.tokenizer))
+            number, key = next(
+                each for each in enumerate(part.settings.json_keys) if part.data_set(each[1]) == writer.prefix
+            )
+            source = self._journal.statistics.record(part.corpus, number)
+            writer.finalize(part.settings.origin(key, part.tokenizer), source)
         if self._journal.statistics.bad:
             os.replace(self._quarantine_temporary, quarantine_path(part.prefix))
         else:

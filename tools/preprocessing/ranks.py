@@ -84,7 +84,7 @@ def finished_report(prefix: str, place: Place, fingerprint: str) -> Report | Non
     if status is None or status.get("state") != "done" or status.get("fingerprint") != fingerprint:
         return None
     statistics, *rest = status["report"]
-    return Report(Statistics(**statistics), *rest)
+    return Report(Statistics.from_record(statistics), *rest)
 
 
 class Ranks:

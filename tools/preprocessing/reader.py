@@ -1,17 +1,27 @@
 """Blocks of a corpus: pieces of about CHUNK_BYTES that worker processes take, of any kind of file."""
 
+import bz2
 import contextlib
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 from tools.preprocessing import inputs
 from tools.preprocessing.inputs import Input
+from tools.preprocessing.kinds import HEAD_BYTES, PARQUET, UNREADABLE, foreign
 
 # A document beyond this is no document; the bound keeps the memory of a file without line ends bounded.
 LONGEST_LINE = 64 << 20
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK_LINES = re.compile(rb"\n\s*\n")
 _ROWS = 64
+_PIECE = 1 << 20
+# What a decompressor may need: the window of zstd --long=27, which is zstd's own limit, and of xz -9.
+_LARGEST_WINDOW = 128 << 20
+_WINDOW_TOO_LARGE = f"it needs a window of more than {_LARGEST_WINDOW >> 20} MiB: compress it again with a smaller one"
 
 
 class Block(NamedTuple):
@@ -38,7 +48,12 @@ def blocks_of(part: Input, keys: list[str], skip: int = 0) -> Iterator[Block]:
         for start in range(first, part.end, inputs.CHUNK_BYTES):
             yield Block(part.path, start, min(start + inputs.CHUNK_BYTES, part.end))
         return
-    stream = _parquet_blocks(part, keys) if part.path.endswith(".parquet") else _line_blocks(part)
+    if part.kind.reading == UNREADABLE:
+        stream: Iterator[Block] = iter(
+            [Block(part.path, 0, part.end, b"", None, part.kind.what, max(part.end, part.kind.size))]
+        )
+    else:
+        stream = _parquet_blocks(part, keys) if part.kind.reading == PARQUET else _line_blocks(part)
     for number, block in enumerate(stream):
         if number >= skip:
             yield block
@@ -47,66 +62,110 @@ def blocks_of(part: Input, keys: list[str], skip: int = 0) -> Iterator[Block]:
 def _line_blocks(part: Input) -> Iterator[Block]:
     """Whole lines of a compressed file. A file that breaks off gives its whole lines, then a block that says so."""
     buffer = bytearray()
-    searched = position = 0
-    too_long = False
+    searched = position = good = dropped = 0
     failure = None
     with open(part.path, "rb") as raw:
-        pieces = _decompressed(part.path, raw)
+        pieces = _checked(_decompressed(part, raw))
         while True:
+            piece = b""
             try:
-                piece = next(pieces, b"")
-            except (OSError, EOFError, zlib.error) as error:
-                failure, piece = f"the rest of this file cannot be read ({error})", b""
+                piece, good = next(pieces, (b"", part.end))
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                begun = position or buffer.count(b"\n")
+                failure = f"{'the rest of ' if begun else ''}this file cannot be read ({error})"
             buffer += piece
             if piece and len(buffer) < searched + inputs.CHUNK_BYTES:
                 continue
             end = buffer.rfind(b"\n", searched) + 1 if piece or failure else len(buffer)
             searched = 0 if end else len(buffer)
-            if end or (too_long and not piece):
-                start, position = position, raw.tell()
-                first = buffer.find(b"\n") + 1 if too_long else 0
-                if too_long:
-                    yield Block(part.path, start, start, b"", None, TOO_LONG)
-                    too_long = False
+            if end or (dropped and not piece):
+                start, size = position, dropped + len(buffer)
+                first = (buffer.find(b"\n") + 1 or len(buffer)) if dropped else 0
+                if dropped:
+                    position = start + (good - start) * (dropped + first) // size
+                    yield Block(part.path, start, position, b"", None, TOO_LONG, position - start)
                 if first < end:
-                    yield Block(part.path, start, position, bytes(buffer[first:end]))
+                    # Bytes on disk behind the last line end belong to the next block, or are lost.
+                    begin, position = position, start + (good - start) * (dropped + end) // size
+                    yield Block(part.path, begin, position, bytes(buffer[first:end]))
+                dropped = 0
                 del buffer[:end]
-            elif too_long or len(buffer) > LONGEST_LINE:
-                too_long = True
+            elif dropped or len(buffer) > LONGEST_LINE:
+                dropped += len(buffer)
                 buffer.clear()
                 searched = 0
             if not piece:
                 break
         if failure:
-            yield Block(part.path, position, part.end, b"", None, failure, max(part.end - raw.tell(), 1))
+            yield Block(part.path, position, part.end, b"", None, failure, max(part.end - position, 1))
 
 
-def _decompressed(path: str, raw: IO[bytes]) -> Iterator[bytes]:
-    """The content in small pieces. Raises OSError, EOFError or zlib.error where it cannot be read."""
-    if path.endswith(".gz"):
+def _checked(pieces: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """The same. Raises OSError if what is compressed is something else than lines."""
+    for number, (piece, end) in enumerate(pieces):
+        if not number and (what := foreign(piece[:HEAD_BYTES])):
+            raise OSError(f"it holds {what}")
+        yield piece, end
+
+
+def _decompressed(part: Input, raw: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The content in small pieces, each with where it ends on disk. Raises OSError and the like where it breaks off."""
+    if part.kind.reading == "gzip":
         return _members(raw, lambda: zlib.decompressobj(31), 1 << 14)
+    if part.kind.reading == "bzip2":
+        return _members(raw, lambda: _Bounded(bz2.BZ2Decompressor()), 1 << 14)
+    if part.kind.reading == "xz":
+        return _members(raw, lambda: _Bounded(lzma.LZMADecompressor(memlimit=_LARGEST_WINDOW + (8 << 20))), 1 << 14)
     try:
         import zstandard
     except ImportError:
-        raise ValueError(f"{path}: reading .zst files needs the package zstandard (pip install zstandard)") from None
+        raise ValueError(
+            f"{part.path}: reading .zst files needs the package zstandard (pip install zstandard)"
+        ) from None
 
-    def frames() -> Iterator[bytes]:
+    def frames() -> Iterator[tuple[bytes, int]]:
         try:
-            yield from _members(raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj, 1 << 12)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+            yield from _members(raw, decompressor.decompressobj, 1 << 12)
         except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
+            raise OSError(_WINDOW_TOO_LARGE if "too much memory" in str(error) else str(error)) from None
 
     return frames()
 
 
-def _members(raw: IO[bytes], decompressor: Callable[[], Any], size: int) -> Iterator[bytes]:
-    """Content of gzip members or zstd frames, one after the other, from `size` bytes at a time."""
+class _Bounded:
+    """A decompressor of the standard library that gives pieces of bounded size; `decompress(b"")` gives more."""
+
+    def __init__(self, decompressor: Any) -> None:
+        self._decompressor = decompressor
+
+    def decompress(self, data: bytes) -> bytes:
+        """The next piece."""
+        try:
+            return self._decompressor.decompress(data, _PIECE)
+        except lzma.LZMAError as error:
+            raise OSError(_WINDOW_TOO_LARGE if "limit" in str(error) else str(error)) from None
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is more without more data."""
+        return not self._decompressor.eof and not self._decompressor.needs_input
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decompressor, name)
+
+
+def _members(raw: IO[bytes], decompressor: Callable[[], Any], size: int) -> Iterator[tuple[bytes, int]]:
+    """Content of gzip members, zstd frames and the like, one after the other, from `size` bytes at a time."""
     current = None
     while data := raw.read(size):
         while data:
             current = current or decompressor()
-            if piece := current.decompress(data):
-                yield piece
+            piece = current.decompress(data)
+            while piece or getattr(current, "has_more", False):
+                if piece:
+                    yield piece, raw.tell() - len(current.unused_data)
+                piece = current.decompress(b"") if getattr(current, "has_more", False) else b""
             if not current.eof:
                 break
             data, current = current.unused_data, None
@@ -118,7 +177,7 @@ def _members(raw: IO[bytes], decompressor: Callable[[], Any], size: int) -> Iter
 def check_columns(parts: list[Input], keys: list[str]) -> None:
     """Raises ValueError if a Parquet file lacks a column, or if there is one and pyarrow is missing."""
     for part in parts:
-        if part.path.endswith(".parquet"):
+        if part.kind.reading == PARQUET:
             with contextlib.suppress(OSError):
                 _open_parquet(part.path, keys).close()
 
@@ -131,7 +190,7 @@ def _open_parquet(path: str, keys: list[str]) -> Any:
         raise ValueError(f"{path}: reading .parquet files needs the package pyarrow (pip install pyarrow)") from None
     try:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=inputs.CHUNK_BYTES, pre_buffer=False)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
     names = file.schema_arrow.names
     for key in keys:
@@ -140,24 +199,43 @@ def _open_parquet(path: str, keys: list[str]) -> Any:
     return file
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of a column; of one with bad UTF-8 in it the bytes, which are looked at one by one."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        import pyarrow
+
+        return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+def _batches(path: str, keys: list[str]) -> Iterator[tuple[Any, int]]:
+    """A few rows at a time, and how many rows the file has. Raises OSError where it cannot be read."""
+    file = _open_parquet(path, keys)
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(_ROWS, columns=keys, use_threads=False):
+            yield batch, file.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
 def _parquet_blocks(part: Input, keys: list[str]) -> Iterator[Block]:
     done = position = size = 0
     total = 1
     rows: list[list[Any]] = [[] for _ in keys]
     failure = None
-    file, batches = None, iter(())
+    batches = _batches(part.path, keys)
     while True:
+        batch = None
         try:
-            if file is None:
-                file = _open_parquet(part.path, keys)
-                total = max(file.metadata.num_rows, 1)
-                batches = file.iter_batches(_ROWS, columns=keys, use_threads=False)
-            batch = next(batches, None)
+            batch, total = next(batches, (None, total))
         except OSError as error:
-            failure, batch = f"the rest of this file cannot be read ({error})", None
+            failure = f"{'the rest of ' if done else ''}this file cannot be read ({error})"
         if batch is not None:
             for values, key in zip(rows, keys):
-                values += batch.column(key).to_pylist()
+                values += _values(batch.column(key))
             size += batch.nbytes
             done += batch.num_rows
         if rows[0] and (batch is None or size >= inputs.CHUNK_BYTES):
@@ -170,36 +248,70 @@ def _parquet_blocks(part: Input, keys: list[str]) -> Iterator[Block]:
         yield Block(part.path, position, part.end, b"", None, failure, max(part.end - position, 1))
 
 
-def lines_of(block: Block) -> tuple[list[bytes | None], int]:
-    """Lines of a block of text, line ends included or not, and how many; None stands for one that is too long."""
+class Lines(NamedTuple):
+    """Lines of a block of text that are not blank, without their ends; a size stands for one that is too long."""
+
+    lines: list[bytes | int]
+    blank: int
+    blank_bytes: int
+    ends: bool
+    """Whether the last line has a line end."""
+    content: bytes
+    """What they were taken from: a line end, and what follows."""
+
+    def numbers(self) -> list[int]:
+        """Which of all lines each is, counted from 0."""
+        if not self.blank:
+            return list(range(len(self.lines)))
+        whole = [number for number, line in enumerate(self.content.split(b"\n")[1:-1]) if line.strip()]
+        return [*whole, self.content.count(b"\n") - 1]
+
+    def size(self, index: int) -> int:
+        """Bytes of a line with its end."""
+        line = self.lines[index]
+        size = line if isinstance(line, int) else len(line) + 1
+        return size - (index == len(self.lines) - 1 and not self.ends)
+
+
+def lines_of(block: Block) -> Lines:
+    """Lines that begin in a block of text; runs of blank ones are skipped at once."""
+    last: bytes | int = b""
+    ends = True
     if block.lines is not None:
-        lines: list[bytes | None] = [_bounded(line) for line in block.lines.split(b"\n")]
-        if lines and not lines[-1]:
-            lines.pop()
-        return lines, len(lines)
-    with open(block.path, "rb") as file:
-        file.seek(max(block.start - 1, 0))
-        lines = list(file.read(block.end - max(block.start - 1, 0)).split(b"\n"))
-        if block.start:
-            # The line that began in an earlier block is that block's; one that begins exactly here is this one's.
-            del lines[0]
-        if lines:
-            last = lines.pop()
-            if last:
-                lines.append(_complete(last, file))
-    return lines, len(lines)
+        content = b"\n" + block.lines
+        ends = content.endswith(b"\n")
+        last = _bounded(content[content.rfind(b"\n") + 1 :])
+    else:
+        with open(block.path, "rb") as file:
+            file.seek(max(block.start - 1, 0))
+            content = file.read(block.end - file.tell())
+            if not block.start:
+                content = b"\n" + content
+            elif b"\n" not in content:
+                return Lines([], 0, 0, True, b"")
+            else:  # a line that began in an earlier block is that block's; one that begins exactly here is this one's
+                content = content[content.find(b"\n") :]
+            if begun := content[content.rfind(b"\n") + 1 :]:
+                last, ends = _complete(begun, file)
+    packed = _BLANK_LINES.sub(b"\n", content)
+    lines: list[bytes | int] = [*packed.split(b"\n")[1:-1], *([last] if last else [])]
+    if len(content) > LONGEST_LINE:
+        lines = [line if isinstance(line, int) else _bounded(line) for line in lines]
+    if block.start == 0 and lines and isinstance(first := lines[0], bytes):
+        lines[0] = first.removeprefix(_BYTE_ORDER_MARK)
+    return Lines(lines, content.count(b"\n") - packed.count(b"\n"), len(content) - len(packed), ends, content)
 
 
-def _complete(begun: bytes, file: IO[bytes]) -> bytes | None:
-    """The whole of a line of which the file's position is inside, or None if it is too long."""
-    pieces, size = [begun], len(begun)
-    while piece := file.readline(inputs.CHUNK_BYTES):
-        pieces.append(piece)
+def _complete(begun: bytes, file: IO[bytes]) -> tuple[bytes | int, bool]:
+    """The whole of a line that has begun, without its end, or its size if it is too long; and whether it has an end."""
+    pieces, size, ends = [begun], len(begun), False
+    while not ends and (piece := file.readline(inputs.CHUNK_BYTES)):
+        ends = piece.endswith(b"\n")
         size += len(piece)
-        if size > LONGEST_LINE or piece.endswith(b"\n"):
-            break
-    return _bounded(b"".join(pieces))
+        if size - ends <= LONGEST_LINE:
+            pieces.append(piece)
+    return (size + (not ends) if size - ends > LONGEST_LINE else b"".join(pieces).removesuffix(b"\n")), ends
 
 
-def _bounded(line: bytes) -> bytes | None:
-    return line if len(line) <= LONGEST_LINE else None
+def _bounded(line: bytes) -> bytes | int:
+    return line if len(line) <= LONGEST_LINE else len(line) + 1

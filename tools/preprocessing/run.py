@@ -1,5 +1,6 @@
 """A whole run: choose the engine, write this rank's part, put parts together, tell what came of it."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.preprocessing import inputs
-from tools.preprocessing.documents import BLANK, NOT_AN_OBJECT, NOT_JSON, ONE_A_LINE
+from tools.preprocessing.documents import NOT_AN_OBJECT, NOT_JSON, ONE_A_LINE
 from tools.preprocessing.engine import (
     PROBES,
     Engine,
@@ -20,7 +21,8 @@ from tools.preprocessing.engine import (
     make_engine,
     reference_name,
 )
-from tools.preprocessing.inputs import Input, find_inputs, share
+from tools.preprocessing.inputs import Corpus, Input, find_inputs, share
+from tools.preprocessing.kinds import printable
 from tools.preprocessing.merge import merge_parts, remove_part
 from tools.preprocessing.part import EngineDiffers, Part, PartRun, Report, TooManyBad, quarantine_path
 from tools.preprocessing.pool import WorkerPool
@@ -54,7 +56,7 @@ def sample(parts: list[Input], keys: list[str]) -> Iterator[str]:
         taken.add((part.path, skip))
         for block in blocks_of(part, keys, skip):
             if not block.broken:
-                for _, texts in read_documents(block, keys)[0][:_SAMPLED_DOCUMENTS]:
+                for _, texts in read_documents(block, keys).rows[:_SAMPLED_DOCUMENTS]:
                     yield from (text[:_SAMPLED_CHARACTERS] for text in texts)
             break
 
@@ -88,8 +90,10 @@ def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], 
     return ReferenceEngine(tokenizer)
 
 
-def check_outcome(settings: Settings, statistics: Statistics, documents: list[int]) -> None:
-    """Raises TooManyBad or ValueError if what was written must not be taken for a data set."""
+def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, documents: list[int]) -> None:
+    """Raises TooManyBad or ValueError if what was written must not be taken for a data set; tells of the files then."""
+    if statistics.bad_fraction > settings.max_bad_fraction or not all(documents):
+        print("\n".join(statistics.file_lines(corpus)), file=sys.stderr)
     if statistics.bad_fraction > settings.max_bad_fraction:
         format_errors = sum(statistics.bad.get(reason, 0) for reason in (NOT_JSON, NOT_AN_OBJECT))
         form = f" ({ONE_A_LINE})" if 2 * format_errors > statistics.bad_lines else ""
@@ -108,7 +112,7 @@ def _write_part(part: Part, place: Place, engine: str) -> tuple[Report, str]:
 
     def check(statistics: Statistics, documents: list[int]) -> None:
         if place.ranks == 1:
-            check_outcome(part.settings, statistics, documents)
+            check_outcome(part.settings, part.corpus, statistics, documents)
 
     try:
         return PartRun(part, check).run(), engine
@@ -127,18 +131,20 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
     started = time.monotonic()
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks(settings.output_prefix, place, rank_timeout))
-        everything = find_inputs(settings.input)
+        corpus = find_inputs(settings.input)
+        if place.rank == 0:
+            _tell_left_aside(corpus)
         tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
         for flag, token in (("eod", tokenizer.eod), ("bos", tokenizer.bos)):
             if getattr(settings, f"append_{flag}") and token is None:
                 raise ValueError(f"--append-{flag}: this tokenizer has no such token")
-        mine = share(everything, *place)
+        mine = share(corpus.files, *place)
         check_columns(mine, settings.json_keys)
         chosen = choose_engine(settings, tokenizer, mine, place.label)
         pool = stack.enter_context(WorkerPool(settings.workers, Encoder(settings, tokenizer, chosen)))
         ranks.show_life()
         prefix = part_prefix(settings.output_prefix, place)
-        part = Part(settings, prefix, mine, tokenizer, pool, place.label, ranks.check)
+        part = Part(settings, prefix, mine, corpus, tokenizer, pool, place.label, ranks.check)
         engine = chosen.name
         if place.ranks == 1:
             report, engine = _write_part(part, place, engine)
@@ -153,33 +159,45 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
             if place.rank:
                 print(f"{place.label}done: {report.statistics.lines} lines")
                 return
-            statistics, kept_bytes = _merge(settings, place, ranks, everything, tokenizer)
-    files = f"{len(everything)} file{'s' * (len(everything) > 1)}"
+            statistics, kept_bytes = _merge(settings, place, ranks, corpus, tokenizer)
     rate = (statistics.read_bytes - kept_bytes) / 1e6 / max(time.monotonic() - started, 1e-9)
-    _tell(settings, statistics, tokenizer, files, engine, place, started, rate)
+    _tell(settings, statistics, tokenizer, corpus, engine, place, started, rate)
 
 
 def _merge(
-    settings: Settings, place: Place, ranks: Ranks, everything: list[Input], tokenizer: Tokenizer
+    settings: Settings, place: Place, ranks: Ranks, corpus: Corpus, tokenizer: Tokenizer
 ) -> tuple[Statistics, int]:
     """Put the parts together; returns their statistics, and how many of the bytes earlier runs had read."""
     places = [Place(rank, place.ranks) for rank in range(place.ranks)]
-    reports = ranks.wait([settings.fingerprint(share(everything, *each), tokenizer) for each in places])
+    reports = ranks.wait([settings.fingerprint(share(corpus.files, *each), tokenizer) for each in places])
     prefixes = [part_prefix(settings.output_prefix, each) for each in places]
     statistics = Statistics([0] * len(settings.json_keys))
     for report in reports:
         statistics.add(report.statistics)
-    merge_parts(settings, prefixes, reports, tokenizer, lambda counts: check_outcome(settings, statistics, counts))
+
+    def check(documents: list[int]) -> None:
+        check_outcome(settings, corpus, statistics, documents)
+
+    merge_parts(settings, prefixes, reports, tokenizer, corpus, statistics, check)
     for each in places:
         remove_part(settings, each)
     return statistics, sum(report.kept_bytes for report in reports)
+
+
+def _tell_left_aside(corpus: Corpus) -> None:
+    counts = ", ".join(f"{printable(ending)} {count}" for ending, count in corpus.left_aside.items())
+    parts = [f"{sum(corpus.left_aside.values())} files of other kinds ({counts})"] if counts else []
+    if corpus.products:
+        parts.append(f"{corpus.products} files that these tools wrote (data sets, descriptions, quarantines, journals)")
+    if parts:
+        print(f"left aside: {' and '.join(parts)}")
 
 
 def _tell(
     settings: Settings,
     statistics: Statistics,
     tokenizer: Tokenizer,
-    files: str,
+    corpus: Corpus,
     engine: str,
     place: Place,
     started: float,
@@ -188,17 +206,21 @@ def _tell(
     seconds = max(time.monotonic() - started, 1e-9)
     for key, empty in zip(settings.json_keys, statistics.empty):
         print(document_summary(f"{settings.output_prefix}_{key}_document", empty))
+    count = len(corpus.files)
     across = f" on {place.ranks} ranks" if place.ranks > 1 else ""
     print(
-        f"read {files}, {statistics.read_bytes / 1e6:.1f} MB with {statistics.text_bytes / 1e6:.1f} MB of text, in "
+        f"read {count} file{'s' * (count > 1)}, {statistics.read_bytes / 1e6:.1f} MB with "
+        f"{statistics.text_bytes / 1e6:.1f} MB of text, in "
         f"{seconds:.1f} s: {rate:.1f} MB/s (engine {engine}, "
         f"{settings.workers} workers{across})"
     )
+    print("\n".join(statistics.file_lines(corpus)))
+    if statistics.blank_lines:
+        print(f"skipped {statistics.blank_lines} blank lines")
     if statistics.bad:
-        share_of_lines = 100 * statistics.bad_lines / max(statistics.lines, 1)
         print(
-            f"left out {statistics.bad_lines} bad of {statistics.lines} lines ({share_of_lines:.3g}%) and "
-            f"{statistics.bad.get(BLANK, 0)} blank ones: {statistics.bad_summary()}; listed in "
+            f"left out {statistics.bad_lines} bad of {statistics.lines - statistics.blank_lines} lines "
+            f"({100 * statistics.bad_fraction:.3g}% of the bytes): {statistics.bad_summary()}; listed in "
             f"{quarantine_path(settings.output_prefix)}"
         )
     for key in settings.json_keys if settings.preview else []:

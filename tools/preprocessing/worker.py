@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.core.tokenizers import Tokenizer
-from tools.preprocessing.documents import BYTE_ORDER_MARK, BadDocument, check_texts, texts_of_line
+from tools.preprocessing.documents import BLANK, BadDocument, check_texts, texts_of_line
 from tools.preprocessing.engine import Engine, first_difference, reference_name
-from tools.preprocessing.reader import TOO_LONG, Block, lines_of
+from tools.preprocessing.reader import TOO_LONG, Block, Lines, lines_of
 from tools.preprocessing.settings import Settings, token_type
 
 BROKEN_FILE = "broken file"
@@ -44,12 +44,26 @@ class Result(NamedTuple):
     lines: int
     text_bytes: int
     bad: list[Bad]
+    lost_bytes: int
+    """Bytes on disk of the lines that cannot be used."""
+    blank: int
+    blank_bytes: int
     difference: str | None
     """What the engine got wrong in the document that was checked against the reference, if anything."""
 
 
-def read_documents(block: Block, keys: list[str]) -> tuple[list[tuple[int, list[str]]], int, list[Bad]]:
-    """The texts of each usable line with its number in the block, how many lines there are, and the unusable ones."""
+class Documents(NamedTuple):
+    """What is in a block: the texts of each usable line with its place, the places of the others, and the lines."""
+
+    rows: list[tuple[int, list[str]]]
+    bad: list[Bad]
+    """Blank lines among them."""
+    lines: Lines | None
+    """None for the rows of a Parquet file."""
+
+
+def read_documents(block: Block, keys: list[str]) -> Documents:
+    """The documents of a block; places are counted without the runs of blank lines (see `Lines.numbers`)."""
     rows: list[tuple[int, list[str]]] = []
     bad: list[Bad] = []
     if block.columns is not None:
@@ -58,19 +72,38 @@ def read_documents(block: Block, keys: list[str]) -> tuple[list[tuple[int, list[
                 rows.append((number, check_texts(list(values), keys)))
             except BadDocument as error:
                 bad.append(Bad(number, error.reason, error.detail))
-        return rows, len(block.columns[0]), bad
-    lines, count = lines_of(block)
-    if lines and block.start == 0 and lines[0] is not None:
-        lines[0] = lines[0].removeprefix(BYTE_ORDER_MARK)
-    for number, line in enumerate(lines):
-        if line is None:
+        return Documents(rows, bad, None)
+    lines = lines_of(block)
+    for number, line in enumerate(lines.lines):
+        if isinstance(line, int):
             bad.append(Bad(number, TOO_LONG, ""))
             continue
         try:
             rows.append((number, texts_of_line(line, keys)))
         except BadDocument as error:
             bad.append(Bad(number, error.reason, error.detail))
-    return rows, count, bad
+    return Documents(rows, bad, lines)
+
+
+def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
+    """The fields of a Result that tell of lines: how many, which are bad, and their bytes on disk."""
+    if found.lines is None:
+        rows = max(len(block.columns[0]) if block.columns else 0, 1)
+        lost = -(-(block.end - block.start) * len(bad) // rows)
+        return {"lines": rows, "bad": bad, "lost_bytes": lost, "blank": 0, "blank_bytes": 0}
+    lines = found.lines
+    single = [each for each in bad if each.reason == BLANK]
+    bad = [each for each in bad if each.reason != BLANK]
+    lost = sum(lines.size(each.line) for each in bad)
+    blank_bytes = lines.blank_bytes + sum(lines.size(each.line) for each in single)
+    if block.lines:  # of what was decompressed, its share of the bytes on disk
+        size, whole = block.end - block.start, len(block.lines)
+        lost, blank_bytes = -(-size * lost // whole), size * blank_bytes // whole
+    if bad:
+        numbers = lines.numbers()
+        bad = [each._replace(line=numbers[each.line]) for each in bad]
+    count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
+    return {"lines": count, "bad": bad, "lost_bytes": lost, "blank": blank, "blank_bytes": blank_bytes}
 
 
 class Encoder:
@@ -95,16 +128,17 @@ class Encoder:
         """The documents of a block for each key, and the lines that are none."""
         if block.broken:
             reason = TOO_LONG if block.broken == TOO_LONG else BROKEN_FILE
-            return Result([self._assemble([]) for _ in self._keys], 1, 0, [Bad(0, reason, block.broken)], None)
-        rows, lines, bad = read_documents(block, self._keys)
-        columns = [[texts[i] for _, texts in rows] for i in range(len(self._keys))]
-        ids, refused = self._encode_columns(columns, [line for line, _ in rows])
-        bad = sorted(bad + refused)
+            nothing = [self._assemble([]) for _ in self._keys]
+            return Result(nothing, 1, 0, [Bad(0, reason, block.broken)], block.lost, 0, 0, None)
+        found = read_documents(block, self._keys)
+        columns = [[texts[i] for _, texts in found.rows] for i in range(len(self._keys))]
+        ids, refused = self._encode_columns(columns, [line for line, _ in found.rows])
         difference = None if self._is_reference else self._check(columns[0], block)
         parts = [self._assemble(each) for each in ids]
         self._bound_memory()
         size = sum(len(text) if text.isascii() else len(text.encode()) for texts in columns for text in texts)
-        return Result(parts, lines, size, bad, difference)
+        counts = measured(block, found, sorted(found.bad + refused))
+        return Result(parts=parts, text_bytes=size, difference=difference, **counts)
 
     def _encode_columns(self, columns: list[list[str]], lines: list[int]) -> tuple[list[list[Any]], list[Bad]]:
         try:

@@ -29,7 +29,9 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def corpus(tmp_path: Path) -> Path:
     lines = [json.dumps({"text": " ".join(str(k % 99) for k in range(i)), "title": f"{i}"}) for i in range(1, 60)]
     lines[7] = '{"text": "1"'
-    return write_corpus(tmp_path / "corpus", [lines] * 3, compressed=1)
+    folder = write_corpus(tmp_path / "corpus", [lines[:30] + [""] * 40 + lines[30:], lines, lines], compressed=1)
+    (folder / "1a.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 200\n")
+    return folder
 
 
 def arguments(corpus: Path, prefix: Path, *more: str) -> list[str]:

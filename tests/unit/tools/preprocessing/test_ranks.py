@@ -1,5 +1,6 @@
 """Several ranks write together what one process writes, and fail in words when one of them does."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -47,6 +48,33 @@ def test_ranks_write_what_one_process_writes(tmp_path: Path, corpus: Path, ranks
         assert as_rank(rank, ranks, arguments(corpus, tmp_path / "many")) == 0
     assert outputs(tmp_path / "many") == outputs(tmp_path / "one")
     assert len(outputs(tmp_path / "one")) == 4
+
+
+@pytest.mark.parametrize("size", [500, 1 << 20])
+def test_ranks_and_workers_agree_about_files_in_trouble(tmp_path: Path, corpus: Path, size: int, as_rank, monkeypatch):
+    """An empty file, a pointer, one that breaks off, blank lines, a table with a bad value, and what is left aside."""
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", size)
+    lines = "".join(json.dumps({"text": f"{i * i % 99} {i % 99}"}) + "\n" * (1 + 9 * (i % 50 == 0)) for i in range(900))
+    broken = gzip.compress(lines.encode() * 40, compresslevel=0)
+    broken = broken[: len(broken) // 2] + b"\xff" * (len(broken) // 2)
+    (corpus / "1a.jsonl").write_bytes(b"")
+    (corpus / "1b.jsonl").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5000\n")
+    (corpus / "2a.jsonl.gz").write_bytes(broken)
+    (corpus / "2b.jsonl").write_text(lines + "\n" * 2000 + "bad\n")
+    (corpus / "notes.txt").write_text(lines)
+    more = ("--max-bad-fraction", "1")
+    assert preprocess_data.main(arguments(corpus, tmp_path / "one", *more)) == 0
+    assert preprocess_data.main([*arguments(corpus, tmp_path / "two", *more), "--workers", "3"]) == 0
+    for rank in reversed(range(3)):
+        assert as_rank(rank, 3, arguments(corpus, tmp_path / "many", *more)) == 0
+    assert outputs(tmp_path / "many") == outputs(tmp_path / "two") == outputs(tmp_path / "one")
+    record = json.loads((tmp_path / "one_text_document.json").read_text())["input"]
+    assert [Path(row["path"]).name for row in record["files"] if "trouble" in row] == [
+        "1a.jsonl", "1b.jsonl", "2a.jsonl.gz",
+    ]  # fmt: skip
+    lost = {Path(row["path"]).name: row.get("lost_bytes", 0) for row in record["files"]}
+    assert lost["1b.jsonl"] == 5000 and lost["2b.jsonl"] == len("bad\n")
+    assert record["left_aside"] == {".txt": 1} and lost["2a.jsonl.gz"] > len(broken) // 3
 
 
 def start_rank(rank: int, ranks: int, command: list[str]) -> subprocess.Popen[str]:
