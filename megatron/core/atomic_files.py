@@ -18,11 +18,23 @@ _UMASK = os.umask(0o022)
 os.umask(_UMASK)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts `path` into errors of the operating system that name no file, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror:
+            error.filename = str(path)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames and removals in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(folder):
+            os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
             raise
@@ -39,7 +51,7 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     """
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
-        with file:
+        with naming(path), file:
             yield file  # type: ignore[misc]
             file.flush()
             with contextlib.suppress(PermissionError):
@@ -49,10 +61,8 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
             _rename_if_absent(file.name, path)
         else:
             os.replace(file.name, path)
-    except BaseException as error:
+    except BaseException:
         Path(file.name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.strerror:
-            error.filename = str(path)  # a full disk does not say which file it was
         raise
     sync_folder(path.parent)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from megatron.core import interchange
 from megatron.core.config import ModelConfig
 from megatron.core.dist_checkpointing import CheckpointReader, is_distributed_checkpoint
+from megatron.core.interchange.folder_kind import not_a_checkpoint
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.arguments import SHAPE_FIELDS
 from megatron.training.checkpoint_steps import newest_complete_step
@@ -81,7 +82,10 @@ def _locate(load: Path, settings: CheckpointConfig) -> CheckpointSource | None:
 
 
 def _refuse_lost_tracker(root: Path) -> None:
-    """Raises ValueError if there are steps but no tracker: training from scratch would overwrite them."""
+    """Raises ValueError if something is there but no tracker: training from scratch would write over or beside it."""
+    kind = not_a_checkpoint(root)
+    if kind is not None:
+        raise ValueError(f"{root} {kind}")
     if root.is_dir() and (interchange.available_iterations(root) or (root / "release").is_dir()):
         raise ValueError(
             f"{root} holds checkpoints but no {interchange.TRACKER_FILE}, and none of them is complete: write the step "
@@ -100,7 +104,8 @@ def checkpoint_format(folder: Path) -> Literal["torch", "torch_dist"]:
             f"{folder} is a torch_dist checkpoint of Megatron-LM, which holds pickled objects: convert it there with "
             "--ckpt-convert-format torch"
         )
-    raise ValueError(f"{folder} holds no checkpoint: neither mp_rank_* folders nor metadata.json")
+    kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor metadata.json"
+    raise ValueError(f"{folder} {kind}")
 
 
 def checkpoint_model(load: str) -> ModelConfig:

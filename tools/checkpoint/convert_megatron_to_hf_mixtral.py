@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mixtral import open_megatron, step
-from tools.checkpoint.saver_mixtral_hf import save_huggingface
+from tools.checkpoint.model_folder import read_config
+from tools.checkpoint.saver_mixtral_hf import Export
 from tools.checkpoint.stream import byte_size
 from tools.checkpoint.util import add_common_arguments, convert, run_conversion
 
@@ -48,17 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    config_folder = Path(args.huggingface_config_path)
+    config_folder, folder = Path(args.huggingface_config_path), Path(args.megatron_checkpoint_path)
+    export = Export(config_folder, Path(args.huggingface_checkpoint_path), folder)
     vocab_size = read_config(config_folder).get("vocab_size")
     source = open_megatron(
-        Path(args.megatron_checkpoint_path),
+        folder,
         iteration=args.iteration,
         fallback_vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         params_dtype=args.params_dtype,
         layout=(args.tensor_parallel_size, args.pipeline_parallel_size, args.expert_parallel_size),
     )
-    target = Path(args.huggingface_checkpoint_path)
-    convert(source, lambda checked: save_huggingface(checked, config_folder, target, args.max_shard_size), args.dry_run)
+    convert(source, lambda checked: export.write(checked, args.max_shard_size), args.dry_run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

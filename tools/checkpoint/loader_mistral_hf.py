@@ -98,6 +98,9 @@ class UpcycledSource(HuggingFaceSource):
         folder, experts, top_k, _, seed, dtype = self._options
         return UpcycledSource(folder, experts, top_k, 0.0, seed, dtype)
 
+    def _experts_there(self) -> int | None:
+        return None
+
     def _name_and_shape(self, source: HuggingFaceTensor) -> tuple[str | None, tuple[int, ...]]:
         if source.name.endswith(".gate.weight"):
             return None, ()

@@ -23,7 +23,15 @@ from megatron.core.interchange.stored_tensor import bytes_of, open_torch, stored
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
 from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
-from tools.checkpoint.stream import Description, Source, common_dtype, describe_training, list_some, rows_of
+from tools.checkpoint.stream import (
+    Description,
+    Source,
+    check_counts,
+    common_dtype,
+    describe_training,
+    list_some,
+    rows_of,
+)
 
 if TYPE_CHECKING:
     from tools.checkpoint.training_source import TrainingSource
@@ -225,6 +233,7 @@ class MegatronSource:
         found: dict[str, tuple[str, Stored]],
     ) -> dict[str, str]:
         """Types of a file's tensors, after every name and shape has been accounted for."""
+        check_counts(len(stage.layers), self._experts, len(found), path)
         experts = range(ranks[2] * self._experts, (ranks[2] + 1) * self._experts)
         rules = dict(stage_weights(model, stage, experts, self._padded))
         missing, unknown = sorted(set(rules) - set(found)), sorted(set(found) - set(rules))

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tools.checkpoint.stream import Description, Source, common_dtype, config_dt
 
 # Buffers that old versions of transformers saved with the weights; they follow from the config.
 _BUFFERS = (".rotary_emb.inv_freq",)
+_LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
+_EXPERT = re.compile(r"\.experts\.([0-9]+)\.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +37,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, params_dtype: str | None = None, opened: HuggingFaceFolder | None = None) -> None:
         self._folder = opened or HuggingFaceFolder(folder)
         model = model_config_from_hf(self._folder.config)
+        self._check_counts(model.num_layers, model.num_experts)
         dtypes = self._check_names(model.num_layers, [s for rule in mixtral_weights(model) for s in rule.sources])
         dtype = common_dtype(dtypes, params_dtype)
         window = sliding_window_from_hf(self._folder.config)
@@ -51,6 +55,30 @@ class HuggingFaceSource:
     def description(self) -> Description:
         """What the checkpoint holds."""
         return self._description
+
+    def _check_counts(self, layers: int, experts: int) -> None:
+        """Raises ValueError if config.json counts more than the tensors do, before anything is done for each one."""
+        matches = map(_LAYER.match, self._folder.tensors)
+        counts = {
+            "num_hidden_layers": (layers, len({match.group(1) for match in matches if match})),
+            "num_local_experts": (experts, self._experts_there()),
+        }
+        for field, (said, there) in counts.items():
+            if there is not None and said > there:
+                raise ValueError(
+                    f"{self._folder.folder}: config.json says {field} {said}, but there are tensors of {there}: files "
+                    "are missing, or config.json is of another model"
+                )
+
+    def _experts_there(self) -> int | None:
+        """Experts that some layer has tensors of; None if they are made up."""
+        numbers, stacked = set(), 0
+        for name, stored in self._folder.tensors.items():
+            if match := _EXPERT.search(name):
+                numbers.add(match.group(1))
+            elif ".experts." in name and stored.shape and 0 not in stored.shape:
+                stacked = max(stacked, stored.shape[0])
+        return max(len(numbers), stacked)
 
     def _check_names(self, num_layers: int, sources: list[HuggingFaceTensor]) -> dict[str, str]:
         """Types of the tensors that are used, after every name and shape has been accounted for."""

@@ -25,6 +25,7 @@ from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import abandon_step
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
+from tools.checkpoint.model_folder import Target, open_target
 from tools.checkpoint.stream import (
     CheckedSource,
     Description,
@@ -161,12 +162,18 @@ def target_layout(args: argparse.Namespace, model: ModelConfig) -> tuple[Layout,
     return layout, parallel
 
 
+def check(args: argparse.Namespace) -> Target:
+    """Where to write. Raises ValueError if the folder is not empty, or not apart from the one that is read."""
+    return open_target(Path(args.save_dir), [Path(args.load_dir)])
+
+
 def save(source: CheckedSource, args: argparse.Namespace) -> None:
     """Writes the source's weights to `args.save_dir`/release; nothing is left of a failed attempt.
 
     Raises ValueError if the model does not divide over the layout, the folder is not empty or the disk too small.
     """
-    description, root = source.description, Path(args.save_dir)
+    description, target = source.description, check(args)
+    root, existed = target.folder, target.folder.exists()
     model = description.model
     if args.make_vocab_size_divisible_by is not None:
         model = replace(model, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
@@ -186,9 +193,6 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
             "is not longer",
             file=sys.stderr,
         )
-    existed = root.exists()
-    if existed and (not root.is_dir() or any(entry.name != ".release.saving" for entry in root.iterdir())):
-        raise ValueError(f"{root} is not an empty folder: choose another --save-dir or remove what is in it")
     extra = _extra_args(description, tokenizer, parallel)
     content = {
         "args": model_args_namespace(model, layout, description.seq_length, extra),
@@ -198,7 +202,7 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     writer = RankFilesWriter(model, layout, parallel.stages(model.num_layers), description.dtype)
     if source.dry_run:
         print_plan(source, writer, writer.rules)
-    check_disk(root, planned_bytes(writer, writer.rules), report=source.dry_run)
+    check_disk(target, planned_bytes(writer, writer.rules), report=source.dry_run)
     if source.dry_run:
         return
     with exclusive_folder(begin_step(root, "release")):
@@ -214,7 +218,7 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
                 with contextlib.suppress(OSError):  # only if nothing else has come into it
                     root.rmdir()
             raise
-    print(f"wrote {root / 'release'}: {layout}, {description.dtype}, weights only")
+    print(f"wrote {target.name / 'release'}: {layout}, {description.dtype}, weights only")
 
 
 def _extra_args(

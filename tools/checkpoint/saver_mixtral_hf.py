@@ -1,33 +1,37 @@
 """Saver: a Mixtral model folder that transformers loads, with the config and tokenizer of the model it came from.
 
-In a new folder: everything is written beside it and moved into place at the end. In the folder of the config itself:
-new shards are written to a hidden folder in it, moved in under names that no old file has, and take effect with one
-rename or removal (the index, or the single file that transformers prefers to it); until then the folder is the old
-model, from then on the new one. config.json follows (only its type of the weights can differ, and transformers casts
-to it), then stale weight files are removed. A kill leaves a loadable folder, at worst with files nothing refers to.
+In a new folder: everything is written beside it and moved into place at the end. In one that is there and empty:
+everything is written to a hidden folder in it and moved up at the end, config.json last. In the folder of the config
+itself: new shards are written to a hidden folder in it, moved in under names that no old file has, and take effect with
+one rename or removal (the index, or the single file that transformers prefers to it); until then the folder is the old
+model, from then on the new one. config.json follows (only its type of the weights can differ, and transformers casts to
+it), then stale weight files are removed. A kill leaves a loadable folder, at worst with files nothing refers to.
 """
 
 import argparse
+import codecs
 import itertools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.core.atomic_files import atomic_writer, exclusive_folder, sync_folder
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import Array
+from megatron.core.interchange.folder_kind import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES
 from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
-from tools.checkpoint.hf_files import (
-    INDEX_FILE,
-    OLD_INDEX_FILE,
-    OLD_SINGLE_FILE,
-    SINGLE_FILE,
+from tools.checkpoint.hf_files import weight_files
+from tools.checkpoint.model_folder import (
+    CONFIG_FILE,
+    Target,
     companion_files,
+    has_vocabulary,
+    open_target,
     read_config,
-    weight_files,
 )
 from tools.checkpoint.stream import (
     CheckedSource,
@@ -46,73 +50,114 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where config and tokenizer come from, and how large a file may be."""
     parser.add_argument(
         "--huggingface-config-path",
-        help="folder whose config.json and tokenizer files go with the weights (default: --load-dir if it has them)",
+        help="folder whose config.json and tokenizer files go with the weights (default: --load-dir); "
+        "may be --save-dir, whose weights are then replaced",
     )
     parser.add_argument("--max-shard-size", type=byte_size, default="5GB", help="largest weight file (default: 5GB)")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError if config, companion files or the target cannot be used."""
+    Export(_config_folder(args), Path(args.save_dir), Path(args.load_dir))
+
+
 def save(source: CheckedSource, args: argparse.Namespace) -> None:
     """Writes the source's weights to `args.save_dir`."""
-    config_folder = Path(args.huggingface_config_path or source.description.folder)
-    save_huggingface(source, config_folder, Path(args.save_dir), args.max_shard_size)
+    export = Export(_config_folder(args), Path(args.save_dir), Path(args.load_dir))
+    export.write(source, args.max_shard_size)
 
 
-def save_huggingface(source: CheckedSource, config_folder: Path, target: Path, max_shard_size: int) -> None:
-    """Writes a model folder; `target` must be absent, empty, or `config_folder` itself, whose weights are replaced.
+def _config_folder(args: argparse.Namespace) -> Path:
+    return Path(args.huggingface_config_path or args.load_dir)
 
-    Raises ValueError if the config is of another model or the folder holds something else.
+
+class Export:
+    """A model folder to write: its config and companion files, and where, all checked before the source is opened.
+
+    `target` must be absent, empty, or `config_folder` itself, whose weights are replaced. Raises ValueError or OSError
+    naming what cannot be read or written.
     """
-    description = source.description
-    config = {**read_config(config_folder), **description.config_changes}
-    check_config_matches(description.model, config)
-    in_place = target.exists() and target.samefile(config_folder)
-    if not in_place and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not an empty folder: choose another one or remove what is in it")
-    target = target.absolute()
-    staging = target / ".saving" if in_place else target.with_name(f".{target.name}.saving")
-    writer = ShardsWriter(description.model, description.dtype, max_shard_size, target if in_place else None)
-    if source.dry_run:
-        print_plan(source, writer, writer.rules)
-    check_disk(target, planned_bytes(writer, writer.rules), report=source.dry_run)
-    if source.dry_run:
-        return
-    with exclusive_folder(staging):
-        for left_over in staging.iterdir():  # of an attempt that was killed
-            left_over.unlink()
-        try:
-            writer.open(staging)
-            transfer(source, writer, writer.rules)
-            writer.check_complete()
-            source.check_complete()
-            writer.write_index(staging)
-            names = writer.names
-            if not in_place:
-                for file in companion_files(config_folder):
-                    _copy(file, staging / file.name)
-            _write_config(config, config_folder, staging, description.dtype)
-            sync_folder(staging)
-            if in_place:
-                _replace_weights(staging, target, names)
-            else:
-                os.rename(staging, target)
-                sync_folder(target.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    print(f"wrote {target}: {len(names)} weight file(s), {description.dtype}")
+
+    def __init__(self, config_folder: Path, target: Path, source: Path) -> None:
+        self._config_folder, self._config = config_folder, read_config(config_folder)
+        self._target = open_target(target, [source], config_folder)
+        self._companions = [] if self._target.in_place else companion_files(config_folder)
+
+    def write(self, source: CheckedSource, max_shard_size: int) -> None:
+        """Writes the folder. Raises ValueError if the config is of another model or the disk too small."""
+        description, target = source.description, self._target
+        config = {**self._config, **description.config_changes}
+        check_config_matches(description.model, config)
+        avoid = target.folder if target.in_place else None
+        writer = ShardsWriter(description.model, description.dtype, max_shard_size, avoid)
+        sizes = {name: (self._config_folder / name).stat().st_size for name in self._companions}
+        if not target.in_place and not has_vocabulary(self._companions):
+            print(f"note: {self._config_folder} has no tokenizer, nor will the new folder have one", file=sys.stderr)
+        if source.dry_run:
+            print_plan(source, writer, writer.rules)
+            for name, size in sizes.items():
+                print(f"{name}, {size:,} bytes\n    from {os.path.realpath(self._config_folder / name)}")
+        check_disk(target, planned_bytes(writer, writer.rules) | sizes, report=source.dry_run)
+        if source.dry_run:
+            return
+        with exclusive_folder(target.staging):
+            _clear(target.staging)  # of an attempt that was killed
+            try:
+                writer.open(target.staging)
+                transfer(source, writer, writer.rules)
+                writer.check_complete()
+                source.check_complete()
+                writer.write_index(target.staging)
+                for name in self._companions:
+                    _copy(self._config_folder / name, target.staging / name)
+                self._write_config(config, description.dtype)
+                sync_folder(target.staging)
+                _publish(target, writer.names)
+            except BaseException:
+                shutil.rmtree(target.staging, ignore_errors=True)
+                raise
+        print(f"wrote {target.name}: {len(writer.names)} weight file(s), {description.dtype}")
+
+    def _write_config(self, config: dict[str, object], dtype: str) -> None:
+        old, new = self._config_folder / CONFIG_FILE, self._target.staging / CONFIG_FILE
+        updated = hf_config_with_dtype(config, dtype)
+        if updated == self._config and not old.read_bytes().startswith(codecs.BOM_UTF8):  # transformers cannot read it
+            return _copy(old, new)
+        with atomic_writer(new) as file:
+            file.write((json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     with open(source, "rb") as old, atomic_writer(target) as new:
         shutil.copyfileobj(old, new, 1 << 20)
 
 
-def _write_config(config: dict[str, object], config_folder: Path, folder: Path, dtype: str) -> None:
-    updated = hf_config_with_dtype(config, dtype)
-    if updated == read_config(config_folder):
-        return _copy(config_folder / "config.json", folder / "config.json")
-    with atomic_writer(folder / "config.json") as file:
-        file.write((json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _publish(target: Target, weights: list[str]) -> None:
+    """Puts what is staged in its place, at once: the folder, or of a folder that was there config.json, moved last."""
+    if target.in_place:
+        return _replace_weights(target.staging, target.folder, weights)
+    if target.staging.parent != target.folder:
+        os.rename(target.staging, target.folder)
+        return sync_folder(target.folder.parent)
+    moved: list[Path] = []
+    try:
+        for name in sorted(os.listdir(target.staging), key=lambda name: name == CONFIG_FILE):
+            if name == CONFIG_FILE:
+                sync_folder(target.folder)
+            moved.append(target.folder / name)
+            os.rename(target.staging / name, moved[-1])
+        target.staging.rmdir()
+        sync_folder(target.folder)
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def _shard_names(count: int, avoid: Path | None) -> list[str]:
@@ -192,7 +237,7 @@ def _replace_weights(staging: Path, target: Path, names: list[str]) -> None:
         old = {file.name for file in weight_files(target)[0] if file.parent == target}
     except FileNotFoundError:
         old = set()
-    old |= {name for name in (SINGLE_FILE, INDEX_FILE, OLD_SINGLE_FILE, OLD_INDEX_FILE) if (target / name).exists()}
+    old |= {name for name in WEIGHT_FILES if (target / name).exists()}
     for name in names:
         os.replace(staging / name, target / name)
     if len(names) > 1:
@@ -200,7 +245,7 @@ def _replace_weights(staging: Path, target: Path, names: list[str]) -> None:
         os.replace(staging / INDEX_FILE, target / INDEX_FILE)
         (target / SINGLE_FILE).unlink(missing_ok=True)
     sync_folder(target)
-    os.replace(staging / "config.json", target / "config.json")
+    os.replace(staging / CONFIG_FILE, target / CONFIG_FILE)
     keep = {*names, INDEX_FILE} if len(names) > 1 else set(names)
     for name in sorted(old - keep):
         (target / name).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ A plugin is a file `loader_NAME.py` or `saver_NAME.py`, ours or anywhere on the 
 
     open_source(args) -> Source       (loader)
     save(source, args) -> None        (saver; the source is a CheckedSource)
+    check(args) -> None               (saver, if it has one: refuses what it can before the source is opened)
 
 The saver asks for the rows of each weight once, in their order; several weights at once. `transfer` does that for a
 `Writer`, in several threads, and `print_plan` prints the plan instead with --dry-run.
@@ -29,6 +30,7 @@ import numpy as np
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from tools.checkpoint.model_folder import Target
 
 CHUNK_BYTES = 2 << 20
 """Size of the rows that a thread holds at a time, about."""
@@ -205,12 +207,13 @@ def planned_bytes(writer: Writer, rules: Iterable[WeightRule]) -> dict[str, int]
     return sizes
 
 
-def check_disk(folder: Path, sizes: dict[str, int], *, report: bool) -> None:
-    """Raises ValueError if `folder` cannot be made or its disk has no room for files of these sizes.
+def check_disk(target: Target, sizes: dict[str, int], *, report: bool) -> None:
+    """Raises ValueError if the target cannot be made or its disk has no room for files of these sizes.
 
     With `report`, prints both.
     """
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    folder = target.name
+    existing = next(parent for parent in (target.folder, *target.folder.parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"{folder} cannot be made: {existing} is not a folder")
     needed, (capacity, _, free) = sum(sizes.values()), shutil.disk_usage(existing)
@@ -271,6 +274,16 @@ def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path
         tokenizer_type=getattr(args, "tokenizer_type", None),
         tokenizer_model=getattr(args, "tokenizer_model", None),
     )
+
+
+def check_counts(layers: int, experts: int, tensors: int, where: Path) -> None:
+    """Raises ValueError if experts have far more weights than there are tensors, before each of them is looked for."""
+    least = layers * experts * 2
+    if least > max(tensors, 100_000):
+        raise ValueError(
+            f"{where} holds {tensors} tensors, but {layers} layers of {experts} experts, which its arguments ask for, "
+            f"have at least {least}: files are missing, or the arguments are wrong"
+        )
 
 
 def config_dtype(dtype: str) -> Literal["float32", "bfloat16", "float64"]:

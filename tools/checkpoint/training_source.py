@@ -8,7 +8,7 @@ from megatron.core.interchange import Layout, model_config_from_args
 from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.stages import whole_model
-from tools.checkpoint.stream import Description, common_dtype, describe_training, list_some, rows_of
+from tools.checkpoint.stream import Description, check_counts, common_dtype, describe_training, list_some, rows_of
 
 
 class TrainingSource:
@@ -24,9 +24,10 @@ class TrainingSource:
         self._reader = CheckpointReader(folder)
         args = SimpleNamespace(**self._reader.arguments)
         model = model_config_from_args(args)  # type: ignore[arg-type]
+        found = self._reader.tensors("weight")
+        check_counts(model.num_layers, model.num_experts, len(found), folder)
         self.stages = {(0, 0): whole_model(model.num_layers)}
         rules = {rule.name: rule for rule in mixtral_weights(model)}
-        found = self._reader.tensors("weight")
         missing, unknown = sorted(rules.keys() - found.keys()), sorted(found.keys() - rules.keys())
         if missing or unknown:
             problem = f"lacks {list_some(missing)}" if missing else f"has tensors unknown here: {list_some(unknown)}"

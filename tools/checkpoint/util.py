@@ -114,7 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
     args = build_parser(*plugins).parse_args(argv)
     loader, saver = plugins
-    return run_conversion(lambda: convert(_open(loader, args), lambda source: saver.save(source, args), args.dry_run))
+    return run_conversion(lambda: _convert(loader, saver, args))
+
+
+def _convert(loader: ModuleType, saver: ModuleType, args: argparse.Namespace) -> None:
+    if hasattr(saver, "check"):
+        saver.check(args)
+    convert(_open(loader, args), lambda source: saver.save(source, args), args.dry_run)
 
 
 def _open(loader: ModuleType, args: argparse.Namespace) -> Source:

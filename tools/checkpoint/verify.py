@@ -22,10 +22,10 @@ from megatron.core.interchange.element_types import cast
 from megatron.core.interchange.stored_tensor import bytes_of
 from megatron.core.models.mixtral.hf_config import check_config_matches
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
-from tools.checkpoint.hf_files import read_config
 from tools.checkpoint.loader_mistral_hf import UpcycledSource
 from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
+from tools.checkpoint.model_folder import read_config
 from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time
 from tools.checkpoint.util import run_conversion
 from tools.checkpoint.verify_logits import Comparison, compare_logits

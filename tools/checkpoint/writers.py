@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.core.atomic_files import naming
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import bytes_of
 from tools.checkpoint.hf_files import SAFETENSORS_NAMES
@@ -68,8 +69,8 @@ class TensorFile(ABC):
         self._lock = threading.Lock()
         self._left = sum(place.plan.nbytes for place in self.places.values())
         self._synced: Future[None] | None = None
-        with open(path, "wb") as file:
-            _reserve(file.fileno(), size, path)
+        with naming(path), open(path, "wb") as file:
+            _reserve(file.fileno(), size)
 
     def append(self, name: str, rows: Array) -> None:
         """Adds rows to the tensor `name`."""
@@ -115,18 +116,15 @@ class TensorFile(ABC):
         """Writes what can only be known at the end."""
 
     def _write(self, data: memoryview, offset: int) -> None:
-        try:
-            with (
-                self._lock,  # the kernel's own lock would be waited for busily
-                open(self.path, "r+b", buffering=0) as file,
-            ):
-                done = 0
-                while done < len(data):
-                    done += os.pwrite(file.fileno(), data[done : done + _PIECE], offset + done)
-                _begin_sync(file.fileno(), offset, len(data))
-        except OSError as error:
-            error.filename = str(self.path)  # a full disk does not say which file it was
-            raise
+        with (
+            naming(self.path),
+            self._lock,  # the kernel's own lock would be waited for busily
+            open(self.path, "r+b", buffering=0) as file,
+        ):
+            done = 0
+            while done < len(data):
+                done += os.pwrite(file.fileno(), data[done : done + _PIECE], offset + done)
+            _begin_sync(file.fileno(), offset, len(data))
 
 
 _buffers = ThreadBuffer()
@@ -135,7 +133,7 @@ _syncing = ThreadPoolExecutor(8, thread_name_prefix="sync")
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
@@ -162,7 +160,7 @@ def _begin_sync(descriptor: int, offset: int, size: int) -> None:
         os.posix_fadvise(descriptor, max(offset - _KEPT, 0), size, os.POSIX_FADV_DONTNEED)
 
 
-def _reserve(descriptor: int, size: int, path: Path) -> None:
+def _reserve(descriptor: int, size: int) -> None:
     """Gives an empty file its size, and room on the disk where the file system can find it at once.
 
     `os.posix_fallocate` would write every block where it cannot.
@@ -171,7 +169,7 @@ def _reserve(descriptor: int, size: int, path: Path) -> None:
     if _fallocate(descriptor, 0, 0, size) == 0:
         return
     if ctypes.get_errno() == errno.ENOSPC:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(descriptor, size)
 
 

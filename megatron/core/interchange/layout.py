@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.core.atomic_files import atomic_writer, sync_folder
+from megatron.core.interchange.folder_kind import not_a_checkpoint
 from megatron.core.interchange.torch_file import index_torch
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -188,6 +189,9 @@ def find_checkpoint(path: Path, iteration: Step | None = None) -> tuple[Path, St
         return path, step
     chosen = read_tracker(path) if iteration is None else iteration
     if chosen is None:
+        kind = not_a_checkpoint(path)
+        if kind is not None:
+            raise ValueError(f"{path} {kind}")
         raise FileNotFoundError(f"{path} has no {TRACKER_FILE}: give a checkpoint folder, or the step's own folder")
     for candidate in (checkpoint_dir(path, chosen), _aside(path, chosen, "previous")):
         if candidate.is_dir():
@@ -206,7 +210,8 @@ def available_layout(folder: Path) -> Layout:
     folder = Path(folder)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name.startswith("mp_rank_"))
     if not names:
-        raise ValueError(f"{folder} holds no mp_rank_* folder: it is not a Megatron checkpoint")
+        kind = not_a_checkpoint(folder) or "holds no mp_rank_* folder: it is not a Megatron checkpoint"
+        raise ValueError(f"{folder} {kind}")
     matches = {name: re.fullmatch(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?", name) for name in names}
     for name, match in matches.items():
         if match is None:

@@ -62,12 +62,23 @@ def rope_theta_from_hf(config: dict[str, Any]) -> float:
     return found[0]
 
 
+def refuse_quantized(config: dict[str, Any]) -> None:
+    """Raises ValueError if config.json says, in any of the ways in use, that the weights are quantized."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        settings = config.get(key)
+        if settings is not None:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            how = f" ({method})" if method else ""
+            raise ValueError(f"config.json: {key}{how}: quantized weights are not supported, use the unquantized model")
+
+
 def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     """The model that a Hugging Face config.json describes.
 
     `params_dtype` is the file's dtype where `ModelConfig` has it, otherwise float32. Raises ValueError for another
     architecture, a missing number, or an option that would change the model and is not supported.
     """
+    refuse_quantized(config)
     kind = config.get("model_type")
     if kind != "mixtral":
         raise ValueError(f"config.json: model_type is {kind!r}, only 'mixtral' is supported")
@@ -77,8 +88,6 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}, only 'silu' is supported")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise ValueError("config.json asks for biases, Mixtral has none")
-    if config.get("quantization_config") is not None:
-        raise ValueError("config.json: quantized weights are not supported, use the unquantized model")
     if "num_key_value_heads" not in config:
         raise ValueError("config.json has no num_key_value_heads: add it, it is never guessed")
     groups = config["num_key_value_heads"]
