@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.interchange.element_types import Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.text_files import read_text
-from tools.checkpoint.stream import Description, Source
+from tools.checkpoint.stream import Description, Source, verify_source
 
 
 def chosen_experts(text: str, statistics: Path | None, layers: int, experts: int) -> list[list[int]]:
@@ -89,6 +89,10 @@ class SelectedExperts:
     def description(self) -> Description:
         """What is left of the checkpoint."""
         return self._description
+
+    def verify(self) -> None:
+        """The whole source's check."""
+        verify_source(self._source)
 
     def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one Megatron weight, in the description's type."""

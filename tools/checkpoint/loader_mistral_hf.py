@@ -46,21 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_source(args: argparse.Namespace) -> Source:
     """The model folder `args.load_dir`, with experts."""
-    from tools.checkpoint.upcycling_check import check_logits
-
     source = UpcycledSource(
         Path(args.load_dir), args.num_experts, args.moe_router_topk, args.expert_noise, args.seed, args.params_dtype
     )
-    if not args.no_check_logits and not args.dry_run:
-        difference = check_logits(source.without_noise())
-        print(f"logits before noise equal the dense model's: the largest difference is {difference:.1e}")
+    source.check_logits = not args.no_check_logits and not args.dry_run
     return source
 
 
 class UpcycledSource(HuggingFaceSource):
     """A dense model folder seen as a Mixtral; every tensor of it has its place.
 
-    `noise` is a standard deviation. Raises ValueError for another architecture or numbers that make no sense.
+    `verify` compares logits if `check_logits` is set; `noise` is a standard deviation. Raises ValueError for another
+    architecture or numbers that make no sense.
     """
 
     def __init__(
@@ -78,6 +75,7 @@ class UpcycledSource(HuggingFaceSource):
             raise ValueError(f"--expert-noise must be a standard deviation, got {noise}")
         self._options = (folder, num_experts, top_k, noise, seed, params_dtype)
         self._noise, self._seed = noise, seed
+        self.check_logits = False
         opened = HuggingFaceFolder(folder)
         kind = opened.config.get("model_type")
         if kind != "mistral":
@@ -92,6 +90,14 @@ class UpcycledSource(HuggingFaceSource):
         self._deviation = model_config_from_hf(opened.config).init_method_std
         super().__init__(folder, params_dtype, opened)
         self._description = replace(self._description, config_changes=changes)
+
+    def verify(self) -> None:
+        """Raises ValueError if the logits before noise are not the dense model's."""
+        if self.check_logits:
+            from tools.checkpoint.upcycling_check import check_logits
+
+            difference = check_logits(self.without_noise())
+            print(f"logits before noise equal the dense model's: the largest difference is {difference:.1e}")
 
     def without_noise(self) -> "UpcycledSource":
         """The same model before noise."""

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ class HuggingFaceSource:
         dtypes = self._check_names(model.num_layers, [s for rule in mixtral_weights(model) for s in rule.sources])
         dtype = common_dtype(dtypes, params_dtype)
         window = sliding_window_from_hf(self._folder.config)
-        tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+        tokenizer = any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
         self._description = Description(
             model=replace(model, params_dtype=config_dtype(dtype)),
             dtype=dtype,

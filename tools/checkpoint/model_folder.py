@@ -76,9 +76,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = ": a model of the hub has to be downloaded first (hf download)" if _is_hub_name(folder) else ""
         raise FileNotFoundError(f"no Hugging Face model folder {folder}{hint}")
     if not os.path.lexists(folder / CONFIG_FILE):
-        kind = foreign_kind(folder)
-        if kind is not None:
-            raise ValueError(f"{folder} {kind}")
+        _refuse_other_kinds(folder)
     config = read_json(usable_file(folder, CONFIG_FILE))
     refuse_quantized(config)
     for name in _QUANTIZATION_FILES:
@@ -90,12 +88,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_source_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder whose weights are wanted. Raises ValueError saying what it is if it is another kind."""
     if folder.is_dir() and (is_adapter(folder) or not is_model_folder(folder)):
-        kind = foreign_kind(folder)
-        if kind is None and (any(folder.glob("mp_rank_*")) or (folder / TRACKER_FILE).exists()):
-            kind = "is a Megatron checkpoint: read it with --loader mixtral"
-        if kind is not None:
-            raise ValueError(f"{folder} {kind}")
+        _refuse_other_kinds(folder)
     return read_config(folder)
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    kind = foreign_kind(folder)
+    if kind is None and (any(folder.glob("mp_rank_*")) or (folder / TRACKER_FILE).exists()):
+        kind = (
+            "is a Megatron checkpoint, not a Hugging Face model folder: --loader mixtral reads it, and "
+            "--huggingface-config-path names the folder that config.json and the tokenizer are in"
+        )
+    if kind is not None:
+        raise ValueError(f"{folder} {kind}")
 
 
 def _is_hub_name(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import abandon_step
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
-from tools.checkpoint.model_folder import Target, open_target
+from tools.checkpoint.model_folder import Target, open_target, usable_file
 from tools.checkpoint.stream import (
     CheckedSource,
     Description,
@@ -108,6 +109,11 @@ def find_tokenizer(model: str | None, kind: str | None) -> tuple[str | None, str
     folder = path if path.is_dir() else path.parent
     if not path.exists() and not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"no tokenizer {model}: give a folder with tokenizer.json, or a tokenizer.model file")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if path.is_dir() and os.path.lexists(path / name):
+            usable_file(path, name)
+    if path.is_file():
+        usable_file(path.parent, path.name)
     if kind is not None and path.exists():
         return kind, str(path)
     if (folder / "tokenizer.json").is_file():
@@ -164,6 +170,8 @@ def target_layout(args: argparse.Namespace, model: ModelConfig) -> tuple[Layout,
 
 def check(args: argparse.Namespace) -> Target:
     """Where to write. Raises ValueError if the folder is not empty, or not apart from the one that is read."""
+    if args.tokenizer_model is not None:
+        find_tokenizer(args.tokenizer_model, args.tokenizer_type)
     return open_target(Path(args.save_dir), [Path(args.load_dir)])
 
 

@@ -7,6 +7,7 @@ A plugin is a file `loader_NAME.py` or `saver_NAME.py`, ours or anywhere on the 
     save(source, args) -> None        (saver; the source is a CheckedSource)
     check(args) -> None               (saver, if it has one: refuses what it can before the source is opened)
 
+A source may also have `verify()`, which reads weights to check them; it is called before the first row is asked for.
 The saver asks for the rows of each weight once, in their order; several weights at once. `transfer` does that for a
 `Writer`, in several threads, and `print_plan` prints the plan instead with --dry-run.
 """
@@ -83,6 +84,7 @@ class CheckedSource:
         self._progress = progress
         self.dry_run = dry_run
         self._done: dict[str, tuple[int, int]] = {}
+        self._verified = False
 
     @property
     def description(self) -> Description:
@@ -93,8 +95,15 @@ class CheckedSource:
         """Where a weight comes from."""
         return self._source.origin(rule)
 
+    def verify(self) -> None:
+        """The source's own check of its contents, if it has one: once, before the first row is read."""
+        if not self._verified:
+            verify_source(self._source)
+            self._verified = True
+
     def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one weight; raises ValueError if they are not those after the last ones read."""
+        self.verify()
         done, total = self._done.get(rule.name, (0, rule.shape[0]))
         if rows.start != done or total != rule.shape[0]:
             raise ValueError(f"{rule.name}: rows {rows.start} to {rows.stop} are asked for after row {done}")
@@ -135,9 +144,16 @@ class Writer(Protocol):
         """Puts rows of a weight where they belong; called in their order for each weight."""
 
 
-def transfer(source: Source, writer: Writer, rules: Iterable[WeightRule]) -> None:
-    """Moves weights, each by one thread; the first error stops all."""
+def verify_source(source: Source) -> None:
+    """Calls `source.verify()`, which a source has if it reads weights to check them; after all that costs less."""
+    verify = getattr(source, "verify", None)
+    if verify is not None:
+        verify()
 
+
+def transfer(source: CheckedSource, writer: Writer, rules: Iterable[WeightRule]) -> None:
+    """Moves weights, each by one thread; the first error stops all."""
+    source.verify()
     buffers, dtype = ThreadBuffer(), source.description.dtype
 
     def move(rule: WeightRule) -> None:

@@ -12,7 +12,7 @@ from tools.checkpoint.stream import Description, check_counts, common_dtype, des
 
 
 class TrainingSource:
-    """A step's folder, whose checksums of weights, names and shapes have all been checked.
+    """A step's folder, whose names and shapes of weights have all been checked; `verify` reads them.
 
     Raises ValueError naming the file or the tensor that is damaged, unknown, missing or of another shape.
     """
@@ -35,7 +35,6 @@ class TrainingSource:
         for name, rule in rules.items():
             if found[name].shape != rule.shape:
                 raise ValueError(f"{folder}: {name} is of shape {found[name].shape}, expected {rule.shape}")
-        self._reader.verify(("weight",))
         dtype = common_dtype({name: dtype_name(tensor.dtype) for name, tensor in found.items()}, params_dtype)
         self._description = describe_training(args, model, dtype, folder)
 
@@ -43,6 +42,10 @@ class TrainingSource:
     def description(self) -> Description:
         """What the checkpoint holds."""
         return self._description
+
+    def verify(self) -> None:
+        """Compares the checksums of all weights. Raises ValueError naming the file and the tensor that was altered."""
+        self._reader.verify(("weight",))
 
     def origin(self, rule: WeightRule) -> list[str]:
         """Where a weight comes from."""

@@ -51,7 +51,9 @@ def convert(source: Source, write: Callable[[CheckedSource], None], dry_run: boo
     total = model_bytes(description.model, description.dtype)
     checked = CheckedSource(source, Progress("converting", total), dry_run)
     write(checked)
-    if not dry_run:
+    if dry_run:
+        checked.verify()
+    else:
         checked.check_complete()
 
 
@@ -81,7 +83,7 @@ def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentPars
     parser.add_argument("--loader", required=True, help="format to read: mixtral_hf, mixtral or mistral_hf")
     parser.add_argument("--saver", required=True, help="format to write: mixtral or mixtral_hf")
     parser.add_argument("--load-dir", required=True, help="folder to read")
-    parser.add_argument("--save-dir", required=True, help="folder to write, new or empty")
+    parser.add_argument("--save-dir", required=True, help="folder to write, new or empty, apart from --load-dir")
     parser.add_argument(
         "--keep-experts",
         metavar="LIST",

@@ -26,7 +26,7 @@ from tools.checkpoint.loader_mistral_hf import UpcycledSource
 from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.model_folder import read_config
-from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time
+from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time, verify_source
 from tools.checkpoint.util import run_conversion
 from tools.checkpoint.verify_logits import Comparison, compare_logits
 
@@ -95,6 +95,7 @@ def verify(args: argparse.Namespace) -> None:
     if theirs.description.dtype != ours.description.dtype:
         there, here = theirs.description.dtype, ours.description.dtype
         print(f"note: types differ, {there} there and {here} here: compared as the latter")
+    verify_source(ours)
     differences = compare_weights(theirs, ours)
     print(f"weights: {'equal bit for bit' if not differences else f'{len(differences)} differ'}")
     for difference in differences[:10]:
