@@ -71,6 +71,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, which need not have weights. Raises ValueError if they are quantized."""
     if folder.is_file():
+        if not is_model_folder(folder.parent):
+            _refuse_other_kinds(folder.parent)
         raise ValueError(f"{folder} is a file: give the model folder it belongs to")
     if not folder.is_dir():
         hint = ": a model of the hub has to be downloaded first (hf download)" if _is_hub_name(folder) else ""
@@ -164,6 +166,8 @@ def open_target(path: Path, sources: Iterable[Path], config_folder: Path | None 
     Raises ValueError if it holds something, unless it is `config_folder`, or is one of the sources, in it or around it.
     """
     folder = Path(os.path.realpath(path))
+    if folder.is_symlink():
+        raise ValueError(f"{path} is a link that leads back to itself: choose another folder")
     for source in sources:
         _check_apart(path, folder, Path(os.path.realpath(source)), source)
     if not folder.exists():

@@ -83,6 +83,18 @@ def test_a_name_of_the_hub_and_a_file_are_no_folders(make_model: MakeModel, tmp_
     assert "downloaded first" in refusal(convert(Path("mistralai/Mixtral-8x7B"), tmp_path / "o"), capsys)
     file = make_model() / "model.safetensors"
     assert "give the model folder" in refusal(convert(file, tmp_path / "o"), capsys)
+    (tmp_path / "x.gguf").touch()
+    assert "holds a GGUF" in refusal(convert(tmp_path / "x.gguf", tmp_path / "o"), capsys)
+
+
+@pytest.mark.parametrize("saver", ["mixtral", "mixtral_hf"])
+@pytest.mark.usefixtures("no_reading")
+def test_a_target_that_is_no_folder(make_model: MakeModel, tmp_path: Path, capsys: Capture, saver: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    for target, message in (("link", "is not an empty folder"), ("loop", "leads back to itself")):
+        assert message in refusal(convert(make_model(), tmp_path / target, "", saver), capsys)
 
 
 @pytest.mark.parametrize(
