@@ -120,6 +120,14 @@ def test_a_lost_tracker_is_told_and_the_newest_complete_step_taken(saved: Saved)
         load(tiny_trainer(checkpoint_arguments(load=str(root))))
 
 
+@pytest.mark.parametrize("save_there", [True, False])
+def test_a_hugging_face_folder_is_named_with_what_to_do(tmp_path: Path, save_there: bool) -> None:
+    (tmp_path / "model.safetensors").touch()
+    arguments = checkpoint_arguments(load=str(tmp_path), save=str(tmp_path / ("" if save_there else "run")))
+    with pytest.raises(ValueError, match=f"convert it first.*--load-dir {tmp_path}"):
+        load(tiny_trainer(arguments))
+
+
 def test_weights_without_their_optimizer_are_told(saved: Saved) -> None:
     root, first, progress = saved
     second = tiny_trainer(checkpoint_arguments(load=str(root), no_load_optim=True))

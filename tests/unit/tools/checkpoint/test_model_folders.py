@@ -13,7 +13,7 @@ from conversion_testing import TOKENIZER, MakeModel, assert_same_tensors, disk_t
 from safetensors.torch import load_file, save_file
 
 from megatron.core.atomic_files import error_sentence, sync_folder
-from megatron.core.interchange import find_checkpoint
+from megatron.core.interchange import find_checkpoint, load_torch, save_torch
 from tools.checkpoint import convert_megatron_to_hf_mixtral, loader_mixtral_hf, util
 from tools.checkpoint.model_folder import companion_files
 from tools.checkpoint.writers import SafetensorsFile, TensorPlan
@@ -361,8 +361,6 @@ def test_absurd_counts_are_refused_at_once(
 
 
 def test_absurd_counts_of_a_megatron_checkpoint(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
-    from megatron.core.interchange import load_torch, save_torch
-
     assert convert(make_model(), tmp_path / "m", saver="mixtral") == 0
     path = tmp_path / "m" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     content = load_torch(path)

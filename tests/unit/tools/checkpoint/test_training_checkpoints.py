@@ -78,6 +78,11 @@ def test_damage_is_named_and_leaves_nothing(
     error = capsys.readouterr().err
     assert "rank_00001.safetensors was altered" in error and "Traceback" not in error
     assert not (tmp_path / "hf").exists()
+    # What takes no reading is found first; --dry-run finds both.
+    command = f"--loader mixtral --saver mixtral --load-dir {run} --save-dir {tmp_path / 'm'} --dry-run".split()
+    for flags, message in ((["--target-tensor-parallel-size", "3"], "num-attention-heads"), ([], "was altered")):
+        assert util.main([*command, *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_weight_of_another_model_is_refused(
