@@ -42,7 +42,7 @@ class GradientFactors:
 
     @property
     def replicas(self) -> int:
-        """What sums over the ranks that hold the same parameters are divided by."""
+        """Divisor of sums over all ranks that worked on the step; also for experts, though fewer ranks hold them."""
         return self.dp * self.cp
 
     def update(self, clip: float) -> float:

@@ -7,10 +7,12 @@ import torch
 from conformance_testing import FORMS, HAS_GPU, assert_close, drawn, only, relative_error
 
 from megatron.core.fusions.adamw import AdamWStep, adamw_
+from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.linear import grouped_weight_gradient_, linear
 from megatron.core.fusions.permute import combine_pairs, gather_pairs, permutation_map
+from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.router import top_k_routing
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 
@@ -192,3 +194,38 @@ def test_rows_beyond_32_bits_are_computed() -> None:
         x = drawn(MANY_ROWS, 64, dtype=torch.bfloat16, device="cuda")
         grouped_weight_gradient_(gate_up, x, ends, main_grad, 1.0)
     assert_close(main_grad[1], gate_up[last].double().T @ x[last].double())
+
+
+@each_form
+def test_frozen_weights_get_no_gradient(form: str) -> None:
+    device = _device(form)
+    x, probs = drawn(6, 16, device=device).requires_grad_(), drawn(6, 2, device=device, seed=1).sigmoid()
+    norm, gate_up, down = drawn(16, device=device), drawn(3, 16, 16, device=device), drawn(3, 16, 8, device=device)
+    for weight in (norm, gate_up, down):
+        weight.gradient_sink = lambda write: pytest.fail("a frozen weight got a gradient")  # type: ignore[attr-defined]
+    index = permutation_map(drawn(6, 3, device=device, seed=2).topk(2).indices, 3)
+    with only(form):
+        expert_mlp(rms_norm(x, norm, 1e-5), probs, index, gate_up, down).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@each_form
+def test_a_norm_of_wider_weights_keeps_the_type_of_its_input(form: str) -> None:
+    x, weight = drawn(3, 8, dtype=torch.float16, device=_device(form)), drawn(8, device=_device(form), seed=1)
+    with only(form):
+        y = rms_norm(x.requires_grad_(), weight, 1e-5)
+        y.sum().backward()
+    assert y.dtype == torch.float16 and x.grad is not None and x.grad.dtype == torch.float16
+
+
+@each_form
+def test_attention_takes_any_strides(form: str) -> None:
+    parts = [drawn(2, 4, 16, 8, device=_device(form), seed=i).transpose(2, 3).contiguous() for i in range(3)]
+    query, key, value = (part.transpose(2, 3).requires_grad_() for part in parts)
+    with only(form):
+        out = causal_attention(query, key, value)
+        (ours,) = torch.autograd.grad(out.sum(), query)
+    wide = [part.detach().double().requires_grad_() for part in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+    assert_close(out, expected)
+    assert_close(ours, torch.autograd.grad(expected.sum(), wide[0])[0], 1e-5)

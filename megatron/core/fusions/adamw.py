@@ -29,7 +29,8 @@ def adamw_(
 ) -> None:
     """Updates a flat piece of masters and moments in place from its gradients, which may not be used again.
 
-    All are [n] of one type, `grad` of any. `weights` [n] of a narrower type get the rounded masters.
+    All are [n]; master and moments are of one type, `grad` of any. `weights`, of a narrower type, get the rounded
+    masters.
     """
     grad = grad.to(master.dtype)
     if step.factor != 1.0:

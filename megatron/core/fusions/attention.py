@@ -63,6 +63,7 @@ class _Attention(Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
         attention_forward = forms.kernel("attention_forward", query, key, value)
         assert attention_forward is not None
         out, logsumexp = attention_forward(query, key, value)

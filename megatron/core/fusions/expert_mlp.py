@@ -41,9 +41,11 @@ class _ExpertMLP(Function):
         ends_E, grad_RH = index.offsets_E, gather(grads[0], index)
         grad_a_RF = grouped_product(grad_RH, down, ends_E, False, ctx.backend)
         grad_h_RF, grad_probs_R, a_RF = swiglu_backward(grad_a_RF, h_RF, probs_R)
-        grad_down = grouped_weight_gradient(down, grad_RH, a_RF, ends_E)
+        grad_down = grouped_weight_gradient(down, grad_RH, a_RF, ends_E) if ctx.needs_input_grad[4] else None
         grad_rows_RH = grouped_product(grad_h_RF, gate_up, ends_E, False, ctx.backend)
-        grad_gate_up = grouped_weight_gradient(gate_up, grad_h_RF, gather(x_TH, index), ends_E)
+        grad_gate_up = None
+        if ctx.needs_input_grad[3]:
+            grad_gate_up = grouped_weight_gradient(gate_up, grad_h_RF, gather(x_TH, index), ends_E)
         return combine(grad_rows_RH, index), scatter_weights(grad_probs_R, index), None, grad_gate_up, grad_down, None
 
 

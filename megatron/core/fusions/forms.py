@@ -42,7 +42,7 @@ def _is_short(query: Tensor, *_: Any) -> bool:
 
 
 def _widens(a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
-    return a.dtype in (BF16, FP16) and out.dtype == FP32
+    return a.dtype in (BF16, FP16) and out.dtype == FP32 and out.is_contiguous()
 
 
 # What a kernel asks of the arguments besides device and types, in words and as a function of them. C++ runs where it is
@@ -51,15 +51,15 @@ _ONE_TYPE = "input and weight of one type", lambda *args: args[-3].dtype == args
 _TABLES = "float32 tables", lambda x, cos, *_: cos.dtype == FP32
 _PROBS = "float32 probabilities", lambda *args: args[-1].dtype == FP32
 _REAL = "columns that are not padding", lambda x, *args: x.shape[0] > 0 and args[-1] > 0
-_MASTERS = "float32 masters and gradients", lambda *args: args[0].dtype == args[3].dtype == FP32
+_MASTERS = "float32 masters and gradients", lambda master, m, v, grad, *_: master.dtype == grad.dtype == FP32
 _SHORT = "at most 1024 positions with AVX-512, 4096 in bfloat16 with AMX", _is_short
 _FLASH = "16 bits, heads of 8, 16 ... 256", lambda q, *_: q.dtype in (BF16, FP16) and q.shape[-1] in range(8, 257, 8)
 _WHOLE = "types that no kernel with grouped heads takes", lambda q, *_: q.dtype not in (BF16, FP16)
 _TILES = "bfloat16 with AMX", _fits_tiles
-_BROAD = "over 1024 float32 columns", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > MAX_WIDTH
+_BROAD = "float32, over 1024 long", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > MAX_WIDTH
 _ADDED = "16 bits into float32, where torch can", lambda *args: ADDS_TO_FLOAT32 and _widens(*args)
 _WIDENED = "16 bits into float32", _widens
-_GRADIENT = "float32 gradients", lambda *args: args[3].dtype == FP32
+_GRADIENT = "float32 gradients", lambda grad, x, ends, out, beta: out.dtype == FP32
 _ALIGNED = "rows in 16 bytes, not --moe-grouped-gemm-backend loop", _is_grouped
 _ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
 _SETS = "float32 with AVX-512, bfloat16 with AMX"

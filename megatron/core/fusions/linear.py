@@ -68,8 +68,8 @@ def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bo
     """x_r W_e^T with `transpose`, else x_r W_e, for the rows r of each expert e: [R, I] -> [R, O], or [R, O] -> [R, I].
 
     `ends_E` (int32) holds the end of each expert's rows, and its last entry must be R. Experts without rows are
-    allowed. `backend` says what multiplies; `auto` is grouped_mm on CUDA, a loop elsewhere and for what grouped_mm does
-    not take.
+    allowed. `backend` says what multiplies: `auto` is grouped_mm on CUDA where it takes the operands, `loop` is never
+    grouped_mm. Without it each expert is a product of its own, on a CPU all of them one C++ kernel where there is one.
     """
     matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI
     y = x.new_empty(x.shape[0], matrices.shape[2])
@@ -113,5 +113,5 @@ class _Linear(Function):
 
 
 def linear(x: Tensor, weight_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x W^T, computed in `dtype` and of it, that of x if not given: [..., I] -> [..., O]."""
+    """x W^T, computed and returned in `dtype`, by default that of x: [..., I] -> [..., O]."""
     return _Linear.apply(x, weight_OI, dtype or x.dtype)

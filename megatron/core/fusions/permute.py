@@ -62,7 +62,7 @@ def _moved(index: PermutationMap, shift_TK: Tensor, has_row_TK: Tensor, ends_E: 
 def pad_rows(index: PermutationMap, experts_TK: Tensor, rows_per_expert: int) -> PermutationMap:
     """The same with empty rows until every expert has `rows_per_expert`, which none may exceed.
 
-    `index` may have been made of `experts_TK` without `num_rows`; so nothing has to wait for the device.
+    `index` need not have been given `num_rows`; so nothing has to wait for the device.
     """
     num_experts, device = index.offsets_E.numel(), experts_TK.device
     starts_E = torch.cat((index.offsets_E.new_zeros(1), index.offsets_E[:-1]))
@@ -115,22 +115,22 @@ def gather_weights(probs_TK: Tensor, index: PermutationMap) -> Tensor:
 
 
 def scatter_weights(probs_R: Tensor, index: PermutationMap) -> Tensor:
-    """The number of each pair's row, zero for pairs without one: [R] -> [T, K]; not differentiable."""
+    """The value at each pair's row, zero for pairs without one: [R] -> [T, K]; not differentiable."""
     return F.pad(probs_R, (0, 1))[index.pair_to_row_TK]
 
 
-Operation = Callable[[Tensor, PermutationMap], Tensor]
+Move = Callable[[Tensor, PermutationMap], Tensor]
 
 
 class _Permute(Function):
     """A linear operation along a permutation map, and its transpose for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: PermutationMap, operation: Operation, transpose: Operation) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: PermutationMap, move: Move, transpose: Move) -> Tensor:
         # in autograd's care, so that recomputation and other hooks on what is kept see it
         ctx.save_for_backward(index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
         ctx.transpose = transpose
-        return operation(x, index)
+        return move(x, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

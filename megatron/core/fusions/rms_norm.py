@@ -15,14 +15,14 @@ def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     """The normalised x [..., H], and 1 / rms of each row [..., 1] in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)
-    return weight * (wide * inverse_rms).to(x.dtype), inverse_rms
+    return (weight * (wide * inverse_rms).to(x.dtype)).to(x.dtype), inverse_rms
 
 
 @operation
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, in its type, and of the weight, in float32 or wider."""
     grad, normalized = grad.to(inverse_rms.dtype), x.to(inverse_rms.dtype) * inverse_rms
-    grad_weight = (grad * normalized).flatten(0, -2).sum(dim=0)
+    grad_weight = (grad * normalized).reshape(-1, x.shape[-1]).sum(dim=0)
     grad = grad * weight
     # y = x / rms(x): dx = (dy - y mean(dy y)) / rms(x)
     grad_x = (grad - normalized * (grad * normalized).mean(dim=-1, keepdim=True)) * inverse_rms
@@ -44,7 +44,7 @@ class _RMSNorm(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, inverse_rms = ctx.saved_tensors
         grad_x, grad_weight = rms_norm_backward(grads[0].contiguous(), x, ctx.weight, inverse_rms)
-        return grad_x, deliver_tensor(ctx.weight, grad_weight), None
+        return grad_x, deliver_tensor(ctx.weight, grad_weight) if ctx.needs_input_grad[1] else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 Whoever accumulates gradients gives a parameter the attribute `gradient_sink`, a function that takes `write` and calls
 `write(main_grad, beta)` once, which must make main_grad = beta * main_grad + gradient (with beta 0 the old contents are
-ignored, NaN too). It counts as one gradient that has arrived.
+ignored, NaN too). Each call counts as one gradient that has arrived.
 """
 
 from collections.abc import Callable

@@ -66,6 +66,8 @@ def load(module: str) -> ModuleType | str:
 def refusal(kernel: Kernel, arguments: tuple[Any, ...]) -> str:
     """Why a kernel does not run with these arguments of its operation; empty if it does."""
     device = DEVICES.get(kernel.part)
+    if device is None:
+        return "closed"
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     if any(tensor.device.type != device for tensor in tensors):
         return f"for tensors on {device}"

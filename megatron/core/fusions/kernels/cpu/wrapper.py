@@ -19,8 +19,10 @@ def _load() -> tuple[ModuleType | None, str]:
     """The extension, or why there is none."""
     try:
         extension = importlib.import_module("megatron.core.fusions.kernels.cpu.kernels_cpp")
-    except ImportError:
+    except ModuleNotFoundError:
         return None, "not compiled when the package was installed"
+    except ImportError as error:
+        return None, f"not loaded: {error}"
     if checksum() != extension.SOURCES:
         return None, "compiled from other sources: install the package again"
     if not extension.shares_threads():
