@@ -101,7 +101,7 @@ class _OutputLoss(Function):
         # sums over blocks are rounded once
         grad_x_NH = torch.empty_like(x_NH, dtype=x.dtype if one_block else logsumexp_N.dtype)
 
-        def write(grad_weight: Tensor, beta: float) -> None:
+        def write(grad_weight: Tensor | None, beta: float) -> None:
             for start in range(0, x_NH.shape[0], ctx.piece):
                 rows = slice(start, start + ctx.piece)
                 for number, block in enumerate(_blocks(weight, vocabulary, x_NH[rows].shape[0])):
@@ -114,10 +114,15 @@ class _OutputLoss(Function):
                     softmax_gradient_(logits_NV, own_logsumexp, ids, logsumexp_N[rows], grad_N[rows], block.columns)
                     multiply_(logits_NV, block.weight, grad_x_NH[rows], 1.0 if number else 0.0)
                     place = slice(block.first, block.first + block.weight.shape[0])
-                    multiply_(logits_NV.t(), x_NH[rows], grad_weight[place], beta)
+                    if grad_weight is not None:
+                        multiply_(logits_NV.t(), x_NH[rows], grad_weight[place], beta)
                 beta = 1.0
 
-        grad_weight = deliver(weight, write)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = deliver(weight, write)
+        else:
+            write(None, 0.0)
         grad_x = grad_x_NH.to(x.dtype).view_as(whole)
         if ctx.sequence_parallel:
             grad_x = mappings.reduce_scatter_first(grad_x, vocabulary.group)

@@ -79,3 +79,12 @@ def test_bfloat16_logits_are_widened() -> None:
     logits = (x @ weight.t()).float()[..., :VOCABULARY]
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(7, 3)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_output_layer_gets_no_gradient_and_passes_one_on() -> None:
+    x, weight, targets, _ = _inputs(torch.float64)
+    frozen, free = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output_cross_entropy(free, weight.clone().requires_grad_(), targets, VOCABULARY, Group(), False).sum().backward()
+    weight.gradient_sink = lambda write: pytest.fail("a frozen weight got a gradient")  # type: ignore[attr-defined]
+    output_cross_entropy(frozen, weight, targets, VOCABULARY, Group(), False).sum().backward()
+    assert torch.equal(frozen.grad, free.grad)
