@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions.kernels import Kernel, by_library, in_cpp, in_triton, instruction_set, load, refusal
+from megatron.core.fusions.kernels.library import meta
 from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
 from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM
 
@@ -92,13 +93,12 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "multiply_": (
         in_cpp(*_TILES), by_library("cpu", *_BROAD), by_library("cuda", *_ADDED), in_triton("grouped_gemm", *_WIDENED),
     ),
-    "grouped_product": (
-        by_library("meta"), by_library("cuda", *_ALIGNED), by_library("cpu", *_ASKED), in_cpp(*_PRODUCTS),
-    ),
-    "grouped_weight_gradient_": (by_library("meta"), in_triton("grouped_gemm", *_GRADIENT), in_cpp(*_SUMS)),
+    "grouped_product": (by_library("cuda", *_ALIGNED), by_library("cpu", *_ASKED), in_cpp(*_PRODUCTS)),
+    "grouped_weight_gradient_": (in_triton("grouped_gemm", *_GRADIENT), in_cpp(*_SUMS)),
     "row_multiple": (by_library("cpu", *_ONEDNN),),
     "vocabulary_blocks": (in_cpp(*_NARROW), by_library("cpu")),
 }  # fmt: skip
+TABLE |= {name: (*row, by_library("meta")) for name, row in TABLE.items() if hasattr(meta, name)}
 
 
 def kernel(operation: str, *arguments: Any) -> Callable[..., Any] | None:
