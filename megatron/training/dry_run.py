@@ -1,30 +1,25 @@
 """One rank of a job of any size, built in one process without a device: shapes, parameters, and memory.
 
 Tensors are on torch's meta device, which knows shapes and types but holds no values, and the process groups are of
-torch's fake backend, whose collectives return at once. The model, its buffers and its optimizer are the real ones.
+torch's fake backend, whose collectives return at once. The model, its buffers, its optimizer and the step that is run
+for its memory (`memory_model`) are the real ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
 from megatron.core.config import ParallelConfig
-from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.core.pipeline_parallel.schedules import Forward, passes
-from megatron.core.recompute import RecomputeConfig
 from megatron.core.stages import Stage, whole_model
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.config import Arguments
+from megatron.training.live_memory import LiveMemory
+from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
 
 META = torch.device("meta")
@@ -41,7 +36,7 @@ class ChunkReport:
     output_shape: tuple[int, ...]
     """Of what goes to the next stage; () for the loss."""
     activation_bytes: int
-    """What autograd keeps of one microbatch until its backward pass."""
+    """What stays of one microbatch until its backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,44 +53,45 @@ class DryRun:
     sharded_optimizer: int
     """The optimizer's state with --use-distributed-optimizer."""
     activations: int
-    """At the moment when most microbatches are alive."""
+    """What a step has alive beside these at its peak: activations, temporary tensors and messages."""
     live: int
-    """How many chunks' microbatches that are."""
+    """The most chunks' microbatches that are alive at once."""
     microbatches: int
+    libraries: LibraryMemory
+    """Estimated, on top of all tensors."""
 
 
 def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> DryRun:
     """Builds the rank that --dry-run names. Raises ValueError if the layout, the batch or the model do not fit."""
     rank, world_size = parse_rank(arguments.training.dry_run or "")
     with _fake_job(arguments.parallel, rank, world_size) as groups:
-        plain, sharded = (
-            build_trainer(
-                replace(arguments, parallel=replace(arguments.parallel, use_distributed_optimizer=distributed)),
-                groups, META, model_provider, forward_step, initialize=False,
-            )
-            for distributed in (False, True)
-        )  # fmt: skip
-        probe = _activation_probe(arguments, groups, model_provider)
-        try:
-            chunks = tuple(_run_chunk(plain, model, chunk) for model, chunk in zip(probe, plain.model, strict=True))
-        except NotImplementedError as error:  # values were asked for, such as how many tokens are dropped
-            raise ValueError(f"this model cannot be run without values: {error}") from error
+
+        def build(distributed: bool) -> Trainer:
+            gathers = distributed and arguments.parallel.overlap_param_gather
+            parallel = replace(arguments.parallel, use_distributed_optimizer=distributed, overlap_param_gather=gathers)
+            changed = replace(arguments, parallel=parallel)
+            return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False)
+
+        optimizer, sharded = (_optimizer_bytes(build(distributed)) for distributed in (False, True))
+        with LiveMemory(META.type) as memory:
+            trainer = build(arguments.parallel.use_distributed_optimizer)
+            step = step_memory(trainer, memory)
         single = replace(arguments, parallel=ParallelConfig())
         assert arguments.model.vocab_size is not None
         whole = model_provider(single, ProcessGroups(), META, whole_model(arguments.model.num_layers))
         padding = 2 * (arguments.model.padded_vocab_size(1) - arguments.model.vocab_size) * arguments.model.hidden_size
-        activations, live = _peak(plain, chunks)
         return DryRun(
             groups=groups,
-            chunks=chunks,
+            chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, step.kept, strict=True)),
             model_parameters=sum(p.numel() for p in whole.parameters()) - padding,
-            weights=sum(bucket.weights.nbytes for bucket in plain.buffers.buckets),
-            gradients=sum(bucket.grads.nbytes for bucket in plain.buffers.buckets),
-            optimizer=_optimizer_bytes(plain),
-            sharded_optimizer=_optimizer_bytes(sharded),
-            activations=activations,
-            live=live,
-            microbatches=plain.num_microbatches,
+            weights=sum(bucket.weights.nbytes for bucket in trainer.buffers.buckets),
+            gradients=sum(bucket.grads.nbytes for bucket in trainer.buffers.buckets),
+            optimizer=optimizer,
+            sharded_optimizer=sharded,
+            activations=step.peak - step.state,
+            live=trainer.pipeline.peak_live(groups.pp.rank, trainer.num_microbatches),
+            microbatches=trainer.num_microbatches,
+            libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, step.peak - step.state),
         )
 
 
@@ -124,91 +120,15 @@ def _fake_job(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
         dist.destroy_process_group()
 
 
-def _activation_probe(arguments: Arguments, groups: ProcessGroups, model_provider: ModelProvider) -> list[MixtralModel]:
-    """Stages that keep as much of a microbatch as the real ones do where tokens are spread evenly over the experts.
-
-    How many tokens come to a rank's experts depends on values. If each rank had all experts, they would be its own.
-    """
-    here = replace(groups, ep=type(groups.ep)(), ep_etp=groups.etp)
-    stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
-    return [model_provider(arguments, here, META, stage) for stage in stages]
-
-
-def _run_chunk(trainer: Trainer, probe: MixtralModel, chunk: MixtralModel) -> ChunkReport:
-    """Forward and backward of one microbatch; what the forward pass keeps is counted."""
-    arguments, link = trainer.arguments, trainer.link
-    tokens = torch.empty(arguments.training.micro_batch_size, arguments.data.seq_length, dtype=torch.int64, device=META)
-    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.empty_like(tokens, dtype=torch.float32)}
-    hidden = None
-    if not chunk.stage.has_embedding:
-        hidden = torch.empty(link.shape, dtype=link.dtype, device=META, requires_grad=True)
-    weights = {parameter.untyped_storage()._cdata for parameter in probe.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept[storage] = tensor
-        return tensor
-
-    with _AcceleratorKernels(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output, _ = trainer.forward_step(probe, batch, hidden, Microbatch())
-    activation_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    if arguments.recompute == RecomputeConfig():  # what is recomputed would not meet the kernels above
-        output.backward(None if chunk.stage.has_output else torch.empty_like(output))
-        assert hidden is None or (hidden.grad is not None and hidden.grad.shape == hidden.shape)
-    assert chunk.stage.has_output or output.shape == link.shape, (output.shape, link.shape)
+def _report(trainer: Trainer, chunk: MixtralModel, kept: int) -> ChunkReport:
+    tokens = (trainer.arguments.training.micro_batch_size, trainer.arguments.data.seq_length)
     return ChunkReport(
         stage=chunk.stage,
         parameters=sum(parameter.numel() for parameter in chunk.parameters()),
-        input_shape=tuple(tokens.shape if hidden is None else hidden.shape),
-        output_shape=tuple(output.shape),
-        activation_bytes=activation_bytes,
+        input_shape=tokens if chunk.stage.has_embedding else trainer.link.shape,
+        output_shape=() if chunk.stage.has_output else trainer.link.shape,
+        activation_bytes=kept,
     )
-
-
-class _FlashAttention(Function):
-    """Keeps what FlashAttention keeps: query, key, value, output, and a float32 logarithm for each query."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, sequence, width = query.shape
-        output = query.new_empty(batch, sequence, heads, width).transpose(1, 2)
-        log_sum_exp = query.new_empty(batch, heads, sequence, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-class _AcceleratorKernels(TorchFunctionMode):
-    """What kernels do that torch has no meta form of.
-
-    There, it would write attention out as products that keep S x S probabilities.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _FlashAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-def _peak(trainer: Trainer, chunks: tuple[ChunkReport, ...]) -> tuple[int, int]:
-    """Most bytes of activations alive at once, and how many microbatches of chunks they are of."""
-    live: list[int] = []
-    most: list[int] = []
-    for work in passes(trainer.pipeline, trainer.groups.pp.rank, trainer.num_microbatches):
-        size = chunks[work.chunk].activation_bytes
-        if isinstance(work, Forward):
-            live.append(size)
-        else:
-            live.remove(size)
-        most = max(most, list(live), key=sum)
-    return sum(most), len(most)
 
 
 def _optimizer_bytes(trainer: Trainer) -> int:
@@ -255,10 +175,19 @@ def table(result: DryRun, arguments: Arguments) -> str:
     )
     lines += [f"{name:22} {_gib(whole):>15}  {_gib(shared):>17}" for name, whole, shared in rows]
     lines.append(
-        f"activations are those of {result.live} live microbatches ({result.microbatches} in a step). Not included: "
-        "temporary tensors, messages, the libraries' own memory"
+        f"activations are those of {result.live} live microbatches ({result.microbatches} in a step), with temporary "
+        "tensors and messages"
     )
+    lines.append(libraries_line(result.libraries))
     return "\n".join(lines)
+
+
+def libraries_line(libraries: LibraryMemory) -> str:
+    """What to leave free beside the tensors, as text."""
+    parts = (("NCCL", libraries.nccl), ("CUDA", libraries.cuda), ("fragmentation", libraries.fragmentation))
+    return f"plus about {libraries.total / 2**30:.1f} GiB for NCCL, CUDA and fragmentation, by a rule: " + ", ".join(
+        f"{name} {size / 2**30:.1f}" for name, size in parts
+    )
 
 
 def _gib(size: int) -> str:

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import mappings
 
 
 def gather_counts(counts: Tensor, group: Group) -> Tensor:
-    """Every rank's int64 `counts` [n], on the CPU: [ranks, n]; this waits for the device."""
+    """Every rank's `counts` [n], on the CPU: [ranks, n]; this waits for the device."""
     return mappings.all_gather_first(counts.unsqueeze(0), group).cpu()
 
 

@@ -5,6 +5,7 @@ T tokens of this rank, K experts a token, R rows that this rank's experts work o
 and an expert or a rank may get none.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -46,8 +47,17 @@ class Dispatched:
     """Tokens, or rows received, of each rank whose tokens were gathered."""
 
 
+GatherCounts = Callable[[Tensor, Group], Tensor]
+
+
 class TokenDispatcher(Protocol):
-    """Brings tokens to their experts; the same result under every implementation."""
+    """Brings tokens to their experts; the same result under every implementation.
+
+    Attributes:
+        gather_counts: tells the host how many tokens go where; may be set again, where there are no values to count.
+    """
+
+    gather_counts: GatherCounts
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """Brings this rank's and other ranks' tokens to the experts here: x [T, H]."""
@@ -80,6 +90,7 @@ class LocalTokenDispatcher:
 
     def __init__(self, num_experts: int, group: Group, padding: Padding | None = None) -> None:
         self.num_experts, self.group, self.padding = num_experts, group, padding
+        self.gather_counts: GatherCounts = exchange.gather_counts
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """The tokens are here already."""
@@ -87,7 +98,7 @@ class LocalTokenDispatcher:
         x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
         probs_TK = mappings.copy_to_tensor_parallel(routing.probs_TK, self.group)
         dropped = routing.capacity is not None and self.padding is None
-        num_rows = int(routing.tokens_per_expert_E.sum()) if dropped else None  # waits for the device
+        num_rows = int(self.gather_counts(routing.tokens_per_expert_E, Group()).sum()) if dropped else None
         index = permutation_map(routing.experts_TK, self.num_experts, num_rows)
         index = _padded(index, routing.experts_TK, routing, self.padding)
         return Dispatched(
@@ -111,6 +122,7 @@ class AllGatherTokenDispatcher:
 
     def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group, padding: Padding | None = None) -> None:
         self.ep, self.ep_etp, self.padding = ep, ep_etp, padding
+        self.gather_counts: GatherCounts = exchange.gather_counts
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
@@ -120,7 +132,7 @@ class AllGatherTokenDispatcher:
         if self.ep.size > 1 or routing.capacity is not None:
             tokens = routing.experts_TK.new_full((1,), x_TH.shape[0])
             counts = torch.cat((tokens, routing.tokens_per_expert_E.to(torch.int64)))
-            counts = exchange.gather_counts(counts, self.ep_etp)
+            counts = self.gather_counts(counts, self.ep_etp)
             lengths = counts[:, 0].tolist()
             num_rows = int(counts[:, 1 + first : 1 + first + self.local_experts].sum())
         x_TH = exchange.gather_rows_of_ranks(x_TH, lengths, self.ep_etp)
@@ -153,11 +165,12 @@ class AllToAllTokenDispatcher:
         self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group, padding: Padding | None = None
     ) -> None:
         self.num_experts, self.ep, self.etp, self.ep_etp, self.padding = num_experts, ep, etp, ep_etp, padding
+        self.gather_counts: GatherCounts = exchange.gather_counts
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """x [T, H] -> one row for every pair, of any rank, whose expert is here."""
-        counts = exchange.gather_counts(routing.tokens_per_expert_E.to(torch.int64), self.ep_etp)
+        counts = self.gather_counts(routing.tokens_per_expert_E.to(torch.int64), self.ep_etp)
         # sender's ep and etp rank, receiver's ep rank, expert there
         counts = counts.view(self.ep.size, self.etp.size, self.ep.size, self.local_experts)
         sent = counts[self.ep.rank, self.etp.rank].sum(dim=-1).tolist()

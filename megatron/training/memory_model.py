@@ -1,0 +1,168 @@
+"""The memory of a training step, from the step itself on tensors without values, and what the libraries add to it.
+
+Model, buffers, optimizer, schedule and messages are the real ones, so that what is alive at once is not modelled but
+happens. What depends on values, the number of tokens of each expert, is taken to be even. What NCCL, CUDA and torch's
+allocator take besides is estimated by a rule.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron.core.microbatch import GradientFactors, Microbatch
+from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.pipeline_parallel.runner import forward_backward
+from megatron.core.pipeline_parallel.schedules import Pipeline
+from megatron.core.transformer.moe.exchange import gather_counts
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.training.config import Arguments
+from megatron.training.live_memory import LiveMemory
+from megatron.training.loader import Batch
+from megatron.training.metrics import MicrobatchResult, average_over_ranks
+from megatron.training.setup import Trainer
+
+MIB, GIB = 2**20, 2**30
+COLLECTIVE = 0.7 * GIB
+"""Buffers of a communicator that reduces or gathers; 0.5 to 0.7 GiB are reported between GPUs joined by NVLink."""
+RECEIVED_FROM_A_RANK, SENT_TO_A_RANK = 320 * MIB, 64 * MIB
+"""Of a communicator that passes messages: 32 channels with a buffer for each protocol, which the receiver holds."""
+CONTEXT = 0.7 * GIB
+"""CUDA's context with the code of all kernels."""
+WORKSPACES = 64 * MIB
+"""cuBLAS: 32 MiB for each thread that multiplies, which are the main one and that of the backward pass."""
+FRAGMENTATION = 0.3
+"""What torch's allocator holds and cannot use, as a part of what comes and goes in a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryMemory:
+    """Estimated bytes on a GPU that are no tensors, by a rule that no measurement has confirmed."""
+
+    nccl: int
+    """Communicators of the groups that talk."""
+    cuda: int
+    """Context and workspaces."""
+    fragmentation: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.nccl + self.cuda + self.fragmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of tensors alive on the device of a rank."""
+
+    state: int
+    """Weights, gradients and the optimizer's state, before the step."""
+    peak: int
+    """The most at any moment of the step."""
+    kept: tuple[int, ...]
+    """Of one microbatch in each chunk of layers, between its forward and its backward pass."""
+
+
+def spread_evenly(trainer: Trainer) -> None:
+    """Makes every expert be sent the same number of tokens, and none be dropped but by a capacity below that."""
+    model = trainer.arguments.model
+    sharers = trainer.groups.cp.size * (trainer.groups.tp.size if trainer.model.sequence_parallel else 1)
+    tokens = trainer.arguments.training.micro_batch_size * trainer.arguments.data.seq_length // sharers
+    pairs = int(tokens * model.moe_router_topk * min(1.0, model.moe_expert_capacity_factor or 1.0))
+    share = [(pairs + expert) // model.num_experts for expert in range(model.num_experts)]
+
+    def gather_even(counts: Tensor, group: Group) -> Tensor:
+        ranks = len(gather_counts(counts, group))
+        before = [tokens] * (counts.shape[0] - model.num_experts)  # some dispatchers send the number of tokens too
+        return torch.tensor([before + share] * ranks)
+
+    for module in trainer.model.modules():
+        if isinstance(module, MoELayer):
+            module.dispatcher.gather_counts = gather_even
+
+
+def batches_without_values(arguments: Arguments, device: torch.device) -> Iterator[Batch]:
+    """Microbatches as the loader brings them, without end; a sample is one document."""
+    samples, length = arguments.training.micro_batch_size, arguments.data.seq_length
+    while True:
+        tokens, labels = (torch.zeros(samples, length, dtype=torch.int64, device=device) for _ in range(2))
+        batch = {"tokens": tokens, "labels": labels, "loss_mask": torch.zeros(samples, length, device=device)}
+        if arguments.data.reset_position_ids:
+            batch["position_ids"] = torch.zeros_like(tokens)
+        if arguments.data.reset_attention_mask:
+            batch["document_bounds"] = torch.arange(samples + 1, dtype=torch.int32) * length
+        yield batch
+
+
+def enough_microbatches(pipeline: Pipeline, rank: int, microbatches: int) -> int:
+    """The fewest microbatches of a step, up to `microbatches`, in which as much is alive at once as in all of them."""
+    unit = pipeline.ranks if pipeline.chunks > 1 else 1
+    most = pipeline.peak_live(rank, microbatches)
+    fewest = next(n for n in range(unit, microbatches + 1, unit) if pipeline.peak_live(rank, n) == most)
+    return min(microbatches, fewest + unit)  # one more, which begins while the others are still alive
+
+
+def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
+    """Runs a step of as few microbatches as needed; the trainer is of no use afterwards.
+
+    `memory` is active, and was when the trainer was built.
+    """
+    spread_evenly(trainer)
+    groups, arguments, chunks = trainer.groups, trainer.arguments, list(trainer.model)
+    number = enough_microbatches(trainer.pipeline, groups.pp.rank, trainer.num_microbatches)
+    factors = GradientFactors(
+        loss_scale=trainer.optimizer.scaler.scale, num_microbatches=number, dp=groups.dp.size, cp=groups.cp.size
+    )
+    source = batches_without_values(arguments, trainer.device)
+    held: dict[int, Batch] = {}
+    kept = [0] * len(chunks)
+
+    def run_chunk(microbatch: int, chunk: int, hidden: Tensor | None) -> tuple[Tensor, MicrobatchResult]:
+        if chunk == 0:
+            held[microbatch] = next(source)
+        batch = held[microbatch] if chunk < len(chunks) - 1 else held.pop(microbatch)
+        before = memory.live
+        result = trainer.forward_step(chunks[chunk], batch, hidden, Microbatch(factors=factors))
+        kept[chunk] = memory.live - before
+        return result
+
+    state = memory.peak = memory.live
+    trainer.buffers.start_step(number)
+    results = forward_backward(
+        run_chunk,
+        pipeline=trainer.pipeline,
+        rank=groups.pp.rank,
+        num_microbatches=number,
+        link=trainer.link,
+        overlap=not arguments.parallel.no_overlap_p2p_communication,
+    )
+    trainer.buffers.finalize()
+    losses = [result.loss for result in results if result.loss is not None]
+    trainer.optimizer.step(trainer.schedule.rates(0), torch.stack(losses).sum() if losses else None)
+    average_over_ranks(results, number, groups, arguments.model, trainer.device)
+    trainer.buffers.wait_for_parameters()
+    return StepMemory(state=state, peak=memory.peak, kept=tuple(kept))
+
+
+def library_memory(groups: ProcessGroups, dispatcher: str, moving: int) -> LibraryMemory:
+    """What comes on top of the tensors of a rank with these groups.
+
+    Args:
+        groups: of the rank.
+        dispatcher: --moe-token-dispatcher-type.
+        moving: bytes that come and go in a step, `peak - state` of its memory.
+    """
+    dense = (groups.world, groups.tp, groups.tp_cp, groups.cp)
+    collectives = {group.ranks for group in (*dense, groups.ep_etp, groups.etp) if group.size > 1}
+    # gradients are reduced on communicators of their own
+    replicas = {group.ranks for group in (groups.dp_cp, groups.edp) if group.size > 1}
+    channels = groups.pp_channels
+    sources = [channel for channel in (channels.forward_in, channels.backward_in) if channel.size > 1]
+    targets = [channel for channel in (channels.forward_out, channels.backward_out) if channel.size > 1]
+    peers = min(groups.cp.size - 1, 1)  # the ring's
+    if groups.ep.size > 1:
+        peers += (groups.ep if dispatcher == "alltoall" else groups.ep_etp).size - 1
+    nccl = COLLECTIVE * (len(collectives) + len(replicas))
+    nccl += RECEIVED_FROM_A_RANK * (len(sources) + peers) + SENT_TO_A_RANK * (len(targets) + peers)
+    return LibraryMemory(nccl=int(nccl), cuda=int(CONTEXT + WORKSPACES), fragmentation=int(FRAGMENTATION * moving))
