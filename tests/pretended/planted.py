@@ -1,0 +1,100 @@
+"""Faults that no run on a CPU shows, to see that the pretended device does."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron.core.fusions.kernels.triton import permute
+from megatron.core.microbatch import Microbatch
+from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.pipeline_parallel.schedules import Pass
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.norm import RMSNorm
+
+Plant = Callable[[], AbstractContextManager[Any]]
+
+
+def _index_on_the_host() -> AbstractContextManager[Any]:
+    """The positions of the tokens are made in the host's memory."""
+    positions = transformer_block.positions
+
+    def on_the_host(length: int, cp: Any, device: torch.device) -> Tensor:
+        return positions(length, cp, torch.device("cpu"))
+
+    return mock.patch.object(transformer_block, "positions", on_the_host)
+
+
+def _receives_on_the_host() -> AbstractContextManager[Any]:
+    """Hidden states are received in the host's memory."""
+    receive = p2p_communication.StageLink.receive
+
+    def on_the_host(link: p2p_communication.StageLink, work: Pass) -> p2p_communication.Message:
+        host = p2p_communication.StageLink(link.channels, link.shape, link.dtype, torch.device("cpu"))
+        return receive(host, work)
+
+    return mock.patch.object(p2p_communication.StageLink, "receive", on_the_host)
+
+
+def _number_read() -> AbstractContextManager[Any]:
+    """Every norm looks at a number."""
+    forward = RMSNorm.forward
+
+    def and_read(norm: RMSNorm, x: Tensor) -> Tensor:
+        y = forward(norm, x)
+        y[0, 0, 0].item()
+        return y
+
+    return mock.patch.object(RMSNorm, "forward", and_read)
+
+
+def _shape_by_value() -> AbstractContextManager[Any]:
+    """Tokens are chosen by a mask, whose number of entries the host has to know."""
+    forward = MoELayer.forward
+
+    def and_choose(layer: MoELayer, x: Tensor, microbatch: Microbatch) -> Any:
+        x[x > 0]
+        return forward(layer, x, microbatch)
+
+    return mock.patch.object(MoELayer, "forward", and_choose)
+
+
+def _unaligned_rows() -> AbstractContextManager[Any]:
+    """Rows begin at the second element of their storage."""
+    forward = RMSNorm.forward
+
+    def moved(norm: RMSNorm, x: Tensor) -> Tensor:
+        return forward(norm, x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x))
+
+    return mock.patch.object(RMSNorm, "forward", moved)
+
+
+def _tall_grid() -> AbstractContextManager[Any]:
+    """More blocks along the second axis than a device has numbers for."""
+    return mock.patch.object(permute, "BLOCK_COLUMNS", 512 / 2**17)
+
+
+def _strided_message() -> AbstractContextManager[Any]:
+    """What is gathered is read through its strides."""
+    gather = mappings.all_gather_single
+
+    def transposed(out: Tensor, x: Tensor, **options: Any) -> Any:
+        return gather(out, x.transpose(0, -1).contiguous().transpose(0, -1), **options)
+
+    return mock.patch.object(mappings, "all_gather_single", transposed)
+
+
+PLANTED: dict[str, Plant] = {
+    "index on the host": _index_on_the_host,
+    "receives on the host": _receives_on_the_host,
+    "number read": _number_read,
+    "shape by value": _shape_by_value,
+    "unaligned rows": _unaligned_rows,
+    "tall grid": _tall_grid,
+    "strided message": _strided_message,
+}

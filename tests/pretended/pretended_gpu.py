@@ -1,0 +1,196 @@
+"""A CUDA device that is not there: real code runs on tensors that only claim to lie on it, and what it does is watched.
+
+Tensors of the device are torch's fake tensors, which know shape, type and place but hold no values; the host's tensors
+are real. Triton's kernels are not run, their launches are checked. So all of a training step happens but the numbers,
+streams and messages: device mix-ups, launches no device takes, waits of the host, and the memory of the step show.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.jit import JITFunction
+
+from megatron.training import live_memory
+from megatron.training.live_memory import LiveMemory, is_host
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICE = torch.device("cuda", 0)
+_ALIGNMENT = 16
+"""Bytes that a kernel's pointers are multiples of."""
+_MAX_GRID = (2**31 - 1, 65535, 65535)
+_WATCHERS = {live_memory.__file__, __file__}
+
+
+class Wait(NamedTuple):
+    """The host waits until the device has done everything before."""
+
+    kind: str
+    place: str
+    """File and function."""
+
+
+def place() -> str:
+    """The innermost function of the project that is running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if str(path) not in _WATCHERS and path.is_relative_to(ROOT / "megatron"):
+            return f"{path.relative_to(ROOT).as_posix().removeprefix('megatron/')}:{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
+
+
+class PretendedGPU(LiveMemory):
+    """While it is active, the device exists, and what is done on it is checked and counted.
+
+    AssertionError names the place where tensors of host and device are mixed, where a message is no contiguous tensor
+    of the device, where a launch is not one that a device takes, and where a shape would depend on values.
+
+    Attributes:
+        waits: how often the host waited, by kind and place.
+        collectives: how often each was begun.
+        launches: how often each of Triton's kernels was launched.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(DEVICE.type)
+        self.waits: Counter[Wait] = Counter()
+        self.collectives: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Begins to count anew."""
+        self.peak = self.live
+        for counter in (self.waits, self.collectives, self.launches):
+            counter.clear()
+
+    def wait(self, kind: str) -> None:
+        """Notes that the host waits here."""
+        self.waits[Wait(kind, place())] += 1
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Carries an operation out: the host's own for real, the device's on fake tensors."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        target = kwargs.get("device")
+        if func.namespace == "c10d":
+            self._check_message(func, tensors)
+        if not any(map(self.holds, tensors)) and (target is None or is_host(target)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        self._watch(func, args, kwargs, tensors)
+        if func is torch.ops.aten._local_scalar_dense.default or (
+            func is torch.ops.aten._to_copy.default and is_host(target)
+        ):
+            with unset_fake_temporarily():
+                return super().run(func, args, kwargs)
+        if func is torch.ops.aten.copy_.default and not self.holds(args[0]):
+            with unset_fake_temporarily():
+                return args[0].zero_()
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            self.wait("fallback of grouped_mm")  # torch knows no shape of it; it loops over the experts on the host
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+        try:
+            return func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise AssertionError(f"{place()}: what {func} returns depends on values of the device") from error
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return mode.from_tensor(tensor)
+
+    def _check_message(self, func: Any, tensors: list[Tensor]) -> None:
+        self.collectives[func.overloadpacket.__name__] += 1
+        for tensor in tensors:
+            assert self.holds(tensor), f"{place()}: {func} of a tensor on {tensor.device}"
+            assert tensor.is_contiguous(), f"{place()}: {func} of strides {tensor.stride()}"
+
+    def _watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
+        aten = torch.ops.aten
+        if func is aten._local_scalar_dense.default:
+            self.wait("number read")
+        elif func in (aten._to_copy.default, aten.copy_.default):
+            source = args[1] if func is aten.copy_.default else args[0]
+            target = (
+                args[0].device if func is aten.copy_.default else torch.device(kwargs.get("device") or source.device)
+            )
+            if target.type != source.device.type:
+                # without pinned memory, copies to the device are no more asynchronous than those to the host
+                self.wait("copy to the host" if self.holds(source) else "copy to the device")
+        else:
+            mixed = [tensor for tensor in tensors if tensor.dim() and not self.holds(tensor)]
+            assert not mixed, f"{place()}: {func} of tensors on host and device"
+
+    def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        """Checks a launch of a Triton kernel."""
+        name = f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+        where = f"{place()}: {name}"
+        values = {**dict(zip(kernel.arg_names, args)), **kwargs}
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if isinstance(value, Tensor):
+                assert self.holds(value), f"{where}: {parameter.name} is on {value.device}"
+                offset = value.storage_offset() * value.element_size()
+                assert offset % _ALIGNMENT == 0, f"{where}: {parameter.name} is not aligned to {_ALIGNMENT} bytes"
+            else:
+                assert isinstance(value, (bool, int, float)), f"{where}: {parameter.name} is {value!r}"
+                assert isinstance(value, float) or abs(value) < 2**63, f"{where}: {parameter.name} is {value}"
+        sizes = grid(values) if callable(grid) else grid
+        assert all(0 < size <= most for size, most in zip(sizes, _MAX_GRID)), f"{where}: grid {sizes}"
+        self.launches[name] += 1
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What torch chooses on a GPU; a build for CPUs would take the formula, which keeps the whole S x S matrix."""
+    assert attn_mask is None, "only whole samples and causal attention are expected"
+    aten = torch.ops.aten
+    if query.dtype == torch.float32:
+        assert not enable_gqa, "no kernel for float32 takes grouped heads"
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[PretendedGPU]:
+    """Lets the device exist; the helper of `device_guard` has to be loaded."""
+    gpu = PretendedGPU()
+
+    def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        gpu.launch(kernel, *args, **kwargs)
+
+    def synchronize(*_: object) -> None:
+        gpu.wait("synchronize")
+
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (JITFunction, "run", launch),
+        (F, "scaled_dot_product_attention", _fused_attention),
+        (torch.cuda, "synchronize", synchronize),
+        (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # its own reads number by number
+    ]
+    with ExitStack() as stack:
+        for owner, name, function in replaced:
+            stack.enter_context(mock.patch.object(owner, name, function))
+        stack.enter_context(FakeTensorMode())
+        yield stack.enter_context(gpu)
