@@ -27,6 +27,10 @@ MAX_LOGITS = 2**27
 """Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
 
 
+_ALIGNED_TOKENS = 64
+"""A piece that begins elsewhere would be one more variant of each kernel, compiled in the middle of a step."""
+
+
 class _Vocabulary(NamedTuple):
     group: Group
     columns: int
@@ -43,6 +47,12 @@ class _Block(NamedTuple):
     first: int
     columns: int
     """How many of them are not padding."""
+
+
+def _tokens_at_once(columns: int) -> int:
+    """How many tokens' logits make a piece; a number of them that keeps the tensors of every piece aligned, if many."""
+    tokens = max(1, MAX_LOGITS // columns)
+    return tokens if tokens < _ALIGNED_TOKENS else tokens // _ALIGNED_TOKENS * _ALIGNED_TOKENS
 
 
 def _blocks(weight: Tensor, vocabulary: _Vocabulary, tokens: int) -> list[_Block]:
@@ -68,7 +78,7 @@ class _OutputLoss(Function):
     ) -> Tensor:
         whole = mappings.all_gather_first(x, vocabulary.group) if sequence_parallel else x
         x_NH, ids_N = whole.reshape(-1, whole.shape[-1]), targets.reshape(-1) - vocabulary.first
-        piece = max(1, MAX_LOGITS // weight.shape[0])
+        piece = _tokens_at_once(weight.shape[0])
         kept: list[Tensor] = []
         losses, logsumexps = [], []
         for part_NH, part_ids in zip(x_NH.split(piece), ids_N.split(piece), strict=True):
