@@ -57,6 +57,8 @@ class DryRun:
     live: int
     """The most chunks' microbatches that are alive at once."""
     microbatches: int
+    peak: int
+    """The most bytes of tensors alive at once, with the optimizer that the flags ask for."""
     libraries: LibraryMemory
     """Estimated, on top of all tensors."""
 
@@ -91,6 +93,7 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             activations=step.peak - step.state,
             live=trainer.pipeline.peak_live(groups.pp.rank, trainer.num_microbatches),
             microbatches=trainer.num_microbatches,
+            peak=step.peak,
             libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, step.peak - step.state),
         )
 

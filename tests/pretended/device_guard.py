@@ -68,8 +68,7 @@ def _compile(torch: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         libraries = [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-        # from 2.12 on, torch's headers want C++20; older compilers know it under another name
-        for standard in ("c++20", "c++2a", "c++17"):
+        for standard in ("c++20", "c++17"):  # torch's headers want the second, one day the first
             command = [*_compiler(), f"-std={standard}", "-shared", "-fPIC", f"-I{torch / 'include'}", str(SOURCE)]
             done = subprocess.run([*command, "-o", str(made), *libraries], capture_output=True, text=True)
             if done.returncode == 0:

@@ -172,6 +172,14 @@ def _fused_attention(
     return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
 
+_tensor = torch.tensor
+
+
+def _made_and_moved(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+    """`torch.tensor` in two steps, since threads of autograd make it on the device without asking the mode."""
+    return _tensor(data, **options).to(device or "cpu")
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
     """Lets the device exist; the helper of `device_guard` has to be loaded."""
@@ -186,6 +194,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (JITFunction, "run", launch),
         (F, "scaled_dot_product_attention", _fused_attention),
+        (torch, "tensor", _made_and_moved),
         (torch.cuda, "synchronize", synchronize),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # its own reads number by number
     ]

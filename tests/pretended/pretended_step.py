@@ -69,13 +69,11 @@ def watch_step(flags: list[str]) -> Seen:
     finally:
         dist.destroy_process_group()
     predicted = dry_run(arguments, pretrain_gpt.model_provider, pretrain_gpt.forward_step)
-    sharded = arguments.parallel.use_distributed_optimizer
-    optimizer = predicted.sharded_optimizer if sharded else predicted.optimizer
     return Seen(
         rank=f"{rank} of {world_size}",
         state=state,
         peak=gpu.peak,
-        predicted=predicted.weights + predicted.gradients + optimizer + predicted.activations,
+        predicted=predicted.peak,
         libraries=libraries_line(predicted.libraries),
         waits={f"{wait.kind}: {wait.place}": count for wait, count in sorted(gpu.waits.items())},
         collectives=dict(sorted(gpu.collectives.items())),

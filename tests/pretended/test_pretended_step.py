@@ -35,6 +35,7 @@ OF_COUNTS = ("copy to the host: core/transformer/moe/exchange.py:gather_counts",
 OF_ALL_TO_ALL = (*OF_COUNTS, "copy to the device: core/transformer/moe/token_dispatcher.py:_experts_of")
 OF_JITTER = ("copy to the device: core/transformer/moe/router.py:_keys",)
 OF_DOCUMENTS = ("copy to the device: core/fusions/attention.py:from_bounds",)
+OF_SHARE = ("copy to the device: training/training.py:_set_expert_share",)
 OF_FALLBACK = ("fallback of grouped_mm: core/fusions/kernels/library/cuda.py:grouped_product",)
 OF_LOOP = ("copy to the host: core/fusions/linear.py:_rows_of_experts",)
 
@@ -87,7 +88,11 @@ SLOW = {
         OF_ALL_TO_ALL,
         8,
     ),
-    "full recomputation": Layout("--bf16 --global-batch-size 2 --recompute-granularity full --dry-run 0/1"),
+    "full recomputation": Layout(
+        "--bf16 --global-batch-size 2 --recompute-granularity full --moe-input-jitter-eps 0.01 --dry-run 0/1",
+        OF_JITTER,
+        2 * 8,
+    ),
     "selective recomputation": Layout(
         f"--bf16 --global-batch-size 2 {TP2} --recompute-granularity selective "
         "--recompute-modules core_attn layernorm moe_act --dry-run 0/2"
@@ -95,6 +100,12 @@ SLOW = {
     "jitter": Layout("--bf16 --global-batch-size 2 --moe-input-jitter-eps 0.01 --dry-run 0/1", OF_JITTER, 8),
     "documents": Layout(
         "--bf16 --global-batch-size 2 --reset-position-ids --reset-attention-mask --dry-run 0/1", OF_DOCUMENTS, 2
+    ),
+    "logits in pieces": Layout(
+        "--bf16 --global-batch-size 1 --num-layers 1 --seq-length 8192 --max-position-embeddings 8192 --dry-run 0/1"
+    ),
+    "global balance": Layout(
+        "--bf16 --global-batch-size 1 --moe-router-load-balancing-type global_aux_loss --dry-run 0/1", OF_SHARE, 1
     ),
     "gradients in bfloat16": Layout(
         f"--bf16 --global-batch-size 4 --grad-reduce-in-bf16 {ZERO} --dry-run 0/2", OF_LOOP, 2 * 8

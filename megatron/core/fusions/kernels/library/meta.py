@@ -94,12 +94,20 @@ def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_
     """There is nothing to write."""
 
 
+def _context(query: Tensor) -> Tensor:
+    """The output of attention lies in memory as the query does, from kernels for wider types head by head."""
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return torch.empty_like(query)
+    batch, heads, length, width = query.shape
+    return query.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
 class _Attention(Function):
     """Keeps what FlashAttention keeps: query, key, value, output, and a logarithm for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query)  # as the query lies in memory
+        output = _context(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=_wide(query)))
         return output
 
