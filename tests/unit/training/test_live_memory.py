@@ -1,0 +1,54 @@
+"""Bytes of tensors that are alive: counted once, freed with the last view, in blocks of torch's allocator."""
+
+import torch
+
+from megatron.training.live_memory import LiveMemory
+
+META = torch.device("meta")
+KIB = 1024
+
+
+def _new(kib: int) -> torch.Tensor:
+    return torch.empty(kib * KIB, dtype=torch.uint8, device=META)
+
+
+def test_storages_are_counted_while_anything_holds_them() -> None:
+    with LiveMemory("meta") as memory:
+        tensor = _new(8)
+        view = tensor[: 4 * KIB].view(4, KIB)
+        tensor.add_(1)
+        assert memory.live == memory.peak == 8 * KIB
+        del tensor
+        assert memory.live == 8 * KIB, "the view holds it"
+        moved = view.to(torch.int32)
+        assert memory.live == memory.peak == (8 + 16) * KIB
+        del view
+        assert (memory.live, memory.peak) == (16 * KIB, 24 * KIB)
+        del moved
+    assert memory.live == 0
+
+
+def test_what_autograd_keeps_is_alive_until_the_backward_pass() -> None:
+    with LiveMemory("meta") as memory:
+        x = torch.empty(2 * KIB, device=META, requires_grad=True)
+        y = x.sin().square()
+        assert memory.live == 3 * 8 * KIB, "the sine is kept, nobody else holds it"
+        y.sum().backward()
+        del y
+        assert memory.live == 2 * 8 * KIB, "x and its gradient"
+
+
+def test_sizes_are_those_of_the_allocator_and_other_devices_are_left_out() -> None:
+    with LiveMemory("meta") as memory:
+        small = torch.empty(3, device=META)
+        host = torch.ones(KIB)
+        assert memory.live == 512 and host.sum().item() == KIB
+        del small
+
+
+def test_values_that_are_read() -> None:
+    with LiveMemory("meta"):
+        number = torch.empty((), dtype=torch.int64, device=META)
+        assert (int(number), float(number.double()), bool(number > 0)) == (1, 1.0, True)
+        assert number.new_empty(2, 3).cpu().tolist() == [[0, 0, 0], [0, 0, 0]]
+        assert torch.ones(3).sum().item() == 3.0, "the host's own numbers are read as they are"
