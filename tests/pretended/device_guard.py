@@ -56,10 +56,10 @@ def load() -> None:
 
 def _cache() -> Path:
     """A folder of this user's that lasts, else a new one."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-mixtral"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-mixtral"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # there may be no home
         return Path(tempfile.mkdtemp())
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp())
 

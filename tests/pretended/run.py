@@ -24,7 +24,10 @@ def main(flags: list[str]) -> None:
         return
     if reason := device_guard.obstacle():
         sys.exit(f"error: {reason}")
-    device_guard.load()
+    try:
+        device_guard.load()
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
     # torch may only be imported from here on
     from pretended_step import report, run_jobs, watch_step
 
