@@ -1,6 +1,11 @@
-"""Settings of all tests: one thread a process, since many ranks share the cores; Triton's interpreter without a GPU."""
+"""Settings of all tests: one thread a process, since many ranks share the cores; Triton's interpreter without a GPU.
+
+Tests and the programs that they start find the same signals and umask however they were begun, also from a script in
+the background, whose shell has them ignore interrupts.
+"""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,6 +14,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.umask(0o022)  # before the project is imported, which remembers it
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signal in (signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(_signal, signal.SIG_DFL)
 
 if not torch.cuda.is_available():
     # read when a kernel is decorated; Triton's own library has kernels too, and other packages import Triton
