@@ -13,6 +13,7 @@ from megatron.core.atomic_files import error_sentence
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
+from megatron.training.changed_settings import changed_settings
 from megatron.training.checkpoint_source import CheckpointSource, LoadedState, checkpoint_model, locate_checkpoint
 from megatron.training.checkpoint_steps import remove_leftovers, remove_old_steps
 from megatron.training.config import Arguments
@@ -235,15 +236,6 @@ def load_checkpoint(
 
 
 def _changed_settings(loaded: LoadedState, arguments: Arguments) -> str:
-    """A remark if the resumed run reads other data, or reads them in another order, than before."""
-    saved, now = vars(loaded.arguments), vars(checkpoint_namespace(arguments, Progress()))
-    names = (
-        "params_dtype", "seed", "data_path", "data_args_path", "per_split_data_args_path", "train_data_path", "split",
-        "mock_data", "seq_length",
-    )  # fmt: skip
-    changed = [
-        f"--{name.replace('_', '-')} was {saved[name]}, is {now[name]}"
-        for name in names
-        if name in saved and saved[name] != now[name]
-    ]
+    """A remark if the resumed run computes otherwise than before."""
+    changed = changed_settings(vars(loaded.arguments), asdict(arguments))
     return f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}" if changed else ""

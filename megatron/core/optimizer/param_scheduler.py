@@ -149,10 +149,12 @@ def settle_schedule(
     if use_checkpoint:
         return LearningRateSchedule(**{**asdict(ours), **saved})
     now = ours.settings()
+    constant = _follows("end_weight_decay", saved) and _follows("end_weight_decay", now)
+    prefix = "start_" if constant else ""
     changed = [
-        f"{name} was {saved.get(name, 'not set')}, is {now.get(name, 'not set')}"
+        f"{name.removeprefix(prefix)} was {saved.get(name, 'not set')}, is {now.get(name, 'not set')}"
         for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
+        if saved.get(name) != now.get(name) and not (_follows(name, saved) and _follows(name, now))
     ]
     if changed and not override:
         raise ValueError(
@@ -160,3 +162,9 @@ def settle_schedule(
             "go on with that of the command line, or --use-checkpoint-opt_param-scheduler to go on with the saved one"
         )
     return ours
+
+
+def _follows(name: str, settings: dict[str, Any]) -> bool:
+    """Whether a setting was not given and is that of another one, which is named itself if it has changed."""
+    leader = {"decoupled_lr": "lr", "decoupled_min_lr": "min_lr", "end_weight_decay": "start_weight_decay"}.get(name)
+    return leader is not None and settings.get(name) == settings.get(leader)

@@ -84,7 +84,7 @@ def test_a_resumed_run_keeps_its_schedule_or_says_so() -> None:
     saved = build().settings()
     ours = build(lr=2.0, decay=500)
     assert settle_schedule(build(), saved, override=False, use_checkpoint=False) == build()
-    with pytest.raises(ValueError, match=r"decay_samples was 300, is 500; decoupled_lr .*lr was 1.0, is 2.0.*override"):
+    with pytest.raises(ValueError, match=r"decay_samples was 300, is 500; lr was 1.0, is 2.0.*override"):
         settle_schedule(ours, saved, override=False, use_checkpoint=False)
     assert settle_schedule(ours, saved, override=True, use_checkpoint=False) == ours
     kept = settle_schedule(ours, saved, override=False, use_checkpoint=True)
@@ -94,3 +94,14 @@ def test_a_resumed_run_keeps_its_schedule_or_says_so() -> None:
 def test_a_longer_run_at_a_constant_rate_is_the_same_schedule() -> None:
     saved = build(lr_decay_style="constant").settings()
     settle_schedule(build(lr_decay_style="constant", decay=900), saved, override=False, use_checkpoint=False)
+
+
+def test_a_refused_schedule_names_only_what_was_set() -> None:
+    saved = build().settings()
+    with pytest.raises(ValueError) as error:
+        settle_schedule(build(lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
+    assert "lr was" in str(error.value) and "decoupled" not in str(error.value)
+    with pytest.raises(ValueError, match="decoupled_lr was"):
+        settle_schedule(build(decoupled_lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
+    with pytest.raises(ValueError, match="checkpoint's: weight_decay was"):
+        settle_schedule(build(weight_decay=0.1), saved, override=False, use_checkpoint=False)
