@@ -183,7 +183,8 @@ def _check_together(arguments: Arguments) -> None:
         raise ValueError(
             f"--seq-length ({data.seq_length}) exceeds --max-position-embeddings ({model.max_position_embeddings})"
         )
-    if not data.is_given:
+    dry_run = arguments.training.dry_run is not None
+    if not (data.is_given or dry_run):
         raise ValueError(
             "nothing to train on: give --data-path, --train-data-path or --data-args-path (or --mock-data for "
             "generated tokens)"
@@ -193,7 +194,7 @@ def _check_together(arguments: Arguments) -> None:
             "--reset-attention-mask and --reset-position-ids are not supported with --context-parallel-size above 1: "
             "remove them or leave the context-parallel size at 1"
         )
-    if arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
+    if not dry_run and arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
         raise ValueError("NullTokenizer needs --vocab-size")
     if arguments.optimizer.lr_warmup_fraction is not None and (
         arguments.optimizer.lr_warmup_iters or arguments.optimizer.lr_warmup_samples

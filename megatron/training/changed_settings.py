@@ -33,8 +33,8 @@ WITHOUT_EFFECT = {
     "data": ("data_cache_path", "num_workers"),
     "training": (
         "train_iters", "train_samples", "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins",
-        "exit_signal_handler", "max_skipped_iterations", "check_for_nan_in_loss_and_grad", "dry_run", "device",
-        "distributed_timeout_minutes", "deterministic_mode",
+        "exit_signal_handler", "max_skipped_iterations", "check_for_nan_in_loss_and_grad", "dry_run", "gpu_memory",
+        "device", "distributed_timeout_minutes", "deterministic_mode",
     ),
 }  # fmt: skip
 COMPARED = ("model", "parallel", "optimizer", "tokenizer", "data", "training")

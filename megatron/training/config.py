@@ -41,6 +41,8 @@ class TrainingConfig:
     dry_run: str | None = None
     """RANK/WORLD: build that rank of a job of WORLD ranks in one process without a device, print its shapes,
     parameters and memory, and end."""
+    gpu_memory: float | None = None
+    """GiB of memory of a GPU, for --dry-run to say whether the job fits; that of this machine's GPU if not given."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -51,6 +53,8 @@ class TrainingConfig:
     """Use only algorithms that give the same bits in every run; on the CPU all do, on GPUs some faster ones do not."""
 
     def __post_init__(self) -> None:
+        if self.gpu_memory is not None and (self.dry_run is None or not self.gpu_memory > 0):
+            raise ValueError(f"--gpu-memory is a number of GiB for --dry-run, got {self.gpu_memory}")
         if self.micro_batch_size <= 0:
             raise ValueError(f"--micro-batch-size must be positive, got {self.micro_batch_size}")
         if (self.train_iters is None) == (self.train_samples is None):

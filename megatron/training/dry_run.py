@@ -16,7 +16,6 @@ from megatron.core.config import ParallelConfig
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.stages import Stage, whole_model
-from megatron.core.tokenizers import build_tokenizer
 from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
 from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
@@ -62,6 +61,11 @@ class DryRun:
     libraries: LibraryMemory
     """Estimated, on top of all tensors."""
 
+    @property
+    def needed(self) -> int:
+        """Tensors and libraries."""
+        return self.peak + self.libraries.total
+
 
 def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> DryRun:
     """Builds the rank that --dry-run names. Raises ValueError if the layout, the batch or the model do not fit."""
@@ -96,6 +100,22 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             peak=step.peak,
             libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, step.peak - step.state),
         )
+
+
+def representative_ranks(arguments: Arguments) -> list[int]:
+    """The rank that --dry-run names and the others that may need more memory than it.
+
+    Ranks of a stage need the same. Of stages that hold the same, an earlier one has more microbatches alive.
+    """
+    rank, world_size = parse_rank(arguments.training.dry_run or "")
+    stages = arguments.parallel.stages(arguments.model.num_layers)
+    ranks_of_a_stage = world_size // len(stages)
+    first: dict[tuple[object, ...], int] = {}
+    for number, chunks in enumerate(stages):
+        held = tuple((len(chunk.layers), chunk.has_embedding, chunk.has_output) for chunk in chunks)
+        first.setdefault(held, number)
+    others = {number * ranks_of_a_stage + rank % ranks_of_a_stage for number in first.values()}
+    return [rank, *sorted(others - {rank})]
 
 
 def parse_rank(text: str) -> tuple[int, int]:
@@ -140,70 +160,3 @@ def _optimizer_bytes(trainer: Trainer) -> int:
     tensors = [tensor for piece in trainer.optimizer.state_pieces() for tensor in piece.tensors.values()]
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(size for storage, size in storages.items() if storage not in weights)
-
-
-def table(result: DryRun, arguments: Arguments) -> str:
-    """The report as text."""
-    groups, model = result.groups, arguments.model
-    places = [("pipeline", groups.pp), ("data", groups.dp), ("context", groups.cp), ("tensor", groups.tp)]
-    if groups.ep.size > 1:
-        places += [("expert", groups.ep), ("expert tensor", groups.etp)]
-    lines = [
-        f"dry run of rank {groups.world.rank} of {groups.world.size}: "
-        + ", ".join(f"{name} {group.rank} of {group.size}" for name, group in places),
-        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
-        f"{model.ffn_hidden_size}, vocabulary {model.vocab_size}, {model.params_dtype}: {result.model_parameters:,} "
-        "parameters in the whole model",
-        f"{'stage':22} {'parameters':>15}  {'input':>17}  {'output':>17}  {'kept of a microbatch':>20}",
-    ]
-    for chunk in result.chunks:
-        layers = chunk.stage.layers
-        name = f"layers {layers.start}-{layers.stop - 1}" if len(layers) > 1 else f"layer {layers.start}"
-        name = (
-            ("embedding, " if chunk.stage.has_embedding else "") + name + (", loss" if chunk.stage.has_output else "")
-        )
-        ends = [str(list(shape)) if shape else "loss" for shape in (chunk.input_shape, chunk.output_shape)]
-        lines.append(
-            f"{name:22} {chunk.parameters:15,}  {ends[0]:>17}  {ends[1]:>17}  {_gib(chunk.activation_bytes):>20}"
-        )
-    rows = [
-        ("weights", result.weights, result.weights),
-        ("gradients", result.gradients, result.gradients),
-        ("optimizer", result.optimizer, result.sharded_optimizer),
-        ("activations", result.activations, result.activations),
-    ]
-    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    lines.append(
-        f"{'memory of the rank':22} {'optimizer whole':>15}  {'distributed over ' + str(groups.dp_cp.size):>17}"
-    )
-    lines += [f"{name:22} {_gib(whole):>15}  {_gib(shared):>17}" for name, whole, shared in rows]
-    lines.append(
-        f"activations are those of {result.live} live microbatches ({result.microbatches} in a step), with temporary "
-        "tensors and messages"
-    )
-    lines.append(libraries_line(result.libraries))
-    return "\n".join(lines)
-
-
-def libraries_line(libraries: LibraryMemory) -> str:
-    """What to leave free beside the tensors, as text."""
-    parts = (("NCCL", libraries.nccl), ("CUDA", libraries.cuda), ("fragmentation", libraries.fragmentation))
-    return f"plus about {libraries.total / 2**30:.1f} GiB for NCCL, CUDA and fragmentation, by a rule: " + ", ".join(
-        f"{name} {size / 2**30:.1f}" for name, size in parts
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def print_dry_run(
-    arguments: Arguments, world_size: int, model_provider: ModelProvider, forward_step: ForwardStep
-) -> None:
-    """Prints the rank that --dry-run asks for. Raises ValueError in a job of several processes."""
-    if world_size > 1:
-        raise ValueError("--dry-run is for one process: start it with python, without torchrun")
-    if arguments.model.vocab_size is None:
-        tokenizer = build_tokenizer(arguments.tokenizer, None)
-        arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
-    print(table(dry_run(arguments, model_provider, forward_step), arguments))

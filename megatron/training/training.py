@@ -17,7 +17,6 @@ from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
-from megatron.training import dry_run
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
     CheckpointSaver,
@@ -28,6 +27,7 @@ from megatron.training.checkpointing import (
     locate_checkpoint,
 )
 from megatron.training.config import Arguments, LoggingConfig, TrainingConfig
+from megatron.training.dry_run_report import print_dry_run
 from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
     Environment,
@@ -71,7 +71,7 @@ def _pretrain(
 ) -> None:
     arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
     if arguments.training.dry_run is not None:
-        dry_run.print_dry_run(arguments, environment.world_size, model_provider, forward_step)
+        print_dry_run(arguments, remarks, environment.world_size, model_provider, forward_step)
         return
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)

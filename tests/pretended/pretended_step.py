@@ -15,7 +15,8 @@ import pretrain_gpt
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
-from megatron.training.dry_run import dry_run, libraries_line, parse_rank
+from megatron.training.dry_run import dry_run, parse_rank
+from megatron.training.dry_run_report import libraries_line
 from megatron.training.memory_model import batches_without_values, spread_evenly
 from megatron.training.metrics import average_over_ranks
 from megatron.training.progress import Progress

@@ -1,5 +1,8 @@
 """One rank of a large job on the meta device: parameters add up, memory is what the layouts' formulas say."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,7 +11,8 @@ from megatron.core.parallel_state import Group, PipelineChannels, ProcessGroups
 from megatron.training import memory_model, training
 from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
-from megatron.training.dry_run import DryRun, dry_run, libraries_line, parse_rank, table
+from megatron.training.dry_run import DryRun, dry_run, parse_rank, representative_ranks
+from megatron.training.dry_run_report import libraries_line, most_needed, table, verdict
 from megatron.training.initialize import Environment
 from megatron.training.memory_model import GIB, MIB, library_memory
 
@@ -69,7 +73,6 @@ def test_sharded_optimizer_and_interleaving() -> None:
     assert plain.sharded_optimizer == plain.optimizer == wider.optimizer
     assert wider.sharded_optimizer == pytest.approx(wider.optimizer / 2, rel=1e-5)
     assert (plain.microbatches, plain.live, wider.microbatches) == (16, 11, 8)
-    assert "distributed over 2" in table(wider, _mixtral(8, 4, "0/32"))
 
 
 def test_received_rows_are_kept() -> None:
@@ -155,15 +158,79 @@ def test_layouts_that_do_not_fit() -> None:
         _run(_mixtral(8, 4, "0/12"))
 
 
-def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = f"{TINY} --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --dry-run 3/4"
+PROVIDERS = (pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "dry_run.md"
+
+
+def _print(flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
     monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *flags.split()])
-    providers = (pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
-    training._pretrain(Environment(0, 1, 0, 1), *providers)
-    lines = capsys.readouterr().out.splitlines()
+    training._pretrain(Environment(0, 1, 0, 1), *PROVIDERS)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{TINY} --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --use-flash-attn --dry-run 3/4"
+    note, *lines = _print(f"{flags} --gpu-memory 3", monkeypatch, capsys)
+    assert note.startswith("note: ") and "--use-flash-attn" in note
     assert lines[0] == "dry run of rank 3 of 4: pipeline 1 of 2, data 0 of 1, context 0 of 1, tensor 1 of 2"
-    assert lines[3].startswith("layers 2-3, loss") and lines[-3].startswith("total")
-    assert lines[-1].startswith("plus about ")
+    assert lines[3].startswith("layers 2-3, loss") and lines[9].startswith("total")
+    assert [line.split()[0] for line in lines[-3:]] == ["plus", "in", "fits"]
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match="without torchrun"):
-        training._pretrain(Environment(0, 4, 0, 4), *providers)
+        training._pretrain(Environment(0, 4, 0, 4), *PROVIDERS)
+    with pytest.raises(SystemExit, match="1"):
+        _print(f"{flags} --gpu-memory 1", monkeypatch, capsys)
+    assert "does not fit a GPU of 1.0 GiB" in capsys.readouterr().out
+
+
+def test_neither_data_nor_a_tokenizer_are_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = TINY.replace("--tokenizer-type NullTokenizer --mock-data ", "")
+    assert _print(f"{bare} --dry-run 0/1", monkeypatch, capsys)[0].startswith("dry run of rank 0")
+    with pytest.raises(ValueError, match="give --vocab-size or --tokenizer-model"):
+        _print(bare.replace("--vocab-size 203", "--dry-run 0/1"), monkeypatch, capsys)
+    with pytest.raises(ValueError, match="--gpu-memory is a number of GiB for --dry-run"):
+        parse_arguments([*TINY.split(), "--gpu-memory", "80"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "expected"),
+    [
+        ("--pipeline-model-parallel-size 4", 1, [1, 0, 3]),
+        ("--pipeline-model-parallel-size 4 --tensor-model-parallel-size 2 --global-batch-size 2", 15, [15, 3, 7]),
+        ("--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1", 0, [0, 1]),
+        ("", 3, [3]),
+    ],
+)
+def test_ranks_that_may_need_most(flags: str, rank: int, expected: list[int]) -> None:
+    world = 16 if "tensor" in flags else 4
+    if "first" in flags:
+        world = 2
+    arguments = parse_arguments([*TINY.split(), *flags.split(), "--dry-run", f"{rank}/{world}"])[0]
+    assert representative_ranks(arguments) == expected
+
+
+def test_the_worst_rank_is_named_and_judged() -> None:
+    assert most_needed({1: 3 * GIB, 0: 5 * GIB}, 1) == "in all 3.0 GiB; rank 0 needs most: 5.0 GiB"
+    assert most_needed({1: 3 * GIB, 2: 3 * GIB}, 2) == "in all 3.0 GiB; no rank needs more"
+    assert verdict(60 * GIB, 80 * GIB) == "fits a GPU of 80.0 GiB: 20.0 GiB are left"
+    assert verdict(81 * GIB, 80 * GIB).startswith("does not fit a GPU of 80.0 GiB: 1.0 GiB too much. More tensor-")
+
+
+def test_the_optimizer_is_that_of_the_flags() -> None:
+    arguments = _mixtral(8, 4, "0/32")
+    assert "with --use-distributed-optimizer the optimizer's state would lie on 2 ranks: 16.4" in table(
+        _run(arguments), arguments
+    )
+
+
+EXAMPLES = re.findall(r"```\n(python pretrain_gpt.py .*?)```\n\n```\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "output"), EXAMPLES, ids=["first", "second"])
+def test_the_document_shows_what_is_printed(
+    command: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command.replace("\\\n", " ").removeprefix("python pretrain_gpt.py ")
+    assert _print(flags, monkeypatch, capsys) == output.splitlines()

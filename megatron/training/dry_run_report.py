@@ -1,0 +1,133 @@
+"""What a dry run says: one rank's shapes, parameters and memory, the rank that needs most, and whether it fits."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron.core.tokenizers import build_tokenizer
+from megatron.training.config import Arguments
+from megatron.training.dry_run import DryRun, dry_run, parse_rank, representative_ranks
+from megatron.training.memory_model import GIB, LibraryMemory
+from megatron.training.setup import ForwardStep, ModelProvider
+
+
+def print_dry_run(
+    arguments: Arguments,
+    remarks: Sequence[str],
+    world_size: int,
+    model_provider: ModelProvider,
+    forward_step: ForwardStep,
+) -> None:
+    """Prints the rank that --dry-run asks for, the one that needs most memory, and whether that fits.
+
+    Ends with status 1 if it does not fit --gpu-memory. Raises ValueError in a job of several processes.
+    """
+    if world_size > 1:
+        raise ValueError("--dry-run is for one process: start it with python, without torchrun")
+    for remark in remarks:
+        print(f"note: {remark}")
+    if arguments.model.vocab_size is None:
+        if arguments.tokenizer.tokenizer_model is None and arguments.tokenizer.vocab_file is None:
+            raise ValueError("--dry-run needs the size of the vocabulary: give --vocab-size or --tokenizer-model")
+        tokenizer = build_tokenizer(arguments.tokenizer, None)
+        arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
+    ours, *others = representative_ranks(arguments)
+    result = dry_run(arguments, model_provider, forward_step)
+    print(table(result, arguments), flush=True)
+    needs = {ours: result.needed}
+    _, ranks = parse_rank(arguments.training.dry_run or "")
+    for rank in others:
+        training = replace(arguments.training, dry_run=f"{rank}/{ranks}")
+        needs[rank] = dry_run(replace(arguments, training=training), model_provider, forward_step).needed
+    print(most_needed(needs, ours))
+    if arguments.training.gpu_memory is not None:
+        size = arguments.training.gpu_memory * GIB
+    elif torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    else:
+        print("--gpu-memory GIB says whether that fits a GPU")
+        return
+    print(verdict(max(needs.values()), size))
+    if arguments.training.gpu_memory is not None and max(needs.values()) > size:
+        sys.exit(1)
+
+
+def most_needed(needs: dict[int, int], ours: int) -> str:
+    """The line on the rank that needs most, of those of `needs` (bytes by rank)."""
+    worst = max(needs, key=lambda rank: needs[rank])
+    if needs[worst] == needs[ours]:
+        return f"in all {needs[ours] / GIB:.1f} GiB; no rank needs more"
+    return f"in all {needs[ours] / GIB:.1f} GiB; rank {worst} needs most: {needs[worst] / GIB:.1f} GiB"
+
+
+def verdict(need: int, size: float) -> str:
+    """Whether `need` bytes fit a GPU of `size` bytes, and what to do if not."""
+    have = f"a GPU of {size / GIB:.1f} GiB"
+    if need <= size:
+        return f"fits {have}: {(size - need) / GIB:.1f} GiB are left"
+    return (
+        f"does not fit {have}: {(need - size) / GIB:.1f} GiB too much. More tensor- or pipeline-parallel ranks, "
+        "--use-distributed-optimizer with several data-parallel ranks, --recompute-granularity, or a smaller "
+        "--micro-batch-size make it less"
+    )
+
+
+def table(result: DryRun, arguments: Arguments) -> str:
+    """The report as text."""
+    groups, model = result.groups, arguments.model
+    places = [("pipeline", groups.pp), ("data", groups.dp), ("context", groups.cp), ("tensor", groups.tp)]
+    if groups.ep.size > 1:
+        places += [("expert", groups.ep), ("expert tensor", groups.etp)]
+    lines = [
+        f"dry run of rank {groups.world.rank} of {groups.world.size}: "
+        + ", ".join(f"{name} {group.rank} of {group.size}" for name, group in places),
+        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
+        f"{model.ffn_hidden_size}, vocabulary {model.vocab_size}, {model.params_dtype}: {result.model_parameters:,} "
+        "parameters in the whole model",
+        f"{'stage':22} {'parameters':>15}  {'input':>17}  {'output':>17}  {'kept of a microbatch':>20}",
+    ]
+    for chunk in result.chunks:
+        layers = chunk.stage.layers
+        name = f"layers {layers.start}-{layers.stop - 1}" if len(layers) > 1 else f"layer {layers.start}"
+        name = (
+            ("embedding, " if chunk.stage.has_embedding else "") + name + (", loss" if chunk.stage.has_output else "")
+        )
+        ends = [str(list(shape)) if shape else "loss" for shape in (chunk.input_shape, chunk.output_shape)]
+        lines.append(
+            f"{name:22} {chunk.parameters:15,}  {ends[0]:>17}  {ends[1]:>17}  {_gib(chunk.activation_bytes):>20}"
+        )
+    optimizer = result.sharded_optimizer if arguments.parallel.use_distributed_optimizer else result.optimizer
+    rows = [
+        ("weights", result.weights),
+        ("gradients", result.gradients),
+        ("optimizer", optimizer),
+        ("activations", result.activations),
+        ("total", result.weights + result.gradients + optimizer + result.activations),
+    ]
+    lines.append("memory of the rank")
+    lines += [f"{name:22} {_gib(size):>15}" for name, size in rows]
+    if result.sharded_optimizer < result.optimizer == optimizer:
+        lines.append(
+            f"with --use-distributed-optimizer the optimizer's state would lie on {result.groups.dp_cp.size} ranks: "
+            f"{_gib(result.sharded_optimizer)} on each"
+        )
+    lines.append(
+        f"activations are those of {result.live} live microbatches ({result.microbatches} in a step), with temporary "
+        "tensors and messages"
+    )
+    lines.append(libraries_line(result.libraries))
+    return "\n".join(lines)
+
+
+def libraries_line(libraries: LibraryMemory) -> str:
+    """What to leave free beside the tensors, as text."""
+    parts = (("NCCL", libraries.nccl), ("CUDA", libraries.cuda), ("fragmentation", libraries.fragmentation))
+    return f"plus about {libraries.total / 2**30:.1f} GiB for NCCL, CUDA and fragmentation, by a rule: " + ", ".join(
+        f"{name} {size / 2**30:.1f}" for name, size in parts
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
