@@ -6,7 +6,8 @@
 #
 # Every variable below can be set in the environment; arguments of the script go to pretrain_gpt.py as they are.
 # On several machines, start it on each with the same MASTER_ADDR, MASTER_PORT and NNODES, and NODE_RANK=0, 1, ...
-# DRY_RUN=1 prints the command instead of running it.
+# DRY_RUN=1 prints the command instead of running it. With the argument --dry-run RANK/WORLD one process, without torchrun,
+# GPUs or data, says what memory that rank of the job needs; then VOCAB_SIZE stands for the tokenizer.
 set -euo pipefail
 
 # What must be given.
@@ -17,7 +18,7 @@ set -euo pipefail
 
 # Device and layout. GPUS_PER_NODE is the number of processes on this machine, on a CPU too.
 : "${DEVICE:=auto}"    # auto, cuda or cpu
-: "${PRECISION:=bf16}" # bf16 or fp32
+: "${PRECISION:=bf16}" # bf16, fp16 or fp32
 : "${TP:=4}"
 : "${PP:=2}"
 : "${SEQUENCE_PARALLEL:=1}" # 0 turns it off
@@ -40,7 +41,7 @@ set -euo pipefail
 : "${SEQ_LENGTH:=4096}"
 : "${MAX_POSITION_EMBEDDINGS:=32768}"
 : "${ROTARY_BASE:=1000000}"
-: "${VOCAB_SIZE:=}" # taken from the tokenizer or the checkpoint if not given
+: "${VOCAB_SIZE:=}" # the tokenizer's if not given (and the checkpoint's with the argument --use-checkpoint-args)
 
 # Training.
 : "${MICRO_BATCH_SIZE:=1}"
@@ -99,35 +100,46 @@ fi
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-[[ -n $CHECKPOINT_PATH ]] ||
+dry_run=
+for argument in "$@"; do [[ $argument != --dry-run && $argument != --dry-run=* ]] || dry_run=1; done
+
+[[ -n $CHECKPOINT_PATH || -n $dry_run ]] ||
     fail "CHECKPOINT_PATH is not set: name the folder that checkpoints are loaded from and saved to"
-[[ $BLENDED_DATA =~ [^[:space:]] ]] ||
+[[ $BLENDED_DATA =~ [^[:space:]] || -n $dry_run ]] ||
     fail "BLENDED_DATA is not set: name data sets made by tools/preprocess_data.py, for example '0.6 a_text_document 0.4 b_text_document'"
 case $TOKENIZER_TYPE in
 PretrainedTokenizerFromHF | Llama2Tokenizer)
-    [[ -n $TOKENIZER_MODEL ]] ||
-        fail "TOKENIZER_MODEL is not set: name the tokenizer's Hugging Face folder, or a tokenizer.model with TOKENIZER_TYPE=Llama2Tokenizer"
-    [[ -e $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL: there is no '$TOKENIZER_MODEL'"
+    [[ -n $TOKENIZER_MODEL || -n $dry_run && -n $VOCAB_SIZE ]] ||
+        fail "TOKENIZER_MODEL is not set${dry_run:+, nor VOCAB_SIZE}: name the tokenizer's Hugging Face folder, or a tokenizer.model with TOKENIZER_TYPE=Llama2Tokenizer"
+    [[ -z $TOKENIZER_MODEL || -e $TOKENIZER_MODEL ]] || fail "TOKENIZER_MODEL: there is no '$TOKENIZER_MODEL'"
     ;;
 esac
 [[ $DEVICE =~ ^(auto|cpu|cuda)$ ]] || fail "DEVICE must be auto, cuda or cpu, got '$DEVICE'"
-[[ $PRECISION =~ ^(bf16|fp32)$ ]] || fail "PRECISION must be bf16 or fp32, got '$PRECISION'"
+[[ $PRECISION =~ ^(bf16|fp16|fp32)$ ]] || fail "PRECISION must be bf16, fp16 or fp32, got '$PRECISION'"
 require_whole_numbers TP PP NNODES NODE_RANK MAX_RESTARTS
 if [[ -z $GPUS_PER_NODE ]]; then
     GPUS_PER_NODE=$((TP * PP))
     [[ $DEVICE == cpu || $GPUS_PER_NODE -le 8 ]] || GPUS_PER_NODE=8
 fi
 require_whole_numbers GPUS_PER_NODE
+# NCCL and gloo choose a network by themselves; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name another (docs/clusters.md).
+[[ $NNODES == 1 || -n $dry_run || ! $MASTER_ADDR =~ ^(localhost|127\..*|::1)$ ]] ||
+    fail "MASTER_ADDR=$MASTER_ADDR is every machine's own name for itself: set it to the address of the first of the $NNODES machines"
 ((NNODES * GPUS_PER_NODE % (TP * PP) == 0)) ||
     fail "NNODES x GPUS_PER_NODE = $((NNODES * GPUS_PER_NODE)) processes cannot be divided by TP x PP = $((TP * PP)): change NNODES, GPUS_PER_NODE, TP or PP"
 
 torchrun="$(command -v torchrun || true)"
 [[ -n $torchrun || ! -x $here/.venv/bin/torchrun ]] || torchrun="$here/.venv/bin/torchrun"
-if [[ $DEVICE != cpu ]]; then
+if [[ $DEVICE != cpu && -z $dry_run ]]; then
     gpus="$(count_gpus)"
     ((gpus >= GPUS_PER_NODE)) ||
         fail "this machine has $gpus GPUs, but $GPUS_PER_NODE processes are to run on it (TP=$TP PP=$PP NNODES=$NNODES GPUS_PER_NODE=$GPUS_PER_NODE): set smaller TP, PP or GPUS_PER_NODE (several machines: NNODES), or train a small model on the CPU with DEVICE=cpu and smaller sizes (NUM_LAYERS, HIDDEN_SIZE, ...)"
+    # Collectives start in the order they were given, before the kernels that come after them.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+    # Segments that grow: with expert parallelism sizes differ from step to step, and fixed ones would break up memory.
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+    # Compiled kernels on a disk of this machine: a shared home would have all ranks write into one folder.
+    export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}"
 fi
 [[ -n $torchrun ]] || fail "there is no torchrun here: run 'make install' in $here, or activate an environment that has torch"
 
@@ -140,7 +152,9 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 # One path, even with spaces in it, or words that may be quoted.
 data=()
-if [[ -e $BLENDED_DATA.idx ]]; then
+if [[ ! $BLENDED_DATA =~ [^[:space:]] ]]; then
+    : # of a dry run
+elif [[ -e $BLENDED_DATA.idx ]]; then
     data=("$BLENDED_DATA")
 else
     words="$(xargs -n 1 printf '%s\n' <<<"$BLENDED_DATA" 2>/dev/null)" ||
@@ -150,7 +164,9 @@ fi
 
 # The optimizer is always loaded with the weights: a restart that dropped it would go unnoticed.
 tracker="$CHECKPOINT_PATH/latest_checkpointed_iteration.txt"
-if [[ -e $tracker ]]; then
+if [[ -n $dry_run ]]; then
+    : # nothing is loaded
+elif [[ -e $tracker ]]; then
     echo "Loading from $CHECKPOINT_PATH: $(head -c 40 "$tracker")"
 elif compgen -G "$(printf '%q' "$CHECKPOINT_PATH")/iter_*" >/dev/null || [[ -d $CHECKPOINT_PATH/release ]]; then
     echo "Loading from $CHECKPOINT_PATH, which has checkpoints but no latest_checkpointed_iteration.txt"
@@ -182,7 +198,6 @@ flags=(
     --max-position-embeddings "$MAX_POSITION_EMBEDDINGS"
     --rotary-base "$ROTARY_BASE"
     --tokenizer-type "$TOKENIZER_TYPE"
-    --data-path "${data[@]}"
     --split "$SPLIT"
     --micro-batch-size "$MICRO_BATCH_SIZE"
     --global-batch-size "$GLOBAL_BATCH_SIZE"
@@ -194,15 +209,14 @@ flags=(
     --weight-decay "$WEIGHT_DECAY"
     --clip-grad "$CLIP_GRAD"
     --seed "$SEED"
-    --load "$CHECKPOINT_PATH"
-    --save "$CHECKPOINT_PATH"
     --log-interval "$LOG_INTERVAL"
-    --save-interval "$SAVE_INTERVAL"
     --eval-interval "$EVAL_INTERVAL"
     --eval-iters "$EVAL_ITERS"
     --exit-signal-handler
 )
-[[ $PRECISION == fp32 ]] || flags+=(--bf16)
+[[ -z $CHECKPOINT_PATH ]] || flags+=(--load "$CHECKPOINT_PATH" --save "$CHECKPOINT_PATH" --save-interval "$SAVE_INTERVAL")
+((${#data[@]} == 0)) || flags+=(--data-path "${data[@]}")
+[[ $PRECISION == fp32 ]] || flags+=("--$PRECISION")
 [[ $SEQUENCE_PARALLEL == 0 || $TP == 1 ]] || flags+=(--sequence-parallel)
 [[ -z $TOKENIZER_MODEL ]] || flags+=(--tokenizer-model "$TOKENIZER_MODEL")
 [[ -z $VOCAB_SIZE ]] || flags+=(--vocab-size "$VOCAB_SIZE")
@@ -210,7 +224,9 @@ flags=(
 [[ -z $METRICS_PATH ]] || flags+=(--metrics-path "$METRICS_PATH")
 [[ -z $DATA_CACHE_PATH ]] || flags+=(--data-cache-path "$DATA_CACHE_PATH")
 
-command=("$torchrun" "${hosts[@]}" "$here/pretrain_gpt.py" "${flags[@]}" "$@")
+command=("$torchrun" "${hosts[@]}")
+[[ -z $dry_run ]] || command=("$(dirname "$torchrun")/python")
+command+=("$here/pretrain_gpt.py" "${flags[@]}" "$@")
 printf '%q ' "${command[@]}"
 echo
 [[ $DRY_RUN == 0 ]] || exit 0

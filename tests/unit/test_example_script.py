@@ -164,7 +164,7 @@ def test_gpus_are_counted_with_nvidia_smi(machine: dict[str, str]) -> None:
         ({"TOKENIZER_MODEL": ""}, "TOKENIZER_MODEL is not set"),
         ({"TOKENIZER_MODEL": "/no/such"}, "there is no '/no/such'"),
         ({"DEVICE": "tpu"}, "DEVICE must be auto, cuda or cpu, got 'tpu'"),
-        ({"PRECISION": "fp16"}, "PRECISION must be bf16 or fp32, got 'fp16'"),
+        ({"PRECISION": "fp8"}, "PRECISION must be bf16, fp16 or fp32, got 'fp8'"),
         ({"TP": "two"}, "TP must be a whole number, got 'two'"),
         ({"PP": "0"}, "PP must be at least 1"),
         ({"GPUS_PER_NODE": "6"}, "6 processes cannot be divided by TP x PP = 8"),
@@ -184,3 +184,37 @@ def test_it_says_what_it_starts_from(machine: dict[str, str]) -> None:
     assert "no latest_checkpointed_iteration.txt" in run(machine).stdout
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     assert f"Loading from {folder}: 10" in run(machine).stdout
+
+
+def test_a_dry_run_is_one_process_without_gpus_data_or_folders(machine: dict[str, str], tmp_path: Path) -> None:
+    add_program(tmp_path / "programs", "nvidia-smi", "exit 1")
+    add_program(tmp_path / "programs", "python", 'echo "ran: $*"')
+    bare = {"PATH": machine["PATH"], "VOCAB_SIZE": "32000", "PRECISION": "fp16"}
+    result = run(bare, "--dry-run", "0/8", "--gpu-memory", "80")
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout.splitlines()[-1])
+    assert words[:2] == ["ran:", str(SCRIPT.parent / "pretrain_gpt.py")]
+    assert words[-4:] == ["--dry-run", "0/8", "--gpu-memory", "80"] and "--fp16" in words
+    assert not {"--data-path", "--load", "--save", "--tokenizer-model"} & set(words)
+
+    from megatron.training.arguments import parse_arguments
+
+    assert parse_arguments(words[2:])[0].training.dry_run == "0/8"
+    missing = run({"PATH": machine["PATH"]}, "--dry-run=0/8")
+    assert missing.returncode == 2 and "nor VOCAB_SIZE" in missing.stderr
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1"])
+def test_several_machines_need_an_address_that_all_can_reach(machine: dict[str, str], address: str) -> None:
+    result = run(machine | {"NNODES": "2", "MASTER_ADDR": address})
+    assert result.returncode == 2 and "the first of the 2 machines" in result.stderr
+
+
+def test_gpus_get_settings_that_the_user_can_override(machine: dict[str, str], tmp_path: Path) -> None:
+    add_program(tmp_path / "programs", "torchrun", "env")
+    machine |= {"DRY_RUN": "0", "TRITON_CACHE_DIR": "/mine"}
+    settings = dict(line.split("=", 1) for line in run(machine).stdout.splitlines() if "=" in line)
+    assert settings["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert settings["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and settings["TRITON_CACHE_DIR"] == "/mine"
+    on_cpu = run(machine | {"DEVICE": "cpu"}).stdout
+    assert "PYTORCH_ALLOC_CONF" not in on_cpu
