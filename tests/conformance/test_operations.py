@@ -181,7 +181,10 @@ _COUNTS = ((0, 0, 0), (3, 0, 70), (0, 1, 64), (65, 7, 0), (0, 1, 7, 0, 127, 129,
 _ROWS = ((0, 8), (1, 1), (3, 7), (7, 33), (13, 600), (130, 129), (5, 4099))
 
 CASES: dict[str, Case] = {
-    **{f"norm {r}x{w}": Case(_norm, ((r, 1, w), (w,))) for r, w in ((0, 8), (1, 2), (7, 13), (131, 512), (2, 5000))},
+    **{
+        f"norm {r}x{w}": Case(_norm, ((r, 1, w), (w,)))
+        for r, w in ((0, 8), (1, 2), (7, 13), (131, 512), (520, 40), (2, 5000))
+    },
     "norm of transposed rows": Case(_norm, ((5, 3, 24), (24,))),
     **{
         f"rotary {length}x{batch}x{heads}x{width}": Case(_rotary, ((length, batch, heads, 2 * width),), bound=4)
@@ -190,7 +193,7 @@ CASES: dict[str, Case] = {
     **{f"swiglu {r}x{w}": Case(_swiglu, ((r, w), (r, 2 * w), (r,)), wide=2) for r, w in _ROWS},
     **{
         f"router {t} tokens {e} experts top {k}": Case(_router(k), ((t, e),), wide=0)
-        for t, e, k in ((0, 4, 2), (1, 8, 2), (67, 5, 1), (131, 8, 2), (64, 4, 4))
+        for t, e, k in ((0, 4, 2), (1, 8, 2), (67, 5, 1), (131, 8, 2), (64, 4, 4), (37, 130, 8))
     },
     **{
         f"softmax {r}x{w}, {c} real": Case(_softmax(c), ((r, w), (r,), (r,)), wide=1)
@@ -202,7 +205,7 @@ CASES: dict[str, Case] = {
         )
         for t, e, k, h, w, m in (
             (0, 4, 2, 2, 8, 1), (1, 5, 1, 3, 33, 1), (127, 5, 1, 4, 8, 4), (77, 6, 2, 3, 33, 1), (13, 4, 2, 3, 1030, 4),
-            (65, 7, 7, 5, 8, 16),
+            (65, 7, 7, 5, 8, 16), (77, 140, 3, 129, 8, 1),
         )
     },
     **{
@@ -211,6 +214,7 @@ CASES: dict[str, Case] = {
         for shape in ((0, 4, 2, 16, 8), (1, 4, 2, 16, 8), (13, 5, 2, 24, 8), (131, 5, 2, 64, 48), (31, 4, 1, 32, 24))
     },
     **{f"grouped {counts}": Case(_grouped(*counts), _grouped_shapes(counts, 72, 40), wide=3) for counts in _COUNTS},
+    "grouped, wide": Case(_grouped(65, 0, 7), _grouped_shapes((65, 0, 7), 144, 272), wide=3),
     "linear": Case(_linear, ((9, 3, 64), (48, 64))),
     "linear, many columns": Case(_linear, ((33, 40), (1500, 40))),
     "linear, one row": Case(_linear, ((1, 40), (8, 40))),

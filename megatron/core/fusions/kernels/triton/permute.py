@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_PAIRS = 128
+MAX_PAIRS, MAX_NUMBERS = 128, 8192
 BLOCK_COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _count(experts_ptr, partial_ptr, pairs, E: tl.constexpr, PAIRS: tl.constexpr, BLOCK_E: tl.constexpr):
     block = tl.program_id(0)
     pair = block * PAIRS + tl.arange(0, PAIRS)
@@ -23,7 +23,7 @@ def _count(experts_ptr, partial_ptr, pairs, E: tl.constexpr, PAIRS: tl.constexpr
     tl.store(partial_ptr + expert * tl.num_programs(0) + block, counts, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _place(
     experts_ptr, starts_ptr, row_to_pair_ptr, pair_to_row_ptr, pairs,
     E: tl.constexpr, PAIRS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -74,8 +74,11 @@ def sort_pairs(experts_TK: Tensor, num_experts: int, num_rows: int | None = None
     pair_to_row = torch.empty_like(experts_TK)
     if not pairs:
         return row_to_pair, pair_to_row, torch.zeros(num_experts, dtype=torch.int32, device=device)
-    blocks = triton.cdiv(pairs, BLOCK_PAIRS)
-    sizes = {"E": num_experts, "PAIRS": BLOCK_PAIRS, "BLOCK_E": triton.next_power_of_2(num_experts)}
+    block = triton.next_power_of_2(num_experts)
+    # as many pairs as leave a number for each of them and each expert in registers
+    pairs_of_block = max(1, min(MAX_PAIRS, MAX_NUMBERS // block))
+    sizes = {"E": num_experts, "PAIRS": pairs_of_block, "BLOCK_E": block}
+    blocks = triton.cdiv(pairs, pairs_of_block)
     partial = torch.empty((num_experts, blocks), dtype=torch.int32, device=device)
     _count[(blocks,)](experts_TK, partial, pairs, **sizes)
     ends = partial.view(-1).cumsum(dim=0)

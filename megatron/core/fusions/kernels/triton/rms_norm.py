@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS_PER_PARTIAL_SUM = 64
+PROGRAMS = 512
+"""Of the backward pass, at most: some four a multiprocessor of a large GPU, and the same bits on any of them."""
+
+
+def _block(width: int) -> dict[str, int]:
+    """A row in the registers of one program, at most 16 elements a thread where that many warps are allowed."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 512))}
 
 
 @triton.jit
@@ -22,26 +29,29 @@ def _forward(x_ptr, weight_ptr, y_ptr, inverse_rms_ptr, width, epsilon, BLOCK: t
     tl.store(inverse_rms_ptr + row, inverse_rms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_program"])
 def _backward(
-    grad_ptr, x_ptr, weight_ptr, inverse_rms_ptr, grad_x_ptr, partial_ptr, rows, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, weight_ptr, inverse_rms_ptr, grad_x_ptr, partial_ptr, rows, rows_per_program, width,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program * ROWS, tl.minimum(program * ROWS + ROWS, rows)):
-        x = tl.load(x_ptr + row * width + columns, mask=inside, other=0.0)
-        grad = tl.load(grad_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    first = program * rows_per_program
+    for step in range(tl.minimum(rows_per_program, rows - first)):
+        row = first + step
+        place = row * width + columns
+        x = tl.load(x_ptr + place, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
         inverse_rms = tl.load(inverse_rms_ptr + row)
         normalized = x.to(tl.float32) * inverse_rms
         grad_weight += grad * normalized
         grad = grad * weight
         mean = tl.sum(grad * normalized, axis=0) / width
         grad_x = (grad - normalized * mean) * inverse_rms
-        tl.store(grad_x_ptr + row * width + columns, grad_x.to(x.dtype), mask=inside)
+        tl.store(grad_x_ptr + place, grad_x.to(x.dtype), mask=inside)
     tl.store(partial_ptr + program * width + columns, grad_weight, mask=inside)
 
 
@@ -52,7 +62,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor,
     inverse_rms = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     rows = inverse_rms.numel()
     if rows:
-        _forward[(rows,)](x, weight, y, inverse_rms, width, epsilon, BLOCK=triton.next_power_of_2(width))
+        _forward[(rows,)](x, weight, y, inverse_rms, width, epsilon, **_block(width))
     return y, inverse_rms
 
 
@@ -60,11 +70,11 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tens
     """Gradients of x, and of the weight in float32; all inputs contiguous."""
     width, rows = x.shape[-1], inverse_rms.numel()
     grad_x = torch.empty_like(x)
-    programs = triton.cdiv(rows, ROWS_PER_PARTIAL_SUM)
+    rows_per_program = max(1, triton.cdiv(rows, PROGRAMS))
+    programs = triton.cdiv(rows, rows_per_program)
     partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     if rows:
         _backward[(programs,)](
-            grad, x, weight, inverse_rms, grad_x, partial, rows, width,
-            ROWS=ROWS_PER_PARTIAL_SUM, BLOCK=triton.next_power_of_2(width),
-        )  # fmt: skip
+            grad, x, weight, inverse_rms, grad_x, partial, rows, rows_per_program, width, **_block(width)
+        )
     return grad_x, partial.sum(dim=0)

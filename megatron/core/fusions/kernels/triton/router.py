@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_TOKENS = 64
+MAX_TOKENS, MAX_NUMBERS = 64, 1024
+
+
+def _block(experts: int) -> dict[str, int]:
+    """The tokens of a program: as many as leave the numbers of all their experts in registers."""
+    block = triton.next_power_of_2(experts)
+    return {"TOKENS": max(1, min(MAX_TOKENS, MAX_NUMBERS // block)), "BLOCK_E": block}
 
 
 class RouterOutput(NamedTuple):
@@ -25,7 +31,7 @@ class RouterOutput(NamedTuple):
     tokens_per_expert_E: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _forward(
     logits_ptr, probs_ptr, experts_ptr, softmax_ptr, logsumexp_ptr, partial_counts_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -66,7 +72,7 @@ def _forward(
     tl.store(partial_counts_ptr + block * E + expert, counts, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _backward(
     grad_probs_ptr, grad_softmax_ptr, grad_logsumexp_ptr, probs_ptr, experts_ptr, softmax_ptr, grad_logits_ptr, tokens,
     E: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -105,12 +111,13 @@ def route_forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
     probs = logits_TE.new_empty((tokens, top_k))
     chosen = torch.empty((tokens, top_k), dtype=torch.int64, device=logits_TE.device)
     softmax, logsumexp = torch.empty_like(logits_TE), logits_TE.new_empty(tokens)
-    blocks = triton.cdiv(tokens, BLOCK_TOKENS)
+    sizes = _block(experts)
+    blocks = triton.cdiv(tokens, sizes["TOKENS"])
     partial_counts = logits_TE.new_empty((blocks, experts))
     if tokens:
         _forward[(blocks,)](
             logits_TE, probs, chosen, softmax, logsumexp, partial_counts, tokens,
-            E=experts, K=top_k, TOKENS=BLOCK_TOKENS, BLOCK_E=triton.next_power_of_2(experts),
+            E=experts, K=top_k, **sizes,
         )  # fmt: skip
     return RouterOutput(probs, chosen, softmax, logsumexp, partial_counts.sum(dim=0))
 
@@ -127,8 +134,9 @@ def route_backward(
     tokens, experts = softmax_TE.shape
     grad_logits = torch.empty_like(softmax_TE)
     if tokens:
-        _backward[(triton.cdiv(tokens, BLOCK_TOKENS),)](
+        sizes = _block(experts)
+        _backward[(triton.cdiv(tokens, sizes["TOKENS"]),)](
             grad_probs_TK, grad_softmax_TE, grad_logsumexp_T, probs_TK, experts_TK, softmax_TE, grad_logits, tokens,
-            E=experts, K=probs_TK.shape[1], TOKENS=BLOCK_TOKENS, BLOCK_E=triton.next_power_of_2(experts),
+            E=experts, K=probs_TK.shape[1], **sizes,
         )  # fmt: skip
     return grad_logits

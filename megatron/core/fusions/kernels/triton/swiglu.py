@@ -11,7 +11,7 @@ from torch import Tensor
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(gate_up_ptr, probs_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -23,7 +23,7 @@ def _forward(gate_up_ptr, probs_ptr, y_ptr, rows, width, ROWS: tl.constexpr, COL
     tl.store(y_ptr + row * width + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad_ptr, gate_up_ptr, probs_ptr, grad_gate_up_ptr, y_ptr, grad_probs_ptr, rows, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
