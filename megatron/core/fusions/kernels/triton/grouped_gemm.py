@@ -9,14 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_OUT, BLOCK_IN, BLOCK_ROWS = 128, 256, 64
+# What tensor cores take, 16 bits in rows that copies of 16 bytes fit. Elsewhere a tile of this size does not fit the
+# registers, and in float32, where nothing may be rounded on the way, not even the shared memory of an A100.
+LARGE_TILE = {"OUT": 128, "IN": 256, "ROWS": 64, "num_warps": 8, "num_stages": 3}
+SMALL_TILE = {"OUT": 64, "IN": 64, "ROWS": 32, "num_warps": 4, "num_stages": 3}
 TILES_IN_A_GROUP = 8
 
 
 @triton.jit
 def _accumulate_weight_gradient(
-    grad_ptr, x_ptr, ends_ptr, main_grad_ptr, out_width, in_width,
-    OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    grad_ptr, x_ptr, ends_ptr, main_grad_ptr, beta, out_width, in_width,
+    READS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     # neighbouring programs share columns of both operands, which then stay in the L2 cache
@@ -30,7 +33,7 @@ def _accumulate_weight_gradient(
 
     begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0).to(tl.int64)
     end = tl.load(ends_ptr + expert).to(tl.int64)
-    if end > begin:
+    if (end > begin) | (beta != 1.0):
         total = tl.zeros((OUT, IN), tl.float32)
         for start in range(begin, end, ROWS):
             row = start + tl.arange(0, ROWS)
@@ -46,7 +49,9 @@ def _accumulate_weight_gradient(
             total = tl.dot(grad, x, total, input_precision="ieee")
         place = expert.to(tl.int64) * out_width * in_width + out_column[:, None] * in_width + in_column[None, :]
         inside = (out_column < out_width)[:, None] & (in_column < in_width)[None, :]
-        tl.store(main_grad_ptr + place, tl.load(main_grad_ptr + place, mask=inside) + total, mask=inside)
+        if READS:
+            total += beta * tl.load(main_grad_ptr + place, mask=inside)
+        tl.store(main_grad_ptr + place, total, mask=inside)
 
 
 def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor, beta: float) -> None:
@@ -54,13 +59,13 @@ def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main
 
     `grad_RO` and `x_RI` are contiguous and of one type, `ends_E` (int32) holds the end of each expert's rows.
     """
-    if beta != 1:
-        main_grad_EOI.mul_(beta) if beta else main_grad_EOI.zero_()
     experts, out_width, in_width = main_grad_EOI.shape
-    tiles = triton.cdiv(out_width, BLOCK_OUT) * triton.cdiv(in_width, BLOCK_IN)
+    is_aligned = x_RI.dtype.itemsize == 2 and out_width % 16 == in_width % 16 == 0
+    tile = LARGE_TILE if is_aligned else SMALL_TILE
+    tiles = triton.cdiv(out_width, tile["OUT"]) * triton.cdiv(in_width, tile["IN"])
     _accumulate_weight_gradient[(tiles, experts)](
-        grad_RO, x_RI, ends_E, main_grad_EOI, out_width, in_width,
-        OUT=BLOCK_OUT, IN=BLOCK_IN, ROWS=BLOCK_ROWS, GROUP=TILES_IN_A_GROUP, num_warps=8, num_stages=3,
+        grad_RO, x_RI, ends_E, main_grad_EOI, float(beta), out_width, in_width,
+        READS=beta != 0, GROUP=TILES_IN_A_GROUP, **tile,
     )  # fmt: skip
 
 
