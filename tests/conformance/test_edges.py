@@ -13,6 +13,7 @@ from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.linear import grouped_weight_gradient_, linear
 from megatron.core.fusions.permute import combine_pairs, gather_pairs, permutation_map
 from megatron.core.fusions.rms_norm import rms_norm
+from megatron.core.fusions.rotary import apply_rotary, rotary_tables
 from megatron.core.fusions.router import top_k_routing
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 
@@ -229,3 +230,19 @@ def test_attention_takes_any_strides(form: str) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
     assert_close(out, expected)
     assert_close(ours, torch.autograd.grad(expected.sum(), wide[0])[0], 1e-5)
+
+
+@in_triton
+def test_attention_to_rotated_queries_lies_as_the_next_product_takes_it(form: str) -> None:
+    # as split off the product's output [S, B, heads, ...]
+    whole = drawn(6, 2, 3, 16, device=_device(form)).requires_grad_()
+    query = whole[..., 8:].permute(1, 2, 0, 3)
+    cos, sin = rotary_tables(torch.arange(6, device=whole.device), 8, 1e4, torch.float32)
+    with only(form):
+        rotated = apply_rotary(query, cos, sin)
+        context = torch.empty_like(rotated)  # FlashAttention's output
+        assert context.permute(2, 0, 1, 3).is_contiguous()
+        # its gradient lies like that too, and goes back as it is
+        grad = drawn(6, 2, 3, 8, device=_device(form), seed=1).permute(1, 2, 0, 3)
+        results = [torch.autograd.grad(rotated, whole, g, retain_graph=True)[0] for g in (grad, grad.contiguous())]
+    assert torch.equal(*results) and results[0].any()

@@ -42,7 +42,8 @@ class _Rotate(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotate(grads[0].contiguous(), cos, sin, True), None, None
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        return rotate(grad, cos, sin, True), None, None
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
