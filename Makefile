@@ -42,8 +42,8 @@ demo: $(STAMP) ## the whole road on real text: data, model, training, back to Hu
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-verify: $(STAMP) ## every layout against one process (slow: a quarter of an hour or more on two cores)
-	$(BIN)/python -m pytest -m 'not gpu' tests/distributed $(ARGS)
+verify: $(STAMP) ## every layout against one process, kernels for every GPU (slow: a quarter of an hour or more on two cores)
+	$(BIN)/python -m pytest -m 'not gpu' tests/distributed tests/kernels $(ARGS)
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
