@@ -78,8 +78,9 @@ def average_over_ranks(
             counts = result.statistics.tokens_per_expert
             # context-parallel ranks hold the same counts, those of the whole microbatch
             chosen_LE[result.first_layer : result.first_layer + len(counts)] += counts / groups.cp.size
-    totals[3] = float(stop)
-    totals[4 + chosen + groups.world.rank] = busy_seconds
+    # arguments of kernels; an assignment would copy from the host, which waits for the device
+    totals[3].fill_(float(stop))
+    totals[4 + chosen + groups.world.rank].fill_(busy_seconds)
     if groups.world.size > 1:
         dist.all_reduce(totals, group=groups.world.handle)
     totals = totals.cpu()  # waits for the device once

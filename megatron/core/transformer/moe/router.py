@@ -117,7 +117,7 @@ class TopKRouter(nn.Module):
         """A number for each token that depends on the seed, the layer, the sample and the position alone."""
         places_S = self._places(microbatch)
         samples_B = microbatch.first_sample + torch.arange(batch, device=places_S.device)
-        run = torch.tensor(microbatch.seed, device=places_S.device)
+        run = torch.tensor(microbatch.seed)  # stays on the host, as an argument of the kernel that adds it
         keys_B = mixed(mixed(mixed(run) + self.layer_number) + samples_B)
         return (mixed(keys_B) + places_S.unsqueeze(1)).flatten()
 

@@ -197,8 +197,10 @@ class AllToAllTokenDispatcher:
 
     def _experts_of(self, arriving: Tensor, device: torch.device) -> Tensor:
         """The local expert of every row, in the order of arrival."""
-        experts = torch.arange(self.local_experts).expand(arriving.shape)
-        return experts.reshape(-1).repeat_interleave(arriving.reshape(-1)).to(device, non_blocking=True)
+        experts = torch.arange(self.local_experts, device=device).expand(arriving.shape).reshape(-1)
+        # counts are copied, and not the rows: a copy of many bytes out of ordinary memory waits for the device
+        counts = arriving.reshape(-1).to(device, non_blocking=True)
+        return experts.repeat_interleave(counts, output_size=int(arriving.sum()))
 
     def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
         """Sends every row back to its token's rank and sums there."""
