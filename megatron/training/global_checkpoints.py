@@ -104,7 +104,7 @@ def _shard(kind: str, shard: NamedShard, data: torch.Tensor, start: int, owned: 
 def rng_shards(groups: ProcessGroups) -> list[TensorShard]:
     """Copies of this rank's random states: a row of a table with one row a rank."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on a CPU takes no memory of a GPU that is there
         states["cuda"] = torch.cuda.get_rng_state()
     world = groups.world
     return [
@@ -190,7 +190,7 @@ def _load_rng(reader: CheckpointReader, groups: ProcessGroups) -> None:
     """This rank's random states; in a job of another size the first rank's, since no rank depends on its own."""
     saved = reader.tensors("rng")
     for name, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-        if name not in saved or (name == "cuda" and not torch.cuda.is_available()):
+        if name not in saved or (name == "cuda" and not torch.cuda.is_initialized()):
             continue
         ranks = saved[name].shape[0]
         row = reader.read(name, "rng", groups.world.rank if ranks == groups.world.size else 0, ranks)

@@ -74,6 +74,8 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
                 f"--deterministic-mode does not allow NCCL_ALGO={algorithm}: take NVLS out of it, or unset it"
             )
         torch.use_deterministic_algorithms(True)
+        # it would write NaN into every buffer and message before use, and what is read here has been written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(arguments.training.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -72,7 +72,7 @@ def rank_file_writer(
 
 def _rng_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a run on a CPU takes no memory of a GPU that is there
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -98,7 +98,7 @@ def load_rank_file(
         optimizer.reload_masters()
     if source.with_rng:
         torch.set_rng_state(content["rng_state"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in content["rng_state"]:
+        if torch.cuda.is_initialized() and "cuda" in content["rng_state"]:
             torch.cuda.set_rng_state(content["rng_state"]["cuda"])
     return LoadedState(content.get("args", SimpleNamespace()), content.get("opt_param_scheduler", {}))
 

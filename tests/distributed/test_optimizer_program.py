@@ -103,12 +103,14 @@ def test_deterministic_mode_gives_the_same_bits_twice(monkeypatch: pytest.Monkey
         for name in ("first", "second"):
             run_here(monkeypatch, "--bf16", "--deterministic-mode", "--metrics-path", str(tmp_path / name))
             assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
         assert numbers(tmp_path / "first") == numbers(tmp_path / "second")
         monkeypatch.setenv("NCCL_ALGO", "NVLS")
         with pytest.raises(ValueError, match="--deterministic-mode does not allow NCCL_ALGO=NVLS"):
             run_here(monkeypatch, "--deterministic-mode")
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 
 def test_ramps_that_do_not_fit_the_replicas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,10 @@ from distributed_testing import run_distributed
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import writer
+from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpointing import CheckpointSaver, Progress
+from megatron.training.global_checkpoints import rng_shards
+from megatron.training.rank_checkpoints import _rng_state
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
@@ -304,3 +307,10 @@ def test_a_save_killed_at_any_operation_loses_nothing(tmp_path: Path, async_save
         if kills < len(operations):
             break
     assert killed > 60 / step
+
+
+def test_a_run_on_a_cpu_does_not_touch_a_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state", lambda: pytest.fail("a state of the GPU was asked for"))
+    assert [shard.name for shard in rng_shards(ProcessGroups())] == ["cpu"]
+    assert list(_rng_state()) == ["cpu"]
