@@ -164,8 +164,8 @@ class GradientBuffers:
     def _reduce_ready(self) -> None:
         """Starts the reduction of complete buckets, in an order that is the same on all ranks.
 
-        A bucket whose parameters got fewer gradients than microbatches (an expert without tokens) holds up those after
-        it until `finalize`, since other ranks, where it is complete, reduce it first.
+        A bucket whose parameters got fewer gradients than microbatches (one was not used; experts without tokens get
+        zeros) holds up those after it until `finalize`, since other ranks, where it is complete, reduce it first.
         """
         while self._launched < len(self.buckets):
             bucket = self.buckets[self._launched]
