@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
     def identity(self) -> dict[str, Any]:
         """Type, vocabulary size, end-of-document id and SHA-256 of the files: equal only if ids mean the same."""
 
+    @property
+    def added_tokens(self) -> Sequence[str]:
+        """Texts that are tokens as a whole, or would be if text could name them."""
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
 

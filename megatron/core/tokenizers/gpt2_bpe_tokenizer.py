@@ -47,6 +47,7 @@ class GPT2BPETokenizer:
         self.vocab_size = 1 + max(self._ids.values())
         self.eod = self._ids[END_OF_TEXT]
         self.bos: int | None = None
+        self.added_tokens = [END_OF_TEXT]
 
     @staticmethod
     def _read_vocabulary(path: Path) -> dict[str, int]:

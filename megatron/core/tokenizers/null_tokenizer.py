@@ -10,6 +10,7 @@ class NullTokenizer:
     """Reads a text as integers separated by white space; the last id of the vocabulary ends documents."""
 
     bos = None
+    added_tokens = ()
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 1:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.identity import tokenizer_identity
-from megatron.core.tokenizers.settings import SPECIAL_TOKENS, added_tokens, content, read_settings
+from megatron.core.tokenizers.settings import FLAGS, added_tokens, content, named_tokens, read_settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _TEKKEN = "tekken.json"
@@ -43,7 +43,7 @@ def build_pretrained_tokenizer(model: str, trust_remote_code: bool = False) -> T
         return _transformers_tokenizer(folder, trust_remote_code)
     if (folder / "tokenizer.json").is_file():
         tokenizer = _load_tokenizer_json(folder / "tokenizer.json")
-        if _is_complete(tokenizer, settings):
+        if _is_complete(tokenizer, settings, added_tokens(folder, settings)):
             return TokenizerFromJson(folder / "tokenizer.json", tokenizer, settings)
         return _transformers_tokenizer(folder, trust_remote_code)
     if (folder / "vocab.json").is_file() and not sentencepiece_files:
@@ -78,14 +78,13 @@ def _sentencepiece_tokenizer(path: Path, settings: dict[str, Any]) -> Tokenizer:
     from megatron.core.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, read_pieces
 
     added = added_tokens(path.parent, settings)
-    named = [content(settings.get(name)) for name in ("eos_token", "bos_token")]
     pieces = read_pieces(path)
     if path.name == "tokenizer.model" and (
         any(number >= len(pieces) or pieces[number] != token for number, token in added.items())
-        or any(token is not None and token in added.values() and token not in pieces for token in named)
+        or not set(named_tokens(settings)) <= set(pieces)
     ):
         return _transformers_tokenizer(path.parent, False)
-    return SentencePieceTokenizer(path, *named)
+    return SentencePieceTokenizer(path, content(settings.get("eos_token")), content(settings.get("bos_token")))
 
 
 def _remote_code(settings: dict[str, Any]) -> bool:
@@ -108,21 +107,18 @@ def _load_tokenizer_json(path: Path) -> Any:
     return tokenizer
 
 
-def _is_complete(tokenizer: Any, settings: dict[str, Any]) -> bool:
-    """Whether the configuration beside tokenizer.json changes nothing about how text becomes ids."""
+def _is_complete(tokenizer: Any, settings: dict[str, Any], listed: dict[int, str]) -> bool:
+    """Whether the files beside tokenizer.json change nothing about how text becomes ids."""
+    import tokenizers
+
     added = tokenizer.get_added_tokens_decoder()
-    contents = {token.content for token in added.values()}
-    flags = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
-    for index, wanted in settings.get("added_tokens_decoder", {}).items():
-        token = added.get(int(index))
-        if token is None or any(getattr(token, flag) != wanted.get(flag, getattr(token, flag)) for flag in flags):
+    for number, token in settings.get("added_tokens_decoder", {}).items():
+        if token.keys() - {"content", *FLAGS} or repr(tokenizers.AddedToken(**token)) != repr(added.get(int(number))):
             return False
-    named = [content(settings.get(name)) for name in SPECIAL_TOKENS]
-    for name in ("additional_special_tokens", "extra_special_tokens"):
-        extra = settings.get(name) or []
-        named += [content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    contents = {number: token.content for number, token in added.items()}
     return (
-        all(token in contents for token in named if token is not None)
+        all(contents.get(number) == token for number, token in listed.items())
+        and set(named_tokens(settings)) <= set(contents.values())
         and not settings.get("split_special_tokens")
         and tokenizer.get_vocab_size() <= _LARGEST_UNTOUCHED_VOCABULARY
     )
@@ -152,6 +148,11 @@ class TokenizerFromJson:
     def identity(self) -> dict[str, Any]:
         """See `Tokenizer.identity`."""
         return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, self.paths)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """See `Tokenizer.added_tokens`."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -42,6 +42,12 @@ class SentencePieceTokenizer:
         self.eod: int = eod
         self.bos: int | None = self._piece(bos_token, self._model.bos_id())
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """See `Tokenizer.added_tokens`."""
+        ids = range(self.vocab_size)
+        return [self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unused(i)]
+
     def _piece(self, token: str | None, default: int) -> int | None:
         if token is not None:
             piece = self._model.piece_to_id(token)

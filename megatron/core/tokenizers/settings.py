@@ -7,27 +7,46 @@ from typing import Any
 from megatron.core.text_files import read_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-_ADDED = "added_tokens_decoder"
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_ADDED, _ADDITIONAL, _EXTRA = "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json; a token that the former leaves null keeps the latter's.
+    """tokenizer_config.json and special_tokens_map.json, as transformers puts them together, without null.
 
-    Raises ValueError naming the file and the field of a wrong type.
+    The latter replaces what the former says, unless the former has added_tokens_decoder: then it is not read. Raises
+    ValueError naming the file and the field of a wrong type.
     """
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            found = {key: value for key, value in read_object(path).items() if value is not None}
-            _check(path, found)
-            settings.update(found)
-    return settings
+    settings = _read(folder / "tokenizer_config.json")
+    named = _read(folder / "special_tokens_map.json")
+    if settings.get(_ADDED) is None:
+        extra = settings.get(_EXTRA), named.get(_EXTRA)
+        settings.update(named)
+        if all(isinstance(tokens, list) for tokens in extra):
+            settings[_EXTRA] = [token for tokens in extra for token in tokens or ()]
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    found = read_object(path)
+    _check(path, {name: value for name, value in found.items() if value is not None})
+    return found
+
+
+def named_tokens(settings: dict[str, Any]) -> list[str]:
+    """Texts of all tokens that the settings name, whatever for; transformers adds those that are not there."""
+    names = {name for name in settings if name.endswith("_token")}
+    tokens = [settings[name] for name in names if _is_token(settings[name])]
+    for name in (_ADDITIONAL, _EXTRA):
+        extra = settings.get(name, [])
+        tokens += extra.values() if isinstance(extra, dict) else extra
+    return [text for text in map(content, tokens) if text is not None]
 
 
 def added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
-    """Ids and texts of the tokens that a folder adds, by added_tokens.json and by tokenizer_config.json.
+    """Ids and texts of the tokens that a folder adds: by tokenizer_config.json, or if not there by added_tokens.json.
 
     Raises ValueError naming added_tokens.json if it holds anything but ids of texts.
     """
@@ -37,7 +56,8 @@ def added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
         for token, number in read_object(path).items():
             if type(number) is not int or not 0 <= number < 1 << 30:
                 raise ValueError(f"{path}: {token!r} must have an id, not {number!r:.100}")
-            added.setdefault(number, token)
+            if _ADDED not in settings:
+                added[number] = token
     return added
 
 
@@ -59,11 +79,11 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
     for number, token in added.items():
         need(re.fullmatch("[0-9]{1,9}", number) is not None, _ADDED, "an object whose names are ids", number)
         need(isinstance(token, dict) and _is_token(token), f"{_ADDED}: {number}", "an object with content", token)
-    extra = settings.get("additional_special_tokens", [])
-    need(isinstance(extra, list), "additional_special_tokens", "a list of tokens", extra)
-    named = settings.get("extra_special_tokens", [])
-    need(isinstance(named, list | dict), "extra_special_tokens", "a list of tokens, or an object of them", named)
-    for field, tokens in (("additional_special_tokens", extra), ("extra_special_tokens", named)):
+    extra = settings.get(_ADDITIONAL, [])
+    need(isinstance(extra, list), _ADDITIONAL, "a list of tokens", extra)
+    named = settings.get(_EXTRA, [])
+    need(isinstance(named, list | dict), _EXTRA, "a list of tokens, or an object of them", named)
+    for field, tokens in ((_ADDITIONAL, extra), (_EXTRA, named)):
         for token in tokens.values() if isinstance(tokens, dict) else tokens:
             typed = isinstance(tokens, list) or isinstance(token, str) or "__type" in token
             need(_is_token(token) and typed, field, "made of texts, or of objects with content and __type", token)
@@ -73,6 +93,6 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
 
 def _is_token(token: Any) -> bool:
     if isinstance(token, dict):
-        flags = (token.get(flag, False) for flag in _FLAGS)
+        flags = (token.get(flag, False) for flag in FLAGS)
         return isinstance(token.get("content"), str) and all(isinstance(flag, bool) for flag in flags)
     return isinstance(token, str)

@@ -59,6 +59,18 @@ class TransformersTokenizer:
         files = [path for path in self._folder.iterdir() if path.name in _FILES or path.suffix == ".py"]
         return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, files)
 
+    @property
+    def added_tokens(self) -> list[str]:
+        """See `Tokenizer.added_tokens`."""
+        return list(self._tokenizer.get_added_vocab())
+
+    def backend_json(self) -> str | None:
+        """The tokenizer.json of what gives the ids, as transformers has put it together; None if there is none."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or self._tokenizer.split_special_tokens:
+            return None
+        return backend.to_str()
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -195,8 +195,10 @@ def test_sentencepiece_takes_names_from_the_configuration(tmp_path: Path) -> Non
     tokenizer = from_hf(folder)
     assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.eod == 1
     write_json(folder / "tokenizer_config.json", {"eos_token": "<nowhere>"})
+    assert (from_hf(folder).eod, from_hf(folder).vocab_size) == (500, 501), "transformers adds it"
+    versioned = (folder / "tokenizer.model").rename(folder / "tokenizer.model.v1")
     with pytest.raises(ValueError, match="<nowhere>"):
-        from_hf(folder)
+        from_hf(versioned)
 
 
 def gpt2_files(folder: Path) -> tuple[Path, Path, tokenizers.Tokenizer]:
