@@ -12,13 +12,13 @@ from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.preprocessing import inputs
 from tools.preprocessing.documents import NOT_AN_OBJECT, NOT_JSON, ONE_A_LINE
 from tools.preprocessing.engine import (
-    PROBES,
     Engine,
     EngineUnavailable,
     ReferenceEngine,
     engine_source,
     first_difference,
     make_engine,
+    probes,
     reference_name,
 )
 from tools.preprocessing.inputs import Corpus, Input, find_inputs, share
@@ -74,11 +74,12 @@ def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], 
         if name == reference:
             break
         try:
-            engine = make_engine(name, tokenizer, engine_source(name, tokenizer))
+            source = engine_source(name, tokenizer)
+            engine = make_engine(name, tokenizer, source)
         except EngineUnavailable as error:
             reason = str(error)
         else:
-            texts = [*PROBES, *sample(parts, settings.json_keys)]
+            texts = [*probes(tokenizer, source), *sample(parts, settings.json_keys)]
             difference = first_difference(engine, tokenizer, texts)
             if difference is None:
                 return engine

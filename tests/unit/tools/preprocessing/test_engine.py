@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import Tokenizer, build_tokenizer
+from megatron.core.tokenizers.transformers_tokenizer import TransformersTokenizer
 from tools import preprocess_data
 from tools.preprocessing import engine, inputs, run
 from tools.preprocessing.engine import EngineUnavailable, engine_source, first_difference, make_engine, reference_name
@@ -176,6 +178,90 @@ def test_every_backend_writes_the_same_bytes(tmp_path: Path, byte_level_folder: 
         assert preprocess_data.main(command) == 0
         written.append([Path(f"{prefix}_text_document.{end}").read_bytes() for end in ("bin", "idx", "json")])
     assert written[0] == written[1] == written[2]
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path, byte_level_folder: Path) -> Path:
+    """A folder whose added token only its configuration knows, so that transformers has to put it together."""
+    folder = tmp_path / "chat"
+    shutil.copytree(byte_level_folder, folder)
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": ["<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def large_folder(tmp_path: Path, byte_level_folder: Path) -> Path:
+    """A folder with more entries than transformers leaves alone, and a mark of Windows editors in front."""
+    folder = tmp_path / "large"
+    shutil.copytree(byte_level_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {f"unreached {number}": number for number in range(len(vocabulary), 100_100)}
+    (folder / "tokenizer.json").write_text("\ufeff" + json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["chat_folder", "large_folder"])
+def test_what_transformers_puts_together_runs_in_gigatoken(
+    tmp_path: Path, kind: str, nasty_strings: list[str], request, capsys
+) -> None:
+    folder = request.getfixturevalue(kind)
+    flags = TokenizerFlags(tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(folder))
+    tokenizer = build_tokenizer(flags)
+    assert isinstance(tokenizer, TransformersTokenizer)
+    texts = [*nasty_strings[:300], "a<|im_end|>b <|im_end|>"]
+    command = [
+        "--input", str(corpus(tmp_path / "a.jsonl", texts)), "--output-prefix", str(tmp_path / "out"),
+        "--tokenizer-type", "PretrainedTokenizerFromHF", "--tokenizer-model", str(folder), "--workers", "1",
+    ]  # fmt: skip
+    assert preprocess_data.main(command) == 0
+    assert "(engine gigatoken," in capsys.readouterr().out
+    assert stored(tmp_path) == [ids for ids in tokenizer.tokenize_batch(texts) if ids]
+    assert (tokenizer.vocab_size - 1 in stored(tmp_path)[-1]) == (kind == "chat_folder")
+
+
+def with_added(folder: Path, *tokens: dict[str, Any]) -> Tokenizer:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+    content["added_tokens"] += [{"id": 800 + number, **flags, **token} for number, token in enumerate(tokens)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    flags_of = TokenizerFlags(tokenizer_type="PretrainedTokenizerFromHF", tokenizer_model=str(folder))
+    return build_tokenizer(flags_of)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([{"content": "horse", "single_word": True}], "'horse' is single_word"),
+        ([{"content": "tail ", "rstrip": True}, {"content": " lead"}], "'tail ' is rstrip, and others begin with"),
+        ([{"content": "tail ", "rstrip": True}, {"content": "lead"}], None),
+        ([{"content": " tail", "lstrip": True, "normalized": True}, {"content": " lead", "special": True}], None),
+    ],
+)
+def test_added_tokens_that_gigatoken_does_not_heed_are_left_to_the_reference(
+    tmp_path: Path, byte_level_folder: Path, tokens: list[dict[str, Any]], reason: str | None
+) -> None:
+    tokenizer = with_added(Path(shutil.copytree(byte_level_folder, tmp_path / "t")), *tokens)
+    source = engine_source("gigatoken", tokenizer)
+    if reason is None:
+        fast = make_engine("gigatoken", tokenizer, source)
+        assert first_difference(fast, tokenizer, engine.probes(tokenizer, source)) is None
+    else:
+        with pytest.raises(EngineUnavailable, match=reason):
+            make_engine("gigatoken", tokenizer, source)
+
+
+def test_probes_try_every_added_token(tmp_path: Path, byte_level_folder: Path) -> None:
+    """An engine that does not know the last of many added tokens, and is right otherwise."""
+    marks = [{"content": f"<mark {number}>"} for number in range(61)]
+    folders = [Path(shutil.copytree(byte_level_folder, tmp_path / name)) for name in ("all", "lacking")]
+    tokenizer, lacking = with_added(folders[0], *marks), with_added(folders[1], *marks[:-1])
+    source = engine_source("gigatoken", lacking)
+    fast = make_engine("gigatoken", lacking, source)
+    assert first_difference(fast, tokenizer, engine.PROBES) is None
+    found = first_difference(fast, tokenizer, engine.probes(tokenizer, source))
+    assert found is not None and "the reference [860]" in found
 
 
 def test_bos_and_eod_never_double(tmp_path: Path, byte_level_folder: Path) -> None:
