@@ -90,9 +90,12 @@ def _piece(message: bytes) -> Piece:
         return Piece(match[2].decode(), struct.unpack("<f", match[3])[0], match[4][0] if match[4] else _NORMAL)
     from gigatoken._load.sentencepiece import _scalars
 
-    fields: dict[int, Any] = _scalars(message)
-    score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
-    return Piece(fields.get(1, b"").decode(), score, fields.get(3, _NORMAL))
+    try:
+        fields: dict[int, Any] = _scalars(message)
+        score = struct.unpack("<f", fields.get(2, bytes(4)))[0]
+        return Piece(fields.get(1, b"").decode(), score, fields.get(3, _NORMAL))
+    except (AttributeError, IndexError, TypeError, struct.error):  # fields of other types than a piece's
+        raise ValueError("not a sentencepiece model") from None
 
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:

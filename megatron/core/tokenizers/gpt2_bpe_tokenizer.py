@@ -10,6 +10,7 @@ import regex
 
 from megatron.core.text_files import read_object, read_text
 from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.settings import checked_size
 
 END_OF_TEXT = "<|endoftext|>"
 _WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -52,8 +53,9 @@ class GPT2BPETokenizer:
     @staticmethod
     def _read_vocabulary(path: Path) -> dict[str, int]:
         vocabulary = read_object(path)
-        if not vocabulary or not all(type(token) is int and 0 <= token < 1 << 30 for token in vocabulary.values()):
+        if not all(type(token) is int and token >= 0 for token in vocabulary.values()):
             raise ValueError(f"{path} must be a JSON object of pieces and their ids")
+        checked_size(path, vocabulary.values())
         return vocabulary
 
     def _read_merges(self, path: Path) -> dict[tuple[int, int], tuple[int, int]]:

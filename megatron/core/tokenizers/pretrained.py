@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.identity import tokenizer_identity
-from megatron.core.tokenizers.settings import FLAGS, added_tokens, content, named_tokens, read_settings
+from megatron.core.tokenizers.settings import FLAGS, added_tokens, checked_size, content, named_tokens, read_settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 _TEKKEN = "tekken.json"
@@ -136,7 +136,7 @@ class TokenizerFromJson:
     def __init__(self, path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
         self.paths = [path]
         self._tokenizer = tokenizer
-        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = checked_size(path, tokenizer.get_vocab(with_added_tokens=True).values())
         eos = content(settings.get("eos_token"))
         if eos is None:
             raise ValueError(f"{path.parent} names no eos_token in tokenizer_config.json to end documents with")

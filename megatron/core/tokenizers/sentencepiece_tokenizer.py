@@ -14,15 +14,20 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: --tokenizer-model takes a sentencepiece tokenizer.model")
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError as error:
+        model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        _pieces(model)
+    except (RuntimeError, UnicodeDecodeError) as error:  # the library gives bytes that are no UTF-8 to Python
         raise ValueError(f"{path} is not a sentencepiece model ({error})") from None
+    return model
+
+
+def _pieces(model: Any) -> list[str]:
+    return model.id_to_piece(list(range(model.get_piece_size())))
 
 
 def read_pieces(path: Path) -> list[str]:
     """The pieces of the model in a file, by id. Raises ValueError naming it if it is not a sentencepiece model."""
-    model = _load(path)
-    return model.id_to_piece(list(range(model.get_piece_size())))
+    return _pieces(_load(path))
 
 
 class SentencePieceTokenizer:

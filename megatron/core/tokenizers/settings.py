@@ -1,13 +1,28 @@
 """The files beside a tokenizer that name its special and added tokens, checked field by field."""
 
+import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron.core.text_files import read_object
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Far above any vocabulary; libraries allocate for every id below the largest.
+MOST_TOKENS = 1 << 22
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_KINDS: dict[str, tuple[Any, str]] = {
+    "tokenizer_class": (str, "a text"),
+    "auto_map": (dict | list, "an object or a list"),
+    "model_max_length": (int | float, "a number"),
+    "sp_model_kwargs": (dict, "an object"),
+    **dict.fromkeys(
+        ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
+         "split_special_tokens", "fix_mistral_regex"),
+        (bool, "true or false"),
+    ),
+}  # fmt: skip
 _ADDED, _ADDITIONAL, _EXTRA = "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"
 
 
@@ -30,8 +45,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    found = read_object(path)
+    found = _read_texts(path)
     _check(path, {name: value for name, value in found.items() if value is not None})
+    return found
+
+
+def _read_texts(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, all of whose texts can be written again."""
+    found = read_object(path)
+    try:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} has half of a surrogate pair in a text") from None
     return found
 
 
@@ -53,12 +78,22 @@ def added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, str]:
     added = {int(number): token["content"] for number, token in settings.get(_ADDED, {}).items()}
     path = folder / "added_tokens.json"
     if path.is_file():
-        for token, number in read_object(path).items():
-            if type(number) is not int or not 0 <= number < 1 << 30:
-                raise ValueError(f"{path}: {token!r} must have an id, not {number!r:.100}")
+        for token, number in _read_texts(path).items():
+            if type(number) is not int or not 0 <= number < MOST_TOKENS:
+                raise ValueError(f"{path}: {token!r:.100} must have an id below {MOST_TOKENS}, not {number!r:.100}")
             if _ADDED not in settings:
                 added[number] = token
     return added
+
+
+def checked_size(path: Path, ids: Iterable[int]) -> int:
+    """The largest id plus one. Raises ValueError naming the file if that is no size of a vocabulary."""
+    size = 1 + max(ids, default=-1)
+    if not 0 < size <= MOST_TOKENS:
+        raise ValueError(
+            f"{path} has token ids up to {size - 1}: a vocabulary has at least one and {MOST_TOKENS} at most"
+        )
+    return size
 
 
 def content(token: Any) -> str | None:
@@ -77,7 +112,8 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
     added = settings.get(_ADDED, {})
     need(isinstance(added, dict), _ADDED, "an object of ids and tokens", added)
     for number, token in added.items():
-        need(re.fullmatch("[0-9]{1,9}", number) is not None, _ADDED, "an object whose names are ids", number)
+        is_id = re.fullmatch("[0-9]{1,9}", number) is not None and int(number) < MOST_TOKENS
+        need(is_id, _ADDED, f"an object whose names are ids below {MOST_TOKENS}", number)
         need(isinstance(token, dict) and _is_token(token), f"{_ADDED}: {number}", "an object with content", token)
     extra = settings.get(_ADDITIONAL, [])
     need(isinstance(extra, list), _ADDITIONAL, "a list of tokens", extra)
@@ -87,8 +123,10 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
         for token in tokens.values() if isinstance(tokens, dict) else tokens:
             typed = isinstance(tokens, list) or isinstance(token, str) or "__type" in token
             need(_is_token(token) and typed, field, "made of texts, or of objects with content and __type", token)
-    kind = settings.get("tokenizer_class", "")
-    need(isinstance(kind, str), "tokenizer_class", "a text", kind)
+    for field, (kinds, what) in _KINDS.items():
+        if field in settings:
+            value = settings[field]
+            need(isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool)), field, what, value)
 
 
 def _is_token(token: Any) -> bool:

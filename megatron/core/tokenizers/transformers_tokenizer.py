@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.core.text_files import read_text
 from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.settings import checked_size
 
 _FILES = (
     "tokenizer.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -18,8 +19,9 @@ _FILES = (
 
 @contextmanager
 def _without_marks(folder: Path) -> Iterator[Path]:
-    """The folder, or one like it if Windows editors put marks (BOM) before JSON, which transformers cannot read."""
-    marked = [path for path in folder.glob("*.json") if path.read_bytes()[:3] == codecs.BOM_UTF8]
+    """The folder, or one like it if Windows editors put marks (BOM) before texts, which transformers cannot read."""
+    texts = [*folder.glob("*.json"), *folder.glob("*.txt")]
+    marked = [path for path in texts if path.read_bytes()[:3] == codecs.BOM_UTF8]
     if not marked:
         yield folder
         return
@@ -44,6 +46,7 @@ class TransformersTokenizer:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     str(readable), trust_remote_code=trust_remote_code, local_files_only=True
                 )
+            self.detokenize(self.tokenize("a b"))  # some settings of a wrong type show only here
         except Exception as error:  # of files that it did not expect, transformers raises whatever comes of them
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ValueError(f"transformers cannot load the tokenizer in {folder}: {reason}") from error
@@ -51,7 +54,7 @@ class TransformersTokenizer:
             raise ValueError(f"the tokenizer in {folder} has no eos_token to end documents with")
         self.eod: int = self._tokenizer.eos_token_id
         self.bos: int | None = self._tokenizer.bos_token_id
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.vocab_size = checked_size(folder, self._tokenizer.get_vocab().values())
 
     @cached_property
     def identity(self) -> dict[str, Any]:
