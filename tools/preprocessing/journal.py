@@ -1,15 +1,14 @@
 """The record of how far a run has come, from which --resume goes on after a kill."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.datasets.indexed_dataset_writer import WriterState
+from tools.preprocessing.records import seal, unseal
 from tools.preprocessing.statistics import Statistics
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Journal:
     def write(self, path: Path) -> None:
         """Write it, whole or not at all; what it tells of must be on disk already."""
         with atomic_writer(path) as out:
-            out.write(json.dumps({"version": VERSION, **vars(self)}, default=vars).encode())
+            out.write(seal({"version": VERSION, **vars(self)}))
 
 
 def journal_path(prefix: str) -> Path:
@@ -40,7 +39,7 @@ def read_journal(prefix: str) -> Journal | None:
     """The journal of an interrupted run, or None. Raises ValueError if it is not one."""
     path = journal_path(prefix)
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = unseal(path.read_bytes())
         if content.pop("version") != VERSION:
             raise ValueError("its version is another")
         content["writers"] = [WriterState(*state) for state in content["writers"]]
@@ -48,5 +47,5 @@ def read_journal(prefix: str) -> Journal | None:
         return Journal(**content)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): start without --resume") from None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.atomic_files import atomic_writer, error_sentence
 from tools.preprocessing.part import Report
+from tools.preprocessing.records import seal, unseal
 from tools.preprocessing.statistics import Statistics
 
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -73,15 +74,19 @@ def status_path(prefix: str, place: Place) -> Path:
 def read_status(prefix: str, place: Place) -> dict[str, Any] | None:
     """What a rank last said of itself, or None."""
     try:
-        return json.loads(status_path(prefix, place).read_text())
-    except (OSError, ValueError):
+        status = json.loads(status_path(prefix, place).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return status if isinstance(status, dict) and isinstance(status.get("state"), str) else None
 
 
 def finished_report(prefix: str, place: Place, fingerprint: str) -> Report | None:
     """The report of a rank whose part, made from what `fingerprint` says, is complete."""
-    status = read_status(prefix, place)
-    if status is None or status.get("state") != "done" or status.get("fingerprint") != fingerprint:
+    try:
+        status = unseal(status_path(prefix, place).read_bytes())
+    except (OSError, ValueError):  # not there, or not that of a rank that is done
+        return None
+    if status["state"] != "done" or status["fingerprint"] != fingerprint:
         return None
     statistics, *rest = status["report"]
     return Report(Statistics.from_record(statistics), *rest)
@@ -155,7 +160,7 @@ class Ranks:
             failure = self._failure(place)
             anew = failure != self._old_failures[place] or now - self._began > _SECONDS_TO_BEGIN_ANEW
             if failure and anew:
-                raise ValueError(f"rank {place.rank} failed: {json.loads(failure)['error']}")
+                raise ValueError(f"rank {place.rank} failed: {json.loads(failure).get('error')}")
 
     def done(self, fingerprint: str, report: Report) -> None:
         """Say that this rank's part is complete."""
@@ -163,7 +168,7 @@ class Ranks:
         record = [asdict(report.statistics), *report[1:]]
         self._status |= {"state": "done", "fingerprint": fingerprint, "report": record}
         with atomic_writer(status_path(self._prefix, self._place)) as file:
-            file.write(json.dumps(self._status).encode())
+            file.write(seal(self._status))
 
     def wait(self, fingerprints: list[str]) -> list[Report]:
         """The reports of all ranks, when all parts are there. Raises ValueError if a rank failed or is silent."""
