@@ -4,6 +4,7 @@
 import argparse
 import signal
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def find_data_sets(patterns: list[str], output: str) -> list[str]:
         else:
             found.append(pattern.removesuffix(".bin").removesuffix(".idx"))
     resolved = [Path(prefix).resolve() for prefix in found]
-    twice = next((prefix for prefix, path in zip(found, resolved) if resolved.count(path) > 1), None)
+    counts = Counter(resolved)
+    twice = next((prefix for prefix, path in zip(found, resolved) if counts[path] > 1), None)
     if twice is not None:
         raise ValueError(f"--input names {twice} twice: name it once")
     if Path(output).absolute() in [Path(prefix).absolute() for prefix in found]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -88,9 +89,10 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
                 "0.6 a_text_document 0.4 b_text_document"
             )
         _check_shares(flag, numbers, text)
-        weights = [weight / sum(numbers) for weight in numbers]
+        total = sum(numbers)
+        weights = [weight / total for weight in numbers]
     prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
-    twice = next((prefix for prefix in prefixes if prefixes.count(prefix) > 1), None)
+    twice = next((prefix for prefix, count in Counter(prefixes).items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"{flag} names {twice} twice: name it once, with the sum of its weights")
     return tuple(map(Source, prefixes, weights))

@@ -17,6 +17,10 @@ from megatron.core.text_files import read_json
 VERSION = 2
 _OLDER = (1,)  # without `input`
 _BLOCK = 1 << 20
+_KINDS: dict[str, Any] = {
+    "version": int, "key": str | None, "tokenizer": dict, "append_eod": bool, "append_bos": bool, "documents": int,
+    "tokens": int, "dtype": str, "sha256": dict, "input": dict | None,
+}  # fmt: skip
 
 
 class Origin(NamedTuple):
@@ -107,12 +111,26 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
         raise ValueError(f"{path}: merged_from must be a list of names")
     names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
     missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
-    is_typed = all(isinstance(content.get(name), dict) for name in ("tokenizer", "sha256"))
-    if missing or unknown or not is_typed or not isinstance(content["input"], dict | None):
+    if missing or unknown:
         raise ValueError(
             f"{path} lacks {missing or 'nothing'} and has {unknown or 'nothing'} too much for a description"
         )
+    _check_types(path, content)
     return DatasetDescription(**content, merged_from=tuple(merged_from))
+
+
+def _check_types(path: Path, content: dict[str, Any]) -> None:
+    """Raises ValueError naming the first field of a wrong type."""
+    values = [(name, content[name], kind) for name, kind in _KINDS.items()]
+    if isinstance(tokenizer := content["tokenizer"], dict):
+        values += [(f"tokenizer.{name}", tokenizer.get(name), int | None) for name in ("vocab_size", "eod", "bos")]
+        values.append(("tokenizer.sha256", tokenizer.get("sha256", {}), dict))
+    for name, value, kind in values:
+        good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not good or (name.endswith("sha256") and not all(isinstance(each, str) for each in value.values())):
+            raise ValueError(
+                f"{path}: {name} cannot be {value!r:.100}: prepare the data set again, or remove this file"
+            )
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
