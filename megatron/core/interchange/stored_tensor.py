@@ -7,7 +7,6 @@ of the machines that convert it.
 import math
 import os
 import threading
-import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron.core.interchange.element_types import STORED_AS, Array, cast, dtype_name, from_torch
+from megatron.core.interchange.torch_archive import is_archive
 from megatron.core.interchange.torch_file import archive_records, index_torch
 from megatron.core.interchange.torch_pickle import TensorEntry
 
@@ -209,7 +209,7 @@ def open_torch(path: Path) -> tuple[dict[str, Any], ZipRecords | None]:
     Raises ValueError naming the file if it is damaged or holds anything that would run code.
     """
     content = index_torch(path)
-    return content, ZipRecords(path) if zipfile.is_zipfile(path) else None
+    return content, ZipRecords(path) if is_archive(path) else None
 
 
 def stored_tensor(path: Path, records: ZipRecords | None, name: str, value: Any) -> StoredTensor | LoadedTensor:

@@ -23,6 +23,14 @@ class Record:
     """CRC-32."""
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a `.pt` file is an archive, whole or damaged; those of before torch 1.6 are none."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def read_archive(path: Path) -> dict[str, Record]:
     """The records of a `.pt` file by name without the archive's own: `data.pkl`, `data/0`.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
-from megatron.core.interchange.torch_archive import DamagedError, Record, read_archive
+from megatron.core.interchange.torch_archive import DamagedError, Record, is_archive, read_archive
 from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, check_old_pickles, read_pickle
 
 
@@ -52,7 +52,7 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
     import torch
 
     with _readable(Path(path)):
-        zipped = zipfile.is_zipfile(path)
+        zipped = is_archive(path)
         _check(Path(path), zipped)
         if zipped and verify:
             _check_sums(path)
@@ -66,7 +66,7 @@ def index_torch(path: Path) -> dict[str, Any]:
 
     A file of before torch 1.6, which is no archive, is read whole.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
+    if path.is_file() and not is_archive(path):
         return load_torch(path)
     with _readable(path):
         return _dictionary(_index(path))
