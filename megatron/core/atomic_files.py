@@ -104,9 +104,18 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+_LONGEST_SENTENCE = 1000
+
+
 def error_sentence(error: ValueError | OSError) -> str:
-    """What a user is told: the message, and of an operating system's error the file and the reason; printable."""
+    """What a user is told: the message, and of an operating system's error the file and the reason.
+
+    It is printable, and what a file says in it takes no more than a few lines.
+    """
     sentence = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    return printable(sentence)
+    sentence = printable(sentence)
+    if len(sentence) > _LONGEST_SENTENCE:  # the remedy stands at the end
+        sentence = f"{sentence[: _LONGEST_SENTENCE // 2]} ... {sentence[-_LONGEST_SENTENCE // 2 :]}"
+    return sentence
