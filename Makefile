@@ -23,6 +23,7 @@ help: ## show this list
 	@echo
 	@echo "  PYTHON=python3.12  use that Python     PIP_FLAGS='...'  more options for pip install"
 	@echo "  ARGS='...'         more options for the demo or for pytest, as in: make test ARGS='-k router'"
+	@echo "  FUZZ_SECONDS=600   how long make verify damages the files of each parser; a minute if not given"
 
 install: $(STAMP) ## make .venv from the pinned versions, unless it is there and up to date
 	@echo "$(VENV) is ready"
@@ -42,8 +43,8 @@ demo: $(STAMP) ## the whole road on real text: data, model, training, back to Hu
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-verify: $(STAMP) ## every layout against one process, kernels for every GPU (slow: a quarter of an hour or more on two cores)
-	$(BIN)/python -m pytest -m 'not gpu' tests/distributed tests/kernels $(ARGS)
+verify: $(STAMP) ## every layout, kernels for every GPU, a pretended GPU, every parser against damage (about an hour on two cores)
+	$(BIN)/python -m pytest -m 'not gpu' tests/distributed tests/kernels tests/pretended tests/fuzz $(ARGS)
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
