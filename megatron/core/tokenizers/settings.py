@@ -17,6 +17,11 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "auto_map": (dict | list, "an object or a list"),
     "model_max_length": (int | float, "a number"),
     "sp_model_kwargs": (dict, "an object"),
+    "chat_template": (str | list | dict, "a text, a list or an object"),
+    "padding_side": (str, "a text"),
+    "truncation_side": (str, "a text"),
+    "model_input_names": (list, "a list"),
+    "init_inputs": (list, "a list"),
     **dict.fromkeys(
         ("add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "legacy",
          "split_special_tokens", "fix_mistral_regex"),
@@ -121,8 +126,8 @@ def _check(path: Path, settings: dict[str, Any]) -> None:
     need(isinstance(named, list | dict), _EXTRA, "a list of tokens, or an object of them", named)
     for field, tokens in ((_ADDITIONAL, extra), (_EXTRA, named)):
         for token in tokens.values() if isinstance(tokens, dict) else tokens:
-            typed = isinstance(tokens, list) or isinstance(token, str) or "__type" in token
-            need(_is_token(token) and typed, field, "made of texts, or of objects with content and __type", token)
+            good = _is_token(token) and (isinstance(tokens, list) or isinstance(token, str) or "__type" in token)
+            need(good, field, "made of texts, or of objects with content and __type", token)
     for field, (kinds, what) in _KINDS.items():
         if field in settings:
             value = settings[field]

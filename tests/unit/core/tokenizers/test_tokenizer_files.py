@@ -84,6 +84,7 @@ WRONG = [
     ("added_tokens_decoder", {"\u0663": {"content": "x"}}), ("added_tokens_decoder", {"9" * 5000: {"content": "x"}}),
     ("additional_special_tokens", "<a>"), ("additional_special_tokens", [1]), ("additional_special_tokens", {"a": "b"}),
     ("extra_special_tokens", {"image": {"content": "<img>"}}), ("extra_special_tokens", "<a>"),
+    ("extra_special_tokens", {"a": 1}), ("model_max_length", "512"), ("add_bos_token", "true"),
     ("tokenizer_class", ["LlamaTokenizer"]),
 ]  # fmt: skip
 
@@ -107,6 +108,117 @@ def test_wrong_types_of_added_tokens(tmp_path: Path, content: Any) -> None:
     folder = make_sentencepiece(tmp_path / "sp")
     write_json(folder / "added_tokens.json", content)
     with pytest.raises(ValueError, match=r"sp/added_tokens\.json"):
+        from_hf(folder)
+
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1 << 70, 0.5, "", "x", "</s>", [], [1], ["</s>"], [[]], {}, {"a": 1}, {"content": "</s>"},
+    {"content": 3}, {"0": {"content": "x"}}, {"a": {"content": "</s>"}},
+)  # fmt: skip
+NAMED = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "added_tokens_decoder",
+    "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
+KNOWN = (
+    *NAMED, "tokenizer_class", "auto_map", "model_max_length", "sp_model_kwargs", "add_bos_token", "add_eos_token",
+    "add_prefix_space", "clean_up_tokenization_spaces", "legacy", "split_special_tokens", "fix_mistral_regex",
+    "chat_template", "padding_side", "truncation_side", "model_input_names", "init_inputs",
+)  # fmt: skip
+OTHER = (
+    "image_token",
+    "processor_class",
+    "backend",
+    "vocab_file",
+    "tokenizer_file",
+    "name_or_path",
+    "use_fast",
+    "special",
+)
+TOP = (
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+)
+MODEL = ("type", "dropout", "unk_token", "continuing_subword_prefix", "fuse_unk", "byte_fallback", "vocab", "merges")
+
+
+def all_types() -> list[tuple[str, str, str, Any]]:
+    """Kind of folder, file, field and value: every field of every file with a value of every type."""
+    kinds = ("json", "model", "transformers")
+    found = [(k, "tokenizer_config.json", f, v) for k in kinds for f in (*KNOWN, *OTHER) for v in VALUES]
+    found += [(k, "special_tokens_map.json", f, v) for k in kinds for f in NAMED for v in VALUES]
+    found += [(k, "added_tokens.json", f, v) for k in kinds for f in ("", "<s>", "new") for v in VALUES]
+    return found + [("json", "tokenizer.json", f, v) for f in (*TOP, *MODEL) for v in VALUES]
+
+
+def check_types(tmp_path: Path, cases: list[tuple[str, str, str, Any]]) -> None:
+    """Each case loads and encodes, or is refused in a sentence that names the file and what is known of it."""
+    model = byte_level_tokenizer()
+    good = json.loads(model.to_str())
+    folders = {"json": make_folder(tmp_path / "json", model), "model": make_sentencepiece(tmp_path / "model")}
+    folders["transformers"] = make_folder(tmp_path / "transformers", model)
+    for kind, file, field, value in cases:
+        folder = folders[kind]
+        extra = {"additional_special_tokens": ["<new>"]} if kind == "transformers" else {}
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "tokenizer_config.json", SETTINGS | extra)
+        if file == "tokenizer.json":
+            write_json(
+                folder / file, good | ({field: value} if field in TOP else {"model": good["model"] | {field: value}})
+            )
+        else:
+            write_json(folder / file, (SETTINGS | extra if file == "tokenizer_config.json" else {}) | {field: value})
+        try:
+            assert from_hf(folder).tokenize("The a")
+        except (ValueError, OSError) as error:
+            assert str(folder) in str(error), (kind, file, field, value)
+            # what transformers alone objects to is told in its words
+            if "transformers cannot" not in str(error) and (file, field) != ("tokenizer_config.json", "auto_map"):
+                assert file in str(error) or "no eos_token" in str(error), (kind, field, value, str(error))
+                assert file in ("tokenizer.json", "added_tokens.json") or field in str(error), (kind, field, value)
+        if file == "tokenizer.json":
+            write_json(folder / file, good)
+
+
+def test_types_of_some_fields(tmp_path: Path) -> None:
+    check_types(tmp_path, random.Random(3).sample(all_types(), 250))
+
+
+@pytest.mark.slow
+def test_every_type_of_every_field(tmp_path: Path) -> None:
+    check_types(tmp_path, all_types())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"no protobuf", b"\xef\xbb\xbf{}", bytes(1000), b"\x0a\x03\x0a\x01\xff"]
+)
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_damaged_models_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        from_hf(tmp_path)
+
+
+def test_a_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "t", byte_level_tokenizer(), eos_token="\ud800")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json has half of a surrogate pair"):
+        from_hf(folder)
+
+
+def test_ids_beyond_any_vocabulary_are_named(tmp_path: Path) -> None:
+    model = byte_level_tokenizer()
+    content = json.loads(model.to_str())
+    content["model"]["vocab"]["far"] = 1 << 31
+    folder = make_folder(tmp_path / "t", model)
+    write_json(folder / "tokenizer.json", content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has token ids up to 2147483648"):
         from_hf(folder)
 
 
