@@ -25,6 +25,8 @@ FORMS: dict[str, tuple[torch.dtype, ...]] = {
 }
 if HAS_TRITON:
     FORMS["triton"] = (torch.float32, torch.float16)
+errors: list[tuple[float, float]] = []
+"""Relative error and bound of each comparison of the running test; tools/gpu_check.py reports the worst."""
 GPU_FORMS = ["library", "triton"] if HAS_TRITON else ["library"]
 
 
@@ -43,10 +45,21 @@ def form_parameters() -> list[object]:
     return made
 
 
+def each(*names: str) -> list[object]:
+    """These forms as parameters, all if none is named; where there is a GPU, Triton's needs it and is marked so."""
+    marks = {"triton": [pytest.mark.gpu]} if HAS_GPU else {}
+    return [pytest.param(form, marks=marks.get(form, [])) for form in FORMS if not names or form in names]
+
+
+def device_of(form: str) -> str:
+    """Where a form's operands lie in tests that run on any machine."""
+    return "cuda" if HAS_GPU and form == "triton" else "cpu"
+
+
 @contextmanager
 def only(form: str) -> Iterator[set[str]]:
     """Lets an operation run in this form or else as its formula; gives the operations whose kernels ran."""
-    parts = {"formula": {}, "triton": {"triton": "cuda" if HAS_GPU else "cpu"}}
+    parts = {"formula": {}, "triton": {"triton": device_of("triton")}}
     parts["library"] = {f"library.{device}": device for device in ("cpu", "cuda", "meta")}
     used: set[str] = set()
     find = forms.kernel
@@ -88,5 +101,6 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def assert_close(ours: Tensor, reference: Tensor, bound: float | None = None) -> None:
     """Their relative error is within the bound of ours' type."""
-    error = relative_error(ours, reference)
-    assert error <= (bound or BOUNDS[ours.dtype]), error
+    error, bound = relative_error(ours, reference), bound or BOUNDS[ours.dtype]
+    errors.append((error, bound))
+    assert error <= bound, error

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conformance_testing import BOUNDS, FORMS, assert_close, drawn, form_parameters, only
+from conformance_testing import BOUNDS, FORMS, assert_close, device_of, drawn, each, form_parameters, only
 from torch import Tensor
 
 from megatron.core.fusions.attention import causal_attention
@@ -273,13 +273,13 @@ OF_FORM = {
 }
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form in OF_FORM])
+@pytest.mark.parametrize("form", each(*OF_FORM))
 def test_every_kernel_meets_a_case(form: str) -> None:
     met: set[str] = set()
     for case in CASES.values():
         for dtype in FORMS[form]:
             with only(form) as used:
-                case.function(*_inputs(case, dtype))
+                case.function(*(tensor.to(device_of(form)) for tensor in _inputs(case, dtype)))
             met |= used
     backward = {name for name in OF_FORM[form] if name.endswith("_backward")}
     assert OF_FORM[form] - backward <= met
