@@ -1,0 +1,204 @@
+"""Parts: the same few steps of a small model on a GPU and on the CPU, and under all layouts that the machine allows."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.gpu_checks.commands import Ran
+from tools.gpu_checks.session import Device, PartEnded, Session, must_end_well
+
+STEPS = 3
+# What the first weights and the data are does not depend on device or layout.
+_COMMON = (
+    "--tokenizer-type", "NullTokenizer", "--mock-data", "--train-iters", STEPS, "--lr", "1e-4", "--moe-router-topk", 2,
+    "--moe-aux-loss-coeff", "1e-2", "--micro-batch-size", 1, "--global-batch-size", 4, "--eval-iters", 0,
+    "--eval-interval", 0, "--log-interval", 1,
+)  # fmt: skip
+_SIZES: dict[str, tuple[object, ...]] = {
+    "cuda": (
+        "--num-layers", 4, "--hidden-size", 512, "--ffn-hidden-size", 1792, "--num-attention-heads", 8,
+        "--num-query-groups", 4, "--num-experts", 8, "--vocab-size", 4096, "--seq-length", 512,
+    ),
+    "cpu": (
+        "--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 128, "--num-attention-heads", 4,
+        "--num-query-groups", 2, "--num-experts", 4, "--vocab-size", 512, "--seq-length", 64,
+    ),
+}  # fmt: skip
+# float32 is float32 everywhere: the variable keeps libraries from rounding operands to TF32.
+_EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+# Seconds, and times those of one process, after which a layout is taken to hang; the others still have their turn.
+_PATIENCE, _PATIENCE_TIMES = 30.0, 6.0
+
+
+class Step(NamedTuple):
+    """What a step's line of --metrics-path says."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Largest |a - b| / |b| of a step's loss and gradient norm."""
+
+    loss: float
+    grad_norm: float
+
+
+# In float32 two kinds of products on one CPU differ by 2e-7 and 1e-5 after three steps; in 16 bits a router chooses
+# another expert for some tokens.
+BOUNDS = {"float32": Bounds(1e-5, 2e-4), "bfloat16": Bounds(2e-3, 5e-2)}
+_DTYPE_FLAGS: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("--bf16",)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and the flags that share the model out to them."""
+
+    name: str
+    ranks: int
+    flags: tuple[object, ...] = ()
+    on_gpus_only: bool = False
+    """Left out where the check itself is tried on a CPU, to keep that short."""
+
+
+_TP, _PP, _EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
+LAYOUTS = (
+    Layout("1 rank", 1),
+    Layout("DP=2, ZeRO-1", 2, ("--use-distributed-optimizer",), True),
+    Layout("TP=2, sequence parallel", 2, (_TP, 2, "--sequence-parallel")),
+    Layout("PP=2", 2, (_PP, 2)),
+    Layout("EP=2", 2, (_EP, 2)),
+    Layout("CP=2", 2, ("--context-parallel-size", 2), True),
+    Layout("TP=2, PP=2", 4, (_TP, 2, _PP, 2, "--sequence-parallel")),
+    Layout("TP=2, EP=2, DP=2", 4, (_TP, 2, _EP, 2, "--expert-tensor-parallel-size", 1, "--sequence-parallel")),
+    Layout("TP=2, PP=2, EP=2, DP=2", 8, (_TP, 2, _PP, 2, _EP, 2, "--sequence-parallel")),
+)
+
+
+def training_words(session: Session, device: Device, metrics: Path, ranks: int, *flags: object) -> list[str]:
+    """The command of a small run, under torchrun if there are ranks."""
+    sizes = _SIZES[session.device]
+    script = "pretrain_gpt.py"
+    return session.python(script, "--device", device, *sizes, *_COMMON, *flags, "--metrics-path", metrics, ranks=ranks)
+
+
+def read_steps(ran: Ran, metrics: Path) -> list[Step]:
+    """The steps that a run recorded. Raises PartEnded if it failed or took fewer."""
+    must_end_well(ran)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    steps = [Step(line["lm_loss"], line["grad_norm"]) for line in lines if "lm_loss" in line]
+    if len(steps) != STEPS:
+        raise PartEnded("failed", f"`{ran.line[:100]}` recorded {len(steps)} steps of {STEPS}")
+    return steps
+
+
+def differences(ours: list[Step], reference: list[Step]) -> tuple[list[float], list[float]]:
+    """|a - b| / |b| of losses and of gradient norms, step by step; NaN where a number is not finite."""
+    losses = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(ours, reference, strict=True)]
+    norms = [abs(a.grad_norm - b.grad_norm) / abs(b.grad_norm) for a, b in zip(ours, reference, strict=True)]
+    return losses, norms
+
+
+def within(bounds: Bounds, losses: list[float], norms: list[float]) -> bool:
+    """Whether all differences are small enough; NaN is not."""
+    return all(d <= bounds.loss for d in losses) and all(d <= bounds.grad_norm for d in norms)
+
+
+def check_numerics(session: Session) -> str:
+    """Compares a GPU with the CPU. Raises PartEnded if a loss or a gradient norm differs too much."""
+    # a trial on a CPU compares its own two kinds of products
+    other = () if session.device == "cuda" else ("--moe-grouped-gemm-backend", "grouped_mm")
+    runs: list[tuple[Device, tuple[str, ...]]] = [
+        (device, (*_DTYPE_FLAGS[dtype], *flags))
+        for dtype in BOUNDS
+        for device, flags in (("cpu", ()), (session.device, other))
+    ]
+    who, bad = "GPU" if session.device == "cuda" else "grouped_mm on the CPU", []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{number}.jsonl") for number in range(len(runs))]
+        commands = [
+            training_words(session, device, file, 0, *flags) for (device, flags), file in zip(runs, files, strict=True)
+        ]
+        done = session.run_together(commands, _EXACT | _threads(len(runs)))
+        for number, (dtype, bounds) in enumerate(BOUNDS.items()):
+            reference, ours = (read_steps(done[n], files[n]) for n in (2 * number, 2 * number + 1))
+            table = session.part.table(
+                f"{dtype}, {who} against CPU; differences are |a - b| / |b|, at most {bounds.loss:.0e} for the loss "
+                f"and {bounds.grad_norm:.0e} for the gradient norm",
+                "step", "loss", "loss on the CPU", "difference", "gradient norm", "on the CPU", "its difference",
+            )  # fmt: skip
+            losses, norms = differences(ours, reference)
+            for step, (a, b) in enumerate(zip(ours, reference, strict=True)):
+                table.add(
+                    step + 1, f"{a.loss:.7f}", f"{b.loss:.7f}", f"{losses[step]:.1e}", f"{a.grad_norm:.6f}",
+                    f"{b.grad_norm:.6f}", f"{norms[step]:.1e}",
+                )  # fmt: skip
+            if not within(bounds, losses, norms):
+                bad.append(dtype)
+    session.part.note("TF32 is off (torch's default, and NVIDIA_TF32_OVERRIDE=0).")
+    if bad:
+        raise PartEnded("failed", f"{who} and CPU differ by more than the bounds in {', '.join(bad)}")
+    return f"{who} and CPU agree in {' and '.join(BOUNDS)}"
+
+
+def check_layouts(session: Session) -> str:
+    """Tries the collectives, then compares each layout with one process. Raises PartEnded if one differs or fails."""
+    most = session.machine.ranks(session.device)
+    for ranks in sorted({1, most}):
+        ran = session.run(
+            session.python("tools.gpu_checks.collectives", session.device, ranks=ranks),
+            at_most=session.seconds_left / 2,
+        )
+        table = session.part.table(f"Collectives, {ranks} rank(s)", "operation", "MiB a rank", "milliseconds", "GB/s")
+        for line in ran.output.splitlines():
+            if line.startswith("collective\t"):
+                table.add(*line.split("\t")[1:])
+        must_end_well(ran)
+    wanted = [layout for layout in LAYOUTS if session.device == "cuda" or not layout.on_gpus_only]
+    fitting = [layout for layout in wanted if layout.ranks <= most]
+    left_out = [layout.name for layout in wanted if layout.ranks > most]
+    if left_out:
+        session.part.note(f"Left out, since they need more ranks than {most}: {'; '.join(left_out)}.")
+    bad = _compare_layouts(session, fitting)
+    if bad:
+        raise PartEnded("failed", f"not equal to one process: {'; '.join(bad)}")
+    return f"collectives and {len(fitting)} layout(s) on {most} rank(s) give one process's numbers"
+
+
+def _compare_layouts(session: Session, layouts: list[Layout]) -> list[str]:
+    """Names of those that fail, hang or differ. Raises PartEnded when the time for all is over."""
+    bounds, bad = BOUNDS["float32"], []
+    table = session.part.table(
+        f"Layouts in float32, three steps against one process; |a - b| / |b| is at most {bounds.loss:.0e} and "
+        f"{bounds.grad_norm:.0e}",
+        "layout", "ranks", "largest difference of the loss", "of the gradient norm", "result", "seconds",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(folder, "alone.jsonl")
+        ran_alone = session.run(training_words(session, session.device, alone, 0), _EXACT | _threads(1))
+        reference, patience = read_steps(ran_alone, alone), max(_PATIENCE, _PATIENCE_TIMES * ran_alone.seconds)
+        for number, layout in enumerate(layouts):
+            file = Path(folder, f"{number}.jsonl")
+            words = training_words(session, session.device, file, layout.ranks, *layout.flags)
+            ran = session.run(words, _EXACT | _threads(layout.ranks), patience)
+            result, cells = "equal", ("", "")
+            try:
+                losses, norms = differences(read_steps(ran, file), reference)
+                cells = (f"{max(losses):.1e}", f"{max(norms):.1e}")
+                result = "equal" if within(bounds, losses, norms) else "differs"
+            except PartEnded:
+                if ran.status is None and session.seconds_left < 1:
+                    raise
+                result = f"{ran.ending}: {ran.last_words[:150]}"
+            table.add(layout.name, layout.ranks, *cells, result, f"{ran.seconds:.0f}")
+            bad += [] if result == "equal" else [layout.name]
+    return bad
+
+
+def _threads(processes: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
