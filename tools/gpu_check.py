@@ -54,10 +54,7 @@ CHECKS = {
         check_numerics, 60, "Numerics", "Three training steps of one small model on this device and on the CPU."
     ),
     "layouts": Check(
-        check_layouts,
-        110,
-        "Collectives and layouts",
-        "Collectives with known results; each layout against one process.",
+        check_layouts, 170, "Layouts", "Collectives with known results, and every layout against one process."
     ),
     "example": Check(
         check_example, 110, "The example's model", "Speed of training, and memory against what the dry run says."

@@ -77,9 +77,12 @@ def check_device_ran(found: dict[str, Results], classes: Counter[str]) -> None:
     """Raises PartEnded unless Triton's kernels were compiled, and tests of them passed, on the GPU."""
     if classes["InterpretedFunction"]:
         raise PartEnded("failed", "Triton's interpreter ran instead of the GPU: is TRITON_INTERPRET set somewhere?")
-    empty = [name for name in ("bfloat16", "float16", "float32") if not found.get(f"triton-{name}-cuda")]
+    if not classes["JITFunction"]:
+        raise PartEnded("failed", "no kernel of Triton's was loaded")
+    passed = {name for name, results in found.items() if results.outcomes["passed"]}
+    empty = [name for name in ("bfloat16", "float16", "float32") if f"triton-{name}-cuda" not in passed]
     if empty:
-        raise PartEnded("failed", f"no test of Triton's kernels ran on the GPU in {', '.join(empty)}")
+        raise PartEnded("failed", f"no test of Triton's kernels passed on the GPU in {', '.join(empty)}")
 
 
 def read_record(lines: list[dict[str, Any]]) -> tuple[dict[str, Results], list[tuple[str, str]], Counter[str]]:

@@ -13,7 +13,7 @@ from tools.gpu_checks.commands import Ran
 
 Status = Literal["waiting", "running", "passed", "failed", "stopped", "skipped"]
 MARKDOWN, JSON = "report.md", "report.json"
-_TAIL = 6_000
+_TAIL = 3_000
 _MOST_CELL = 300
 _MOST_ROWS = 200
 
@@ -77,7 +77,7 @@ class Part:
 
     def listing(self, title: str, text: str) -> None:
         """Adds another program's output."""
-        self.listings[title] = _tail(text.rstrip(), 3 * _TAIL)
+        self.listings[title] = _tail(text.rstrip(), 4 * _TAIL)
 
     def ran(self, ran: Ran) -> None:
         """Adds a command."""

@@ -193,7 +193,7 @@ def _compare_layouts(session: Session, layouts: list[Layout]) -> list[str]:
                 result = "equal" if within(bounds, losses, norms) else "differs"
             except PartEnded:
                 if ran.status is None and session.seconds_left < 1:
-                    raise
+                    raise PartEnded("stopped", f"{layout.name} was {ran.ending}") from None
                 result = f"{ran.ending}: {ran.last_words[:150]}"
             table.add(layout.name, layout.ranks, *cells, result, f"{ran.seconds:.0f}")
             bad += [] if result == "equal" else [layout.name]
