@@ -32,6 +32,7 @@ from tools.gpu_checks.training import check_layouts, check_numerics
 from tools.run_tool import run_tool
 
 _PROBE_SECONDS = 60
+_LEAST_SECONDS = 25
 
 
 class Check(NamedTuple):
@@ -99,7 +100,8 @@ def check_gpu(args: argparse.Namespace) -> bool:
                 print(f"\n[{number + 1}/{len(names)}] {CHECKS[name].title}", flush=True)
                 left = 60 * args.minutes - (time.monotonic() - start)
                 share = CHECKS[name].share / sum(CHECKS[other].share for other in names[number:])
-                run_part(CHECKS[name], parts[name], args.device, machine, left * share)
+                seconds = max(left * share, min(_LEAST_SECONDS, left / 2))
+                run_part(CHECKS[name], parts[name], args.device, machine, seconds)
                 print(f"  {parts[name].status}: {parts[name].sentence}", flush=True)
                 report.write(folder)
         except BaseException as error:

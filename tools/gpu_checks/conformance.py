@@ -44,7 +44,7 @@ def check_kernels(session: Session) -> str:
             + ["-p", "tools.gpu_checks.pytest_record", "--record", str(file), *words]
             for file, words in zip(files, suites.values(), strict=True)
         ]
-        done = session.run_together(commands, {"OMP_NUM_THREADS": "1"})
+        done = session.run_together(commands)
         lines = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     found, failures, classes = read_record(lines)
     table = session.part.table(

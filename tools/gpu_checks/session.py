@@ -67,6 +67,8 @@ class Session:
     def __init__(self, device: Device, machine: Machine, part: Part, seconds: float) -> None:
         self.device, self.machine, self.part = device, machine, part
         self._deadline = time.monotonic() + seconds
+        # a trial on a CPU shares it with others, where threads that wait for each other take many times as long
+        self._threads = 1 if device == "cpu" else max(1, (os.cpu_count() or 1) // max(4, len(machine.gpus)))
 
     @property
     def seconds_left(self) -> float:
@@ -85,7 +87,8 @@ class Session:
         """
         if self.seconds_left < 1:
             raise PartEnded("stopped", "the time for this part was over before all of it had run")
-        done = run_together(commands, min(at_most, self.seconds_left), environment)
+        variables = {"OMP_NUM_THREADS": str(self._threads), **(environment or {})}
+        done = run_together(commands, min(at_most, self.seconds_left), variables)
         for ran in done:
             self.part.ran(ran)
         return done

@@ -1,7 +1,6 @@
 """Parts: the same few steps of a small model on a GPU and on the CPU, and under all layouts that the machine allows."""
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,7 @@ def check_numerics(session: Session) -> str:
         commands = [
             training_words(session, device, file, 0, *flags) for (device, flags), file in zip(runs, files, strict=True)
         ]
-        done = session.run_together(commands, _EXACT | _threads(len(runs)))
+        done = session.run_together(commands, _EXACT)
         for number, (dtype, bounds) in enumerate(BOUNDS.items()):
             reference, ours = (read_steps(done[n], files[n]) for n in (2 * number, 2 * number + 1))
             table = session.part.table(
@@ -180,12 +179,12 @@ def _compare_layouts(session: Session, layouts: list[Layout]) -> list[str]:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         alone = Path(folder, "alone.jsonl")
-        ran_alone = session.run(training_words(session, session.device, alone, 0), _EXACT | _threads(1))
+        ran_alone = session.run(training_words(session, session.device, alone, 0), _EXACT)
         reference, patience = read_steps(ran_alone, alone), max(_PATIENCE, _PATIENCE_TIMES * ran_alone.seconds)
         for number, layout in enumerate(layouts):
             file = Path(folder, f"{number}.jsonl")
             words = training_words(session, session.device, file, layout.ranks, *layout.flags)
-            ran = session.run(words, _EXACT | _threads(layout.ranks), patience)
+            ran = session.run(words, _EXACT, patience)
             result, cells = "equal", ("", "")
             try:
                 losses, norms = differences(read_steps(ran, file), reference)
@@ -198,7 +197,3 @@ def _compare_layouts(session: Session, layouts: list[Layout]) -> list[str]:
             table.add(layout.name, layout.ranks, *cells, result, f"{ran.seconds:.0f}")
             bad += [] if result == "equal" else [layout.name]
     return bad
-
-
-def _threads(processes: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
