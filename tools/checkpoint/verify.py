@@ -28,7 +28,8 @@ from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.model_folder import read_config
 from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time, verify_source
 from tools.checkpoint.util import run_conversion
-from tools.checkpoint.verify_logits import Comparison, compare_logits
+from tools.checkpoint.verify_logits import Comparison, compare_logits, compared_length
+from tools.run_tool import positive
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--megatron-path", required=True, help="folder with the tracker file, or a step's own folder")
     parser.add_argument("--iteration", type=step, help="step to compare instead of the newest: a number, or release")
     parser.add_argument("--logits", action="store_true", help="run both models as well")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the two sequences of --logits (default: 64)")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=64,
+        help="length of the two sequences of --logits, at most the model's sliding window (default: 64)",
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -106,7 +112,11 @@ def verify(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"{args.megatron_path} has no layout to run at: convert it with --loader mixtral --saver mixtral first"
             )
-        comparison = compare_logits(folder, ours, args.tokens, args.tolerance)
+        window = config.get("sliding_window")
+        length = compared_length(args.tokens, window, ours.layout.tensor)
+        if length < args.tokens:
+            print(f"note: {length} tokens are compared: training does not go beyond the sliding window of {window}")
+        comparison = compare_logits(folder, ours, length, args.tolerance)
     if comparison.text:
         print(comparison.text)
     if differences or not comparison.equal:

@@ -46,14 +46,30 @@ class _Task:
     """[B, S]"""
 
 
+def compared_length(length: int, window: int | None, tensor: int) -> int:
+    """`length`, made a multiple of the tensor-parallel size, within the tokens that a position attends to.
+
+    Our model attends to all tokens, as training does, so that beyond the window the two are not meant to be equal.
+    Raises ValueError if no length is possible.
+    """
+    whole = max(math.ceil(length / tensor), 1) * tensor
+    if window is None or whole <= window:
+        return whole
+    if window < tensor:
+        raise ValueError(
+            f"config.json: a sliding_window of {window} is shorter than the {tensor} tensor-parallel ranks' shortest "
+            "sequence: convert the checkpoint to a smaller --target-tensor-parallel-size to compare logits"
+        )
+    return window // tensor * tensor
+
+
 def compare_logits(huggingface: Path, source: MegatronSource, length: int, tolerance: float) -> Comparison:
-    """Runs both models on the same two sequences of `length` tokens; in float32 on the CPU.
+    """Runs both models on the same two sequences of `length` tokens (see `compared_length`); in float32 on the CPU.
 
     Raises ValueError with the reason if a rank fails, or if transformers does not find all weights.
     """
     model, layout = replace(source.description.model, params_dtype="float32"), source.layout
     assert model.vocab_size is not None
-    length = max(math.ceil(length / layout.tensor), 1) * layout.tensor
     tokens = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as work:
         torch.save(_reference(huggingface, tokens), Path(work) / "reference.pt")

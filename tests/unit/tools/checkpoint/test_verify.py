@@ -1,5 +1,6 @@
 """The verify tool: weights and logits of a checkpoint against transformers, at the checkpoint's own layout."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from conversion_testing import MakeModel
 
 from megatron.core.interchange import load_torch, save_torch
 from tools.checkpoint import util, verify
+from tools.checkpoint.verify_logits import compared_length
 
 Capture = pytest.CaptureFixture[str]
 
@@ -42,6 +44,28 @@ def test_a_converted_model_is_the_same(make_model: MakeModel, tmp_path: Path, ca
     assert run(source, tmp_path / "m", "--logits", "--tokens", "16") == 0
     printed = capsys.readouterr().out
     assert "weights: equal bit for bit" in printed and "the largest difference is" in printed
+
+
+def test_no_more_tokens_than_the_window_are_compared(copy_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
+    source = copy_model(dtype=torch.float32)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "sliding_window": 8}))
+    to_megatron(source, tmp_path / "m")
+    assert run(source, tmp_path / "m", "--logits", "--tokens", "32") == 0
+    assert "8 tokens are compared: training does not go beyond the sliding window of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "tensor", "compared"),
+    [(5, None, 1, 5), (5, None, 4, 8), (5, 6, 4, 4), (64, 64, 4, 64), (64, 63, 4, 60), (1, 8, 8, 8)],
+)
+def test_the_compared_length(length: int, window: int | None, tensor: int, compared: int) -> None:
+    assert compared_length(length, window, tensor) == compared
+
+
+def test_a_window_too_short_for_the_layout_is_named() -> None:
+    with pytest.raises(ValueError, match="sliding_window of 3"):
+        compared_length(64, 3, 4)
 
 
 @pytest.mark.parametrize(
