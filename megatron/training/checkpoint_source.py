@@ -160,3 +160,14 @@ def check_same_model(path: Path, saved_arguments: Any, arguments: Arguments, tp_
             f"{path} is a checkpoint of another model: {'; '.join(differences)}. Correct the flags or the "
             "tokenizer, or add --use-checkpoint-args"
         )
+
+
+def check_same_type(source: CheckpointSource, saved_arguments: Any, arguments: Arguments) -> None:
+    """Raises ValueError if the optimizer's state is of a run in another type of parameters than this one."""
+    saved, ours = getattr(saved_arguments, "params_dtype", None), arguments.model.params_dtype
+    if source.with_optimizer and saved is not None and str(saved).removeprefix("torch.") != ours:
+        raise ValueError(
+            f"{source.folder} was saved by a run in {saved}, and this one is in {ours} (--bf16, --fp16 or neither; "
+            "PRECISION in the example script): take the same, or start anew from its weights with --no-load-optim or "
+            "--finetune"
+        )

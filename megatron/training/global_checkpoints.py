@@ -18,7 +18,7 @@ from megatron.core.models.mixtral.mixtral_model import ModelChunks
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
-from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model
+from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model, check_same_type
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 
@@ -150,7 +150,8 @@ def load_state(
 def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
     """The checkpoint, once it is certain that it has all that is needed."""
     reader = CheckpointReader(source.folder)
-    check_same_model(source.folder, SimpleNamespace(**reader.arguments), arguments)
+    stored = SimpleNamespace(**reader.arguments)
+    check_same_model(source.folder, stored, arguments)
     expected = {rule.name for rule in mixtral_weights(arguments.model)}
     kinds = sorted({shard.kind for shard in shards})
     state_kinds = [kind for kind in kinds if kind != "weight"]
@@ -160,13 +161,7 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
             f"{source.folder} holds no optimizer state: add --no-load-optim to go on with a fresh optimizer, or "
             "--finetune to start a new run from its weights"
         )
-    saved, ours = reader.arguments.get("params_dtype"), arguments.model.params_dtype
-    if source.with_optimizer and saved is not None and saved != ours:
-        raise ValueError(
-            f"{source.folder} was saved by a run in {saved}, and this one is in {ours} (--bf16, --fp16 or neither; "
-            "PRECISION in the example script): take the same, or start anew from its weights with --no-load-optim or "
-            "--finetune"
-        )
+    check_same_type(source, stored, arguments)
     problems = []
     for kind in kinds:
         found = reader.tensors(kind).keys()

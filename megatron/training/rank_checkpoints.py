@@ -14,7 +14,7 @@ from megatron.core.models.mixtral.mixtral_model import ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import named_shards
-from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model
+from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model, check_same_type
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.progress import Progress
@@ -138,6 +138,7 @@ def _read(
     if source.with_optimizer:
         if "optimizer" not in content:
             raise ValueError(f"{path} holds no optimizer state: add --finetune to start a new run from its weights")
+        check_same_type(source, content.get("args"), arguments)
         optimizer.check_state_dict(content["optimizer"])
     return content
 

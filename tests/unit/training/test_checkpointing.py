@@ -55,6 +55,18 @@ def test_finetuning_takes_weights_only_and_fresh_masters(saved: Saved) -> None:
         assert not piece.tensors["exp_avg"].any() and not piece.tensors["exp_avg_sq"].any()
 
 
+def test_another_type_is_refused_unless_only_weights_are_taken(saved: Saved) -> None:
+    root, trainer, _ = saved
+    arguments = checkpoint_arguments(load=str(root))
+    wide = replace(arguments, model=replace(arguments.model, params_dtype="float32"))
+    with pytest.raises(ValueError, match="was saved by a run in bfloat16, and this one is in float32"):
+        load(tiny_trainer(wide))
+    second = tiny_trainer(replace(wide, checkpoint=replace(wide.checkpoint, finetune=True)))
+    load(second)
+    for ours, theirs in zip(second.model.parameters(), trainer.model.parameters(), strict=True):
+        assert (ours == theirs.float()).all()
+
+
 def test_flags_of_the_first_start_do_not_drop_the_optimizer_at_restarts(saved: Saved) -> None:
     root, first, progress = saved
     second = tiny_trainer(checkpoint_arguments(load=str(root), save=str(root), no_load_optim=True, no_load_rng=True))
