@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,7 +77,8 @@ def open_megatron(
 ) -> "MegatronSource | TrainingSource":
     """The step that `path` and `iteration` name, of either format; see `MegatronSource` for the rest.
 
-    A training checkpoint knows its vocabulary size and fits every layout, so that it needs neither.
+    A training checkpoint (`torch_dist`) knows its vocabulary size and is read at any layout; sizes in `layout` are
+    compared with those of the run that saved it.
     """
     folder, found = find_checkpoint(path, iteration)
     if not any(folder.glob("mp_rank_*")):
@@ -85,7 +86,9 @@ def open_megatron(
         from tools.checkpoint.training_source import TrainingSource  # needs torch, which the other format does not
 
         if is_distributed_checkpoint(folder):
-            return TrainingSource(folder, iteration=found, params_dtype=params_dtype)
+            source = TrainingSource(folder, iteration=found, params_dtype=params_dtype)
+            _check_layout(folder, layout, source.saved_sizes)
+            return source
     return MegatronSource(
         path,
         iteration=iteration,
@@ -94,6 +97,17 @@ def open_megatron(
         params_dtype=params_dtype,
         layout=layout,
     )
+
+
+def _check_layout(folder: Path, wanted: Sequence[int | None], sizes: Sequence[int]) -> None:
+    """Raises ValueError if the caller believes in another (tensor, pipeline, expert) size than the checkpoint has."""
+    believed = [size if given is None else given for given, size in zip(wanted, sizes, strict=True)]
+    if believed != list(sizes):
+        raise ValueError(
+            f"{folder} was saved at tensor-parallel size {sizes[0]}, pipeline-parallel size {sizes[1]}, "
+            f"expert-parallel size {sizes[2]}, not at tensor x pipeline x expert parallel sizes "
+            f"{' x '.join(map(str, believed))}: leave these sizes out, or give the checkpoint they belong to"
+        )
 
 
 class _Held(NamedTuple):
@@ -133,13 +147,7 @@ class MegatronSource:
     ) -> None:
         self.folder, self.iteration = find_checkpoint(path, iteration)
         self.layout = available_layout(self.folder)
-        sizes = (self.layout.tensor, self.layout.pipeline, self.layout.expert)
-        wanted = tuple(there if given is None else given for given, there in zip(layout, sizes, strict=True))
-        if wanted != sizes:
-            raise ValueError(
-                f"{self.folder} was saved at {self.layout}, not at tensor x pipeline x expert parallel sizes "
-                f"{wanted[0]} x {wanted[1]} x {wanted[2]}"
-            )
+        _check_layout(self.folder, layout, (self.layout.tensor, self.layout.pipeline, self.layout.expert))
         files = {}
         args = argparse.Namespace()
         for ranks in self.layout.ranks():

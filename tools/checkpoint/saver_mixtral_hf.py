@@ -22,16 +22,15 @@ from megatron.core.atomic_files import atomic_writer, exclusive_folder, sync_fol
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import Array
 from megatron.core.interchange.folder_kind import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES
-from megatron.core.models.mixtral.hf_config import check_config_matches, hf_config_with_dtype
+from megatron.core.models.mixtral.hf_config import hf_config_with_dtype
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from tools.checkpoint.export_files import ModelFiles
 from tools.checkpoint.hf_files import weight_files
 from tools.checkpoint.model_folder import (
     CONFIG_FILE,
     Target,
-    companion_files,
     has_vocabulary,
     open_target,
-    read_config,
 )
 from tools.checkpoint.stream import (
     CheckedSource,
@@ -50,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where config and tokenizer come from, and how large a file may be."""
     parser.add_argument(
         "--huggingface-config-path",
-        help="folder whose config.json and tokenizer files go with the weights (default: --load-dir); "
-        "may be --save-dir, whose weights are then replaced",
+        help="folder whose config.json and tokenizer files go with the weights (default: --load-dir); may be "
+        "--save-dir, whose weights are then replaced; a config.json that is missing is made from the checkpoint",
     )
     parser.add_argument("--max-shard-size", type=byte_size, default="5GB", help="largest weight file (default: 5GB)")
 
@@ -67,36 +66,46 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     export.write(source, args.max_shard_size)
 
 
-def _config_folder(args: argparse.Namespace) -> Path:
-    return Path(args.huggingface_config_path or args.load_dir)
+def _config_folder(args: argparse.Namespace) -> Path | None:
+    if args.huggingface_config_path is not None:
+        return Path(args.huggingface_config_path)
+    source = Path(args.load_dir)
+    return source if os.path.lexists(source / CONFIG_FILE) else None
 
 
 class Export:
     """A model folder to write: its config and companion files, and where, all checked before the source is opened.
 
-    `target` must be absent, empty, or `config_folder` itself, whose weights are replaced. Raises ValueError or OSError
-    naming what cannot be read or written.
+    `target` must be absent, empty, or `config_folder` itself, whose weights are replaced. Without `config_folder` the
+    checkpoint's own arguments and tokenizer are taken. Raises ValueError or OSError naming what cannot be read or
+    written.
     """
 
-    def __init__(self, config_folder: Path, target: Path, source: Path) -> None:
-        self._config_folder, self._config = config_folder, read_config(config_folder)
+    def __init__(self, config_folder: Path | None, target: Path, source: Path) -> None:
+        self._files = ModelFiles(config_folder)
         self._target = open_target(target, [source], config_folder)
-        self._companions = [] if self._target.in_place else companion_files(config_folder)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Entries of the vocabulary that config.json says, if it is there."""
+        size = (self._files.config or {}).get("vocab_size")
+        return size if isinstance(size, int) else None
 
     def write(self, source: CheckedSource, max_shard_size: int) -> None:
         """Writes the folder. Raises ValueError if the config is of another model or the disk too small."""
         description, target = source.description, self._target
-        config = {**self._config, **description.config_changes}
-        check_config_matches(description.model, config)
+        config = self._files.config_for(description)
         avoid = target.folder if target.in_place else None
         writer = ShardsWriter(description.model, description.dtype, max_shard_size, avoid)
-        sizes = {name: (self._config_folder / name).stat().st_size for name in self._companions}
-        if not target.in_place and not has_vocabulary(self._companions):
-            print(f"note: {self._config_folder} has no tokenizer, nor will the new folder have one", file=sys.stderr)
+        files = {name: path for name, path in self._files.paths().items() if not target.in_place}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        if not target.in_place and not has_vocabulary(files):
+            where = self._files.folder or description.folder
+            print(f"note: {where} has no tokenizer, nor will the new folder have one", file=sys.stderr)
         if source.dry_run:
             print_plan(source, writer, writer.rules)
             for name, size in sizes.items():
-                print(f"{name}, {size:,} bytes\n    from {os.path.realpath(self._config_folder / name)}")
+                print(f"{name}, {size:,} bytes\n    from {os.path.realpath(files[name])}")
         check_disk(target, planned_bytes(writer, writer.rules) | sizes, report=source.dry_run)
         if source.dry_run:
             return
@@ -108,8 +117,8 @@ class Export:
                 writer.check_complete()
                 source.check_complete()
                 writer.write_index(target.staging)
-                for name in self._companions:
-                    _copy(self._config_folder / name, target.staging / name)
+                for name, path in files.items():
+                    _copy(path, target.staging / name)
                 self._write_config(config, description.dtype)
                 sync_folder(target.staging)
                 _publish(target, writer.names)
@@ -119,10 +128,11 @@ class Export:
         print(f"wrote {target.name}: {len(writer.names)} weight file(s), {description.dtype}")
 
     def _write_config(self, config: dict[str, object], dtype: str) -> None:
-        old, new = self._config_folder / CONFIG_FILE, self._target.staging / CONFIG_FILE
-        updated = hf_config_with_dtype(config, dtype)
-        if updated == self._config and not old.read_bytes().startswith(codecs.BOM_UTF8):  # transformers cannot read it
-            return _copy(old, new)
+        new, updated = self._target.staging / CONFIG_FILE, hf_config_with_dtype(config, dtype)
+        if updated == self._files.config and self._files.folder is not None:
+            old = self._files.folder / CONFIG_FILE
+            if not old.read_bytes().startswith(codecs.BOM_UTF8):  # which transformers cannot read
+                return _copy(old, new)
         with atomic_writer(new) as file:
             file.write((json.dumps(updated, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 

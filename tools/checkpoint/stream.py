@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.model_folder import Target
+
+_T = TypeVar("_T")
 
 CHUNK_BYTES = 2 << 20
 """Size of the rows that a thread holds at a time, about."""
@@ -281,14 +283,21 @@ class Progress:
 
 def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path) -> Description:
     """What the training arguments stored in a checkpoint say of it, in tensors of `dtype`."""
+
+    def stored(name: str, kind: type[_T]) -> _T | None:
+        value = getattr(args, name, None)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ValueError(f"{folder}: its argument {name} must be of type {kind.__name__}, got {value!r}")
+        return value
+
     return Description(
         model=replace(model, params_dtype=config_dtype(dtype)),
         dtype=dtype,
         folder=folder,
-        seq_length=getattr(args, "seq_length", None) or model.max_position_embeddings,
-        sliding_window=getattr(args, "sliding_window", None),
-        tokenizer_type=getattr(args, "tokenizer_type", None),
-        tokenizer_model=getattr(args, "tokenizer_model", None),
+        seq_length=stored("seq_length", int) or model.max_position_embeddings,
+        sliding_window=stored("sliding_window", int),
+        tokenizer_type=stored("tokenizer_type", str),
+        tokenizer_model=stored("tokenizer_model", str),
     )
 
 

@@ -18,11 +18,15 @@ class TrainingSource:
     """
 
     layout = Layout()
+    """What it is read at."""
 
     def __init__(self, folder: Path, *, iteration: int | str | None = None, params_dtype: str | None = None) -> None:
         self.folder, self.iteration = folder, iteration
         self._reader = CheckpointReader(folder)
         args = SimpleNamespace(**self._reader.arguments)
+        kinds = ("tensor", "pipeline", "expert")
+        self.saved_sizes = [getattr(args, f"{kind}_model_parallel_size", None) or 1 for kind in kinds]
+        """Tensor-, pipeline- and expert-parallel size of the run that saved it."""
         model = model_config_from_args(args)  # type: ignore[arg-type]
         found = self._reader.tensors("weight")
         check_counts(model.num_layers, model.num_experts, len(found), folder)

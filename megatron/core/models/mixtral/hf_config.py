@@ -132,6 +132,29 @@ def check_config_matches(model: ModelConfig, config: dict[str, Any]) -> None:
         raise ValueError("the Hugging Face config is of another model: " + "; ".join(differences))
 
 
+def hf_config_from_model(
+    model: ModelConfig, *, sliding_window: int | None, bos: int | None, eos: int | None
+) -> dict[str, Any]:
+    """A config.json for `model`, without the type of the weights; `bos` and `eos` are token ids, null if unknown.
+
+    `rope_theta` and `head_dim` stand where every version of transformers finds them.
+    """
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        **{theirs: getattr(model, ours) for ours, theirs in SHAPE_FIELDS.items()},
+        "max_position_embeddings": model.max_position_embeddings,
+        "sliding_window": sliding_window,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+    }
+
+
 def hf_config_with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """`config` with every field kept and the type of the weights set to `dtype`."""
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]

@@ -1,5 +1,6 @@
 """Training checkpoints (torch_dist) convert to Hugging Face and to other layouts like any other."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 from tools.checkpoint.loader_mixtral import MegatronSource
+
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -64,6 +67,74 @@ def test_weights_arrive_bit_for_bit(trained: tuple[Path, Path], tmp_path: Path) 
     assert util.main(["--model-type", "GPT", *command.split(), *sizes.split()]) == 0
     assert _to_huggingface(tmp_path / "tp2", model, tmp_path / "hf2") == 0
     assert_same_tensors(tmp_path / "hf2", disk_tensors(model))
+
+
+def _to_huggingface_alone(source: Path, target: Path, *flags: str) -> int:
+    command = ["--megatron-checkpoint-path", str(source), "--huggingface-checkpoint-path", str(target)]
+    return convert_megatron_to_hf_mixtral.main([*command, *flags])
+
+
+def _tokenizer(folder: Path, entries: int) -> Path:
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, entries)}
+    Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_a_config_is_made_where_there_is_none(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: Capture, kind: str
+) -> None:
+    """Of a model trained from scratch there is nothing but the checkpoint and a tokenizer."""
+    from transformers import AutoConfig
+
+    model, run = trained
+    source = run if kind == "torch_dist" else tmp_path / "released"
+    tokenizer = _tokenizer(tmp_path / "tokenizer", 150)
+    assert _to_huggingface_alone(source, tmp_path / "hf", "--huggingface-config-path", str(tokenizer)) == 0
+    assert_same_tensors(tmp_path / "hf", disk_tensors(model))
+    assert "config.json is made from the arguments" in capsys.readouterr().out
+    made, original = (AutoConfig.from_pretrained(folder).to_dict() for folder in (tmp_path / "hf", model))
+    different = {name for name in made.keys() & original.keys() if made[name] != original[name]}
+    assert different <= {"_name_or_path", "head_dim"}  # a head_dim of null is worked out elsewhere
+    assert (made["bos_token_id"], made["eos_token_id"]) == (1, 2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tokenizer / name).read_bytes()
+    # The tokenizer that the checkpoint names is taken, whose files are no tokenizer here: the ids are unknown.
+    assert _to_huggingface_alone(source, tmp_path / "hf2") == 0
+    assert (tmp_path / "hf2" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
+    assert "the ids of the special tokens in config.json are null" in capsys.readouterr().err
+    large = _tokenizer(tmp_path / "large", 151)
+    assert _to_huggingface_alone(source, tmp_path / "hf3", "--huggingface-config-path", str(large)) == 1
+    assert "has 151 entries but the checkpoint's vocabulary 150" in capsys.readouterr().err
+    assert not (tmp_path / "hf3").exists()
+
+
+def test_what_a_config_contradicts_is_named_and_kept(
+    trained: tuple[Path, Path], copy_model: MakeModel, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = copy_model("other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 99, "sliding_window": 7}))
+    assert _to_huggingface(trained[1], folder, tmp_path / "hf") == 0
+    notes = capsys.readouterr().err
+    assert "max_position_embeddings is 99" in notes and "but 64 in the checkpoint" in notes
+    assert "sliding_window is 7" in notes and "but None in the checkpoint" in notes
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["sliding_window"] == 7
+
+
+@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+def test_another_layout_than_the_one_given_is_refused(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: Capture, kind: str
+) -> None:
+    source = trained[1] if kind == "torch_dist" else tmp_path / "released"
+    assert _to_huggingface_alone(source, tmp_path / "hf", "--tensor-parallel-size", "4") == 1
+    assert "not at tensor x pipeline x expert parallel sizes 4 x 1 x 1" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert _to_huggingface_alone(source, tmp_path / "hf", "--tensor-parallel-size", "1", "--dry-run") == 0
 
 
 def test_damage_is_named_and_leaves_nothing(
