@@ -9,7 +9,7 @@ except ImportError:  # the standard library reads the same, several times slower
     orjson = None  # type: ignore[assignment]
 
 BLANK = "blank line"
-NOT_JSON, NOT_AN_OBJECT = "invalid JSON", "not an object"
+NOT_JSON, NOT_AN_OBJECT, BAD_UTF8 = "invalid JSON", "not an object", "bad UTF-8"
 ONE_A_LINE = "each line must be a JSON object, so write arrays and indented files as one object a line (jq -c)"
 
 
@@ -62,7 +62,7 @@ def check_texts(values: list[Any], keys: list[str]) -> list[str]:
                 values[i] = value.decode("utf-8")
                 continue
             except UnicodeDecodeError as error:
-                raise BadDocument("bad UTF-8", f"{error.reason} at byte {error.start + 1} of {keys[i]!r}") from None
+                raise BadDocument(BAD_UTF8, f"{error.reason} at byte {error.start + 1} of {keys[i]!r}") from None
         raise BadDocument("not a string", f"the value of {keys[i]!r} is {_kind(value)}, not a string")
     return values
 
@@ -71,7 +71,7 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadDocument("bad UTF-8", f"{error.reason} at byte {error.start + 1} of the line") from None
+        raise BadDocument(BAD_UTF8, f"{error.reason} at byte {error.start + 1} of the line") from None
     except (ValueError, RecursionError) as error:
         if not line.strip():
             raise BadDocument(BLANK) from None

@@ -98,6 +98,8 @@ def kind_of(path: str, head: bytes) -> Kind:
         return Kind(compression)
     if head.startswith(b"PAR1"):
         return Kind(PARQUET)
+    if not head and path.lower().endswith((*_COMPRESSION_ENDINGS, ".parquet")):
+        return Kind(UNREADABLE, "an empty file, which its kind never is: fetch it again")
     if pointer := _LFS_POINTER.match(head):
         return Kind(UNREADABLE, _LFS, int(pointer[1]))
     if what := foreign(head):

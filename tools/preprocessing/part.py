@@ -22,6 +22,7 @@ from tools.preprocessing.settings import Settings, token_type
 from tools.preprocessing.statistics import FileCount, Statistics
 from tools.preprocessing.worker import Result
 
+ENDS_WITHIN_A_LINE = "it ends in the middle of a line"
 SECONDS_BETWEEN_JOURNALS = 10.0
 
 
@@ -30,7 +31,7 @@ class EngineDiffers(Exception):
 
 
 class TooManyBad(ValueError):
-    """More lines are bad than --max-bad-fraction allows."""
+    """More is bad than --max-bad-fraction and --allow-damaged-files allow."""
 
 
 class Part(NamedTuple):
@@ -207,6 +208,8 @@ class PartRun:
         file.lost_bytes += result.lost_bytes
         if block.broken and block.broken != TOO_LONG:
             file.why = block.broken
+        elif result.cut and any(file.documents):
+            file.why = ENDS_WITHIN_A_LINE
 
     def _save(self) -> None:
         self._journal.writers = [writer.checkpoint() for writer in self._writers]

@@ -160,7 +160,11 @@ def _members(raw: IO[bytes], decompressor: Callable[[], Any], size: int) -> Iter
     current = None
     while data := raw.read(size):
         while data:
-            current = current or decompressor()
+            if current is None:
+                data = data.lstrip(b"\0")  # padding between or after members
+                if not data:
+                    break
+                current = decompressor()
             piece = current.decompress(data)
             while piece or getattr(current, "has_more", False):
                 if piece:
@@ -169,7 +173,6 @@ def _members(raw: IO[bytes], decompressor: Callable[[], Any], size: int) -> Iter
             if not current.eof:
                 break
             data, current = current.unused_data, None
-            data = data if data.strip(b"\0") else b""  # padding after the last member
     if current:
         raise EOFError("it ends too early")
 

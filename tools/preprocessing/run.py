@@ -93,7 +93,8 @@ def choose_engine(settings: Settings, tokenizer: Tokenizer, parts: list[Input], 
 
 def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, documents: list[int]) -> None:
     """Raises TooManyBad or ValueError if what was written must not be taken for a data set; tells of the files then."""
-    if statistics.bad_fraction > settings.max_bad_fraction or not all(documents):
+    damaged = [] if settings.allow_damaged_files else statistics.damaged(corpus)
+    if statistics.bad_fraction > settings.max_bad_fraction or damaged or not all(documents):
         print("\n".join(statistics.file_lines(corpus)), file=sys.stderr)
     if statistics.bad_fraction > settings.max_bad_fraction:
         format_errors = sum(statistics.bad.get(reason, 0) for reason in (NOT_JSON, NOT_AN_OBJECT))
@@ -102,6 +103,13 @@ def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, do
             f"{100 * statistics.bad_fraction:.3g}% of the input is bad ({statistics.bad_summary()}; listed in "
             f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
             f"allows: mend the input{form}, or give a larger fraction together with --resume to keep what is done"
+        )
+    if damaged:
+        names = ", ".join(f"{printable(path)}: {statistics.files[path].trouble}" for path in damaged[:3])
+        more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise TooManyBad(
+            f"{len(damaged)} of {len(corpus.files)} files ended early or gave nothing ({names}{more}): mend or remove "
+            "them, or give --allow-damaged-files together with --resume to keep what could be read"
         )
     for key, count in zip(settings.json_keys, documents):
         if count == 0:

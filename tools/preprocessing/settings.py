@@ -39,6 +39,7 @@ class Settings:
     workers: int = 1
     log_interval: int = 10000
     max_bad_fraction: float = 0.1
+    allow_damaged_files: bool = False
     preview: int = 0
     resume: bool = False
 

@@ -39,6 +39,11 @@ class FileCount:
             return f"none of its {self.lines} lines could be used"
         return "nothing but blank lines and empty texts" if self.bytes else "empty"
 
+    @property
+    def damaged(self) -> bool:
+        """Whether it ended early, or has something in it of which nothing could be used."""
+        return bool(self.why) or (self.bad_lines > 0 and not any(self.documents))
+
     def add(self, other: "FileCount") -> None:
         """Count another part's too."""
         self.documents = [a + b for a, b in zip(self.documents, other.documents)]
@@ -114,6 +119,10 @@ class Statistics:
         others = [file for file in files if not file[1].trouble][: most - len(troubled)]
         chosen = {path for path, _ in troubled + others}
         return [file for file in files if file[0] in chosen]
+
+    def damaged(self, corpus: Corpus) -> list[str]:
+        """Paths of the files that ended early or gave nothing, in the order of the corpus."""
+        return [file.path for file in corpus.files if file.path in self.files and self.files[file.path].damaged]
 
     def record(self, corpus: Corpus, key: int) -> dict[str, Any]:
         """What the description of data set number `key` says of its input."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.core.tokenizers import Tokenizer
-from tools.preprocessing.documents import BLANK, BadDocument, check_texts, texts_of_line
+from tools.preprocessing.documents import BAD_UTF8, BLANK, NOT_JSON, BadDocument, check_texts, texts_of_line
 from tools.preprocessing.engine import Engine, first_difference, reference_name
 from tools.preprocessing.reader import TOO_LONG, Block, Lines, lines_of
 from tools.preprocessing.settings import Settings, token_type
@@ -50,6 +50,8 @@ class Result(NamedTuple):
     blank_bytes: int
     difference: str | None
     """What the engine got wrong in the document that was checked against the reference, if anything."""
+    cut: bool = False
+    """Whether it ends in the middle of a line, as the last block of a file that was cut does."""
 
 
 class Documents(NamedTuple):
@@ -90,8 +92,9 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
     if found.lines is None:
         rows = max(len(block.columns[0]) if block.columns else 0, 1)
         lost = -(-(block.end - block.start) * len(bad) // rows)
-        return {"lines": rows, "bad": bad, "lost_bytes": lost, "blank": 0, "blank_bytes": 0}
+        return {"lines": rows, "bad": bad, "lost_bytes": lost, "blank": 0, "blank_bytes": 0, "cut": False}
     lines = found.lines
+    cut = not lines.ends and ends_within_a_line(lines.lines[-1:], bad)
     single = [each for each in bad if each.reason == BLANK]
     bad = [each for each in bad if each.reason != BLANK]
     lost = sum(lines.size(each.line) for each in bad)
@@ -103,7 +106,15 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
         numbers = lines.numbers()
         bad = [each._replace(line=numbers[each.line]) for each in bad]
     count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
-    return {"lines": count, "bad": bad, "lost_bytes": lost, "blank": blank, "blank_bytes": blank_bytes}
+    return {"lines": count, "bad": bad, "lost_bytes": lost, "blank": blank, "blank_bytes": blank_bytes, "cut": cut}
+
+
+def ends_within_a_line(last: list[bytes | int], bad: list[Bad]) -> bool:
+    """Whether the last line, which has no line end, begins an object that it does not end, or is of zeros."""
+    if not last or not bad or bad[-1].reason not in (NOT_JSON, BAD_UTF8) or isinstance(last[0], int):
+        return False
+    line = last[0].strip()
+    return line[:1] in (b"{", b"\0") and not line.endswith(b"}")
 
 
 class Encoder:

@@ -52,6 +52,7 @@ def rows(record: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
+ALLOW = "--allow-damaged-files"
 COMPRESSIONS = {"plain": bytes, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 
 
@@ -98,11 +99,15 @@ def test_files_that_give_nothing_count_whole_and_are_named(tmp_path: Path, name:
     put(tmp_path / "in" / name, content)
     put(tmp_path / "in" / "good.jsonl", GOOD * 30)
     total = len(GOOD) * 30 + max(lost, len(content) - 2 * (name == "all_bad.jsonl"))
-    run(tmp_path, "--max-bad-fraction", f"{lost / total - 1e-4:.4f}", status=1)
+    run(tmp_path, ALLOW, "--max-bad-fraction", f"{lost / total - 1e-4:.4f}", status=1)
     error = capsys.readouterr().err
     assert name in error and what in error
     assert f"{100 * lost / total:.3g}% of the input is bad" in error
-    record = run(tmp_path, "--max-bad-fraction", f"{lost / total + 1e-4:.4f}")
+    allowed = f"{lost / total + 1e-4:.4f}"
+    run(tmp_path, "--max-bad-fraction", allowed, status=1)
+    error = capsys.readouterr().err
+    assert "error: 1 of 2 files ended early or gave nothing" in error and error.count(what) >= 2
+    record = run(tmp_path, ALLOW, "--max-bad-fraction", allowed, "--resume")
     assert rows(record)[name] == (0, len(content), 2 if name == "all_bad.jsonl" else 1, lost)
     assert [what in row["trouble"] for row in record["files"] if "trouble" in row] == [True]
     line = next(line for line in capsys.readouterr().out.splitlines() if f"/{name}: " in line)
@@ -115,8 +120,8 @@ def test_a_small_file_with_one_flipped_byte_counts_whole(tmp_path: Path, compres
     content[len(content) // 2] ^= 0xFF
     put(tmp_path / "in" / "a.jsonl.gz", bytes(content))
     put(tmp_path / "in" / "b.jsonl", GOOD * 100)
-    run(tmp_path, "--max-bad-fraction", "0.1", status=1)
-    assert rows(run(tmp_path, "--max-bad-fraction", "1"))["a.jsonl.gz"] == (0, len(content), 1, len(content))
+    run(tmp_path, ALLOW, "--max-bad-fraction", "0.1", status=1)
+    assert rows(run(tmp_path, ALLOW, "--max-bad-fraction", "1"))["a.jsonl.gz"] == (0, len(content), 1, len(content))
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20])
@@ -127,12 +132,56 @@ def test_of_a_file_that_breaks_off_what_is_behind_the_last_document_counts(tmp_p
     whole = gzip.compress(lines, compresslevel=0)
     broken = whole[:60_000] + b"\xff" * 20_000
     put(tmp_path / "in" / "a.jsonl.gz", broken)
-    record = run(tmp_path, "--max-bad-fraction", "1")
+    record = run(tmp_path, ALLOW, "--max-bad-fraction", "1")
     documents, total, bad, lost = rows(record)["a.jsonl.gz"]
     assert (total, bad) == (80_000, 1)
     assert abs(total - lost - documents * 19) < 100, "bytes in use are those of the documents"
     assert 40_000 < documents * 19 <= 60_000
     assert "the rest of this file cannot be read" in record["files"][0]["trouble"]
+
+
+LINES = b"".join(b'{"text": "%d"}\n' % (i * i % 99) for i in range(20_000))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_a_file_that_ended_early_is_refused_however_little_it_seems_to_withhold(
+    tmp_path: Path, compression: str, share: float, capsys
+) -> None:
+    content = COMPRESSIONS[compression](LINES)
+    end = max(int(len(content) * share), 20)
+    while compression == "plain" and content[end - 1 : end] in (b"\n", b"}"):
+        end -= 1
+    put(tmp_path / "in" / "a.jsonl", content[:end])
+    put(tmp_path / "in" / "b.jsonl", LINES)
+    run(tmp_path, "--max-bad-fraction", "1", status=1)
+    what = "it ends in the middle of a line" if compression == "plain" else "cannot be read"
+    error = capsys.readouterr().err
+    assert "a.jsonl: " in error.splitlines()[-1] and what in error.splitlines()[-1] and "b.jsonl: " in error
+    record = run(tmp_path, "--max-bad-fraction", "1", ALLOW)
+    assert [what in row.get("trouble", "") for row in record["files"]] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.ZST", "a.parquet"])
+def test_what_is_never_empty_is_damaged_if_it_is(tmp_path: Path, name: str, capsys) -> None:
+    put(tmp_path / "in" / name, b"")
+    put(tmp_path / "in" / "b.jsonl", GOOD)
+    run(tmp_path, "--max-bad-fraction", "1", status=1)
+    assert f"{name}: an empty file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compression", ["gzip", "bzip2", "xz"])
+def test_padding_around_members_is_no_damage(tmp_path: Path, compression: str) -> None:
+    content = COMPRESSIONS[compression](GOOD * 9)
+    put(tmp_path / "in" / "a.jsonl.gz", content + bytes(100_000) + content + bytes(40_000))
+    record = run(tmp_path)
+    assert record["files"][0]["documents"] == 18 and "trouble" not in record["files"][0]
+
+
+def test_nothing_is_missing_from_a_file_without_content(tmp_path: Path) -> None:
+    for name, content in {"a": b"", "b": b"\n\n", "c": GOOD, "d": b'{"text": ""}\n', "e": GOOD + GOOD.strip()}.items():
+        put(tmp_path / "in" / f"{name}.jsonl", content)
+    assert [row["documents"] for row in run(tmp_path)["files"]] == [0, 0, 1, 0, 2]
 
 
 def test_bad_lines_of_compressed_files_count_by_their_share(tmp_path: Path) -> None:
@@ -223,7 +272,7 @@ def test_windows_of_zstd_are_limited(tmp_path: Path) -> None:
         parameters = zstandard.ZstdCompressionParameters(window_log=log, compression_level=1)
         compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
         put(tmp_path / "in" / f"{log}.jsonl.zst", compressor.compress(GOOD * 9) + compressor.flush())
-    record = run(tmp_path, "--max-bad-fraction", "1")
+    record = run(tmp_path, ALLOW, "--max-bad-fraction", "1")
     assert [row["documents"] for row in record["files"]] == [9, 0]
     assert "a window of more than 128 MiB" in record["files"][1]["trouble"]
 

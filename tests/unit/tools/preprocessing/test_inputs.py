@@ -138,7 +138,8 @@ def test_the_rest_of_a_broken_file_is_set_aside(tmp_path: Path, suffix: str, dam
     (tmp_path / "in").mkdir(exist_ok=True)
     (tmp_path / f"in/1.{suffix}").write_bytes(broken)
     write(tmp_path / "in/2.jsonl", LINES)
-    documents = run(tmp_path, "--input", str(tmp_path / "in"), "--max-bad-fraction", "1")
+    allow = ("--input", str(tmp_path / "in"), "--max-bad-fraction", "1", "--allow-damaged-files")
+    documents = run(tmp_path, *allow)
     kept = len(documents) - 400
     assert documents == TOKENS[:kept] + TOKENS, "whole documents, up to where the file breaks off"
     assert kept > 100 or (suffix, damage) != ("jsonl.gz", "cut")

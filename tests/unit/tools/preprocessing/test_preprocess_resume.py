@@ -35,7 +35,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def arguments(corpus: Path, prefix: Path, *more: str) -> list[str]:
-    return preprocessing_testing.arguments(corpus, prefix, "--json-keys", *KEYS, *more)
+    return preprocessing_testing.arguments(corpus, prefix, "--allow-damaged-files", "--json-keys", *KEYS, *more)
 
 
 def killed_at(call: int, command: list[str]) -> int:

@@ -62,7 +62,7 @@ def test_ranks_and_workers_agree_about_files_in_trouble(tmp_path: Path, corpus: 
     (corpus / "2a.jsonl.gz").write_bytes(broken)
     (corpus / "2b.jsonl").write_text(lines + "\n" * 2000 + "bad\n")
     (corpus / "notes.txt").write_text(lines)
-    more = ("--max-bad-fraction", "1")
+    more = ("--max-bad-fraction", "1", "--allow-damaged-files")
     assert preprocess_data.main(arguments(corpus, tmp_path / "one", *more)) == 0
     assert preprocess_data.main([*arguments(corpus, tmp_path / "two", *more), "--workers", "3"]) == 0
     for rank in reversed(range(3)):
