@@ -37,7 +37,8 @@ Both write encoded/corpus_text_document.bin, .idx and .json, the same bytes for 
 def available_cores() -> int:
     """Cores that this process may use, shared with the other processes that torchrun or srun started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1), 1)
+    sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(cores // max(int(sharing) if sharing.isascii() and sharing.isdigit() else 1, 1), 1)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -38,7 +38,11 @@ class Place(NamedTuple):
 
 
 def place_from(environment: Mapping[str, str]) -> Place:
-    """Rank and number of ranks as torchrun or srun set them, else one alone. Raises ValueError for nonsense."""
+    """Rank and number of ranks as torchrun or srun set them, else one alone.
+
+    A command typed in the shell of `srun --pty` is alone: only the step's first task has a terminal. Raises ValueError
+    for nonsense, and in the other tasks of such a step.
+    """
     for rank_name, size_names in (
         ("RANK", ("WORLD_SIZE",)),
         ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
@@ -55,8 +59,16 @@ def place_from(environment: Mapping[str, str]) -> Place:
             place = Place(-1, 0)
         if not 0 <= place.rank < place.ranks:
             raise ValueError(
-                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are no rank of a job"
+                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are no rank of a job: "
+                f"unset {rank_name} to run alone"
             )
+        if rank_name == "SLURM_PROCID" and "SLURM_PTY_PORT" in environment:
+            if place.rank:
+                raise ValueError(
+                    f"SLURM_PROCID={place.rank} in a step of srun --pty (SLURM_PTY_PORT), whose first task alone has "
+                    "the terminal and does the work: leave --pty out to share the work among tasks"
+                )
+            return Place()
         return place
     return Place()
 
@@ -194,7 +206,11 @@ class Ranks:
 
     def _silence(self, rank: int, status: dict[str, Any] | None) -> str:
         if status is None:
-            return f"rank {rank} has not begun in {self._timeout:g} seconds: do all ranks see {self._prefix}*?"
+            return (
+                f"rank {rank} has not begun in {self._timeout:g} seconds: do all ranks see {self._prefix}*? RANK with "
+                f"WORLD_SIZE, or SLURM_PROCID with SLURM_NTASKS, in the environment make this rank 0 of "
+                f"{self._place.ranks}; without them (env -u RANK -u SLURM_PROCID ...) it runs alone"
+            )
         if status["state"] == "done":
             return f"rank {rank} read other files than rank 0 would: do all ranks see the same --input?"
         return f"rank {rank} has shown no sign of life for {self._timeout:g} seconds; run again with --resume"

@@ -162,6 +162,11 @@ def test_places_are_read_from_the_environment() -> None:
     assert place_from(srun | {"SLURM_STEP_NUM_TASKS": "2"}) == Place(1, 2)
     batch = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "9"}
     assert place_from(batch) == Place(0, 1), "a batch script is not started once a task"
+    shell = srun | {"SLURM_PROCID": "0", "SLURM_PTY_PORT": "40000"}
+    assert place_from(shell) == Place(0, 1), "a shell of srun --pty is one process"
+    assert place_from(shell | {"RANK": "1", "WORLD_SIZE": "4"}) == Place(1, 4), "torchrun in such a shell"
+    with pytest.raises(ValueError, match="leave --pty out"):
+        place_from(shell | {"SLURM_PROCID": "1"})
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         with pytest.raises(ValueError, match="are no rank of a job"):
             place_from(wrong)
