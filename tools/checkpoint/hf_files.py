@@ -1,17 +1,13 @@
 """The files of a Hugging Face model folder: which weights are where, read slice by slice."""
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from megatron.core.interchange.folder_kind import INDEX_FILE, OLD_INDEX_FILE, OLD_SINGLE_FILE, SINGLE_FILE
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor, open_torch, stored_tensor
 from tools.checkpoint.model_folder import read_json, read_source_config, usable_file
-
-SAFETENSORS_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_DTYPES = {theirs: ours for ours, theirs in SAFETENSORS_NAMES.items()}
+from tools.checkpoint.safetensors_header import read_header
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -44,7 +40,8 @@ class HuggingFaceFolder:
         self.tensors: dict[str, StoredTensor | LoadedTensor] = {}
         files, index = weight_files(folder)
         for file in files:
-            found = _safetensors_header(file) if file.suffix == ".safetensors" else _torch_header(file)
+            of_file = read_header if file.suffix == ".safetensors" else _torch_header
+            found: Mapping[str, StoredTensor | LoadedTensor] = of_file(file)
             for name, stored in found.items():
                 if name in self.tensors:
                     raise ValueError(f"{name} is both in {self.tensors[name].file.name} and in {file.name}")
@@ -59,25 +56,3 @@ class HuggingFaceFolder:
 def _torch_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
     content, records = open_torch(file)
     return {name: stored_tensor(file, records, name, value) for name, value in content.items()}
-
-
-def _safetensors_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:
-    try:
-        with safe_open(str(file), framework="numpy") as handle:  # checks the header and the file's size
-            names = set(handle.keys())
-    except SafetensorError as error:
-        raise ValueError(f"cannot read {file}: {error}; download it again") from error
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    found: dict[str, StoredTensor | LoadedTensor] = {}
-    for name in sorted(names):
-        entry = header[name]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise ValueError(
-                f"{name} in {file} is of type {entry['dtype']}: only floating types of at least 16 bits are supported; "
-                "if the weights are quantized, use the unquantized model"
-            )
-        found[name] = StoredTensor(file, tuple(entry["shape"]), dtype, 8 + length + entry["data_offsets"][0])
-    return found

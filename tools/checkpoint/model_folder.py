@@ -16,8 +16,11 @@ from typing import Any
 from megatron.core.interchange.folder_kind import foreign_kind, is_adapter, is_model_folder
 from megatron.core.interchange.layout import TRACKER_FILE
 from megatron.core.models.mixtral.hf_config import refuse_quantized
+from megatron.core.text_files import read_object
 
 CONFIG_FILE = "config.json"
+# An index of 40,000 tensors; JSON takes at most twenty-five times its size in memory.
+_LARGEST_JSON = 4 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _VOCABULARIES = (
     "tokenizer.json", "tokenizer.*.json", "*.model", "tokenizer.model.v*", "*.tiktoken", "tekken.json", "vocab.json",
@@ -40,8 +43,8 @@ def usable_file(folder: Path, name: str) -> Path:
     FileNotFoundError if nothing is there.
     """
     relative = PurePosixPath(name)
-    if not name or relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{folder} names the file {name!r}, which is outside the folder: it is not read")
+    if not name or relative.is_absolute() or ".." in relative.parts or "\\" in name or not name.isprintable():
+        raise ValueError(f"{folder} names the file {name!a}, which is outside the folder: it is not read")
     path = folder / name
     for part in (path, *path.parents[: len(relative.parts) - 1]):
         if part.is_symlink() and not part.exists():
@@ -59,13 +62,9 @@ def usable_file(folder: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, byte order mark or not. Raises ValueError naming the file if it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} is of {path.stat().st_size} bytes: no model has settings or an index of that size")
+    return read_object(path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import numpy as np
 from megatron.core.atomic_files import naming
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import bytes_of
-from tools.checkpoint.hf_files import SAFETENSORS_NAMES
+from tools.checkpoint.safetensors_header import DTYPE_NAMES
 from tools.checkpoint.stream import ThreadBuffer
 
 _PIECE = 256 << 10
@@ -183,7 +183,7 @@ class SafetensorsFile(TensorFile):
         for tensor in plan:
             end = offset + tensor.nbytes
             header[tensor.name] = {
-                "dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+                "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
             }  # fmt: skip
             places.append(Place(tensor, offset))
             offset = end

@@ -1,5 +1,6 @@
 """Hugging Face's config.json of a Mixtral model <-> `ModelConfig`."""
 
+import reprlib
 from typing import Any
 
 from megatron.core.config import ModelConfig
@@ -20,17 +21,22 @@ SHAPE_FIELDS: dict[str, str] = {
 """Attributes of ModelConfig that the meaning of the weights depends on, with their names in config.json."""
 
 
+_LARGEST = 1e15
+
+
 def _number(config: dict[str, Any], key: str) -> Any:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"config.json: {key} must be a number, got {value!r}: add it, it is never guessed")
+        raise ValueError(f"config.json: {key} must be a number, got {reprlib.repr(value)}: add it, it is never guessed")
+    if not 0 <= value < _LARGEST:  # not so of NaN either
+        raise ValueError(f"config.json: {key} must be a number from 0 to 1e15, got {reprlib.repr(value)}")
     return value
 
 
 def _whole(config: dict[str, Any], key: str) -> int:
     value = _number(config, key)
-    if not isinstance(value, int):
-        raise ValueError(f"config.json: {key} must be a whole number, got {value!r}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key} must be a whole number above zero, got {value!r}")
     return value
 
 
@@ -47,10 +53,12 @@ def rope_theta_from_hf(config: dict[str, Any]) -> float:
         if parameters is None:
             continue
         if not isinstance(parameters, dict):
-            raise ValueError(f"config.json: {key} must be an object, got {parameters!r}")
+            raise ValueError(f"config.json: {key} must be an object, got {reprlib.repr(parameters)}")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"config.json: {key} asks for {parameters!r}; only plain rotary embeddings are supported")
+            raise ValueError(
+                f"config.json: {key} asks for {reprlib.repr(parameters)}; only plain rotary embeddings are supported"
+            )
         if parameters.get("rope_theta") is not None:
             found.append(float(_number(parameters, "rope_theta")))
     if not found:
@@ -68,7 +76,7 @@ def refuse_quantized(config: dict[str, Any]) -> None:
         settings = config.get(key)
         if settings is not None:
             method = settings.get("quant_method") if isinstance(settings, dict) else None
-            how = f" ({method})" if method else ""
+            how = f" ({method[:40]})" if isinstance(method, str) else ""
             raise ValueError(f"config.json: {key}{how}: quantized weights are not supported, use the unquantized model")
 
 
@@ -81,33 +89,37 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
     refuse_quantized(config)
     kind = config.get("model_type")
     if kind != "mixtral":
-        raise ValueError(f"config.json: model_type is {kind!r}, only 'mixtral' is supported")
+        raise ValueError(f"config.json: model_type is {reprlib.repr(kind)}, only 'mixtral' is supported")
     if config.get("tie_word_embeddings"):
         raise ValueError("config.json: tie_word_embeddings is true; only untied embeddings are supported")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act is {config['hidden_act']!r}, only 'silu' is supported")
+        raise ValueError(f"config.json: hidden_act is {reprlib.repr(config['hidden_act'])}, only 'silu' is supported")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise ValueError("config.json asks for biases, Mixtral has none")
     if "num_key_value_heads" not in config:
         raise ValueError("config.json has no num_key_value_heads: add it, it is never guessed")
     groups = config["num_key_value_heads"]
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    return ModelConfig(
-        num_layers=_whole(config, "num_hidden_layers"),
-        hidden_size=_whole(config, "hidden_size"),
-        ffn_hidden_size=_whole(config, "intermediate_size"),
-        num_attention_heads=_whole(config, "num_attention_heads"),
-        num_query_groups=None if groups is None else _whole(config, "num_key_value_heads"),
-        kv_channels=None if config.get("head_dim") is None else _whole(config, "head_dim"),
-        max_position_embeddings=_whole(config, "max_position_embeddings"),
-        rotary_base=rope_theta_from_hf(config),
-        norm_epsilon=float(_number(config, "rms_norm_eps")),
-        init_method_std=float(_number({"initializer_range": 0.02} | config, "initializer_range")),
-        vocab_size=_whole(config, "vocab_size"),
-        num_experts=_whole(config, "num_local_experts"),
-        moe_router_topk=_whole(config, "num_experts_per_tok"),
-        params_dtype=dtype if dtype in ("float32", "bfloat16", "float64") else "float32",  # type: ignore[arg-type]
-    )
+    values: dict[str, Any] = {
+        "num_layers": _whole(config, "num_hidden_layers"),
+        "hidden_size": _whole(config, "hidden_size"),
+        "ffn_hidden_size": _whole(config, "intermediate_size"),
+        "num_attention_heads": _whole(config, "num_attention_heads"),
+        "num_query_groups": None if groups is None else _whole(config, "num_key_value_heads"),
+        "kv_channels": None if config.get("head_dim") is None else _whole(config, "head_dim"),
+        "max_position_embeddings": _whole(config, "max_position_embeddings"),
+        "rotary_base": rope_theta_from_hf(config),
+        "norm_epsilon": float(_number(config, "rms_norm_eps")),
+        "init_method_std": float(_number({"initializer_range": 0.02} | config, "initializer_range")),
+        "vocab_size": _whole(config, "vocab_size"),
+        "num_experts": _whole(config, "num_local_experts"),
+        "moe_router_topk": _whole(config, "num_experts_per_tok"),
+        "params_dtype": dtype if dtype in ("float32", "bfloat16", "float64") else "float32",
+    }
+    try:
+        return ModelConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model: {error}") from None
 
 
 def sliding_window_from_hf(config: dict[str, Any]) -> int | None:
@@ -115,8 +127,6 @@ def sliding_window_from_hf(config: dict[str, Any]) -> int | None:
     if config.get("sliding_window") is None:
         return None
     window = _whole(config, "sliding_window")
-    if window < 1:
-        raise ValueError(f"config.json: sliding_window must be positive or null, got {window}")
     return window if window < _whole(config, "max_position_embeddings") else None
 
 
