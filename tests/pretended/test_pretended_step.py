@@ -27,13 +27,11 @@ ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 
 # Where the host waits for the device, and how often in a step: at its end, and in each pass through an MoE layer.
 AT_THE_END = {
-    "copy to the device: training/metrics.py:average_over_ranks": 2,
     "copy to the host: training/metrics.py:average_over_ranks": 1,
     "number read: core/optimizer/clip_grads.py:gradient_norm": 1,
 }
 OF_COUNTS = ("copy to the host: core/transformer/moe/exchange.py:gather_counts",)
 OF_ALL_TO_ALL = (*OF_COUNTS, "copy to the device: core/transformer/moe/token_dispatcher.py:_experts_of")
-OF_JITTER = ("copy to the device: core/transformer/moe/router.py:_keys",)
 OF_DOCUMENTS = ("copy to the device: core/fusions/attention.py:from_bounds",)
 OF_SHARE = ("copy to the device: training/training.py:_set_expert_share",)
 OF_FALLBACK = ("fallback of grouped_mm: core/fusions/kernels/library/cuda.py:grouped_product",)
@@ -89,15 +87,13 @@ SLOW = {
         8,
     ),
     "full recomputation": Layout(
-        "--bf16 --global-batch-size 2 --recompute-granularity full --moe-input-jitter-eps 0.01 --dry-run 0/1",
-        OF_JITTER,
-        2 * 8,
+        "--bf16 --global-batch-size 2 --recompute-granularity full --moe-input-jitter-eps 0.01 --dry-run 0/1"
     ),
     "selective recomputation": Layout(
         f"--bf16 --global-batch-size 2 {TP2} --recompute-granularity selective "
         "--recompute-modules core_attn layernorm moe_act --dry-run 0/2"
     ),
-    "jitter": Layout("--bf16 --global-batch-size 2 --moe-input-jitter-eps 0.01 --dry-run 0/1", OF_JITTER, 8),
+    "jitter": Layout("--bf16 --global-batch-size 2 --moe-input-jitter-eps 0.01 --dry-run 0/1"),
     "documents": Layout(
         "--bf16 --global-batch-size 2 --reset-position-ids --reset-attention-mask --dry-run 0/1", OF_DOCUMENTS, 2
     ),

@@ -21,8 +21,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Contiguous."""
-    return x.new_empty(x.shape)
+    """As [S, B, heads, d] in memory."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(length, batch, heads, width).permute(1, 2, 0, 3)
 
 
 def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
