@@ -4,11 +4,10 @@ The dense grid is (pp, dp, cp, tp) and the expert grid (pp, edp, ep, etp), both 
 varying fastest, so that tensor-parallel ranks are neighbours. Groups are arguments everywhere else, never looked up.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +20,11 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 @dataclass(frozen=True)
-class Group:
-    """Some ranks of the job, and this process's place among them.
-
-    At size one there is no communication and no `handle`: the same code then runs without torch.distributed.
-    """
+class Ranks:
+    """Some ranks of the job, and this process's place among them."""
 
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
-    handle: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
@@ -48,6 +43,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Group(Ranks):
+    """Ranks that can communicate.
+
+    At size one there is no communication and no `handle`: the same code then runs without torch.distributed.
+    """
+
+    handle: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
 class PipelineChannels:
     """Groups of two for messages between this rank and the neighbouring stages' ranks; of one where there are none."""
 
@@ -63,18 +68,21 @@ class PipelineChannels:
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """All groups this process belongs to; the defaults are those of a single process."""
+    """All groups this process belongs to; the defaults are those of a single process.
+
+    Those that are only counted with are `Ranks`: a communicator takes time to create and memory to keep.
+    """
 
     world: Group = Group()
     control: Group = Group()
     """The same ranks on a gloo communicator with a long timeout, for waiting while one rank works or saves."""
     tp: Group = Group()
     """Tensor parallel: ranks that split each weight matrix."""
-    pp: Group = Group()
+    pp: Ranks = Ranks()
     """Pipeline parallel: ranks that hold the stages of one model replica."""
     pp_channels: PipelineChannels = PipelineChannels()
     """Connections between neighbouring stages of this rank's pipeline."""
-    dp: Group = Group()
+    dp: Ranks = Ranks()
     """Data parallel: ranks that hold the same dense parameters and read different samples."""
     cp: Group = Group()
     """Context parallel: ranks that split a sequence."""
@@ -82,7 +90,7 @@ class ProcessGroups:
     """Ranks that hold the tokens of one microbatch between them, with sequence parallelism."""
     dp_cp: Group = Group()
     """Ranks whose dense gradients are averaged."""
-    model: Group = Group()
+    model: Ranks = Ranks()
     """One model replica of the dense parameters: tp x pp."""
     ep: Group = Group()
     """Expert parallel: ranks that share out the experts of a layer."""
@@ -92,32 +100,39 @@ class ProcessGroups:
     """Ranks that between them hold all experts of a layer, once."""
     edp: Group = Group()
     """Ranks that hold the same expert parameters, whose gradients are averaged."""
-    expert_model: Group = Group()
+    expert_model: Ranks = Ranks()
     """One replica of all experts: etp x ep x pp."""
 
 
+# One rank may work or save for long while the others wait for it.
 CONTROL_TIMEOUT = timedelta(hours=6)
 DENSE_AXES = ("pp", "dp", "cp", "tp")
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
 
-# Group name -> (grid, axes the group runs along); the remaining axes number its copies.
-_GROUP_AXES = {
-    "tp": (DENSE_AXES, ("tp",)),
+# Name -> (grid, axes the group runs along); the remaining axes number its copies.
+_RANKS_AXES = {
     "pp": (DENSE_AXES, ("pp",)),
     "dp": (DENSE_AXES, ("dp",)),
+    "model": (DENSE_AXES, ("pp", "tp")),
+    "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
+}
+_GROUP_AXES = {
+    "tp": (DENSE_AXES, ("tp",)),
     "cp": (DENSE_AXES, ("cp",)),
     "tp_cp": (DENSE_AXES, ("cp", "tp")),
     "dp_cp": (DENSE_AXES, ("dp", "cp")),
-    "model": (DENSE_AXES, ("pp", "tp")),
     "ep": (EXPERT_AXES, ("ep",)),
     "etp": (EXPERT_AXES, ("etp",)),
     "ep_etp": (EXPERT_AXES, ("ep", "etp")),
     "edp": (EXPERT_AXES, ("edp",)),
-    "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
 }
 
 # Groups whose communication overlaps with that of the others.
-_REPLICAS = {"dp", "dp_cp", "edp"}
+_REPLICAS = {"dp_cp", "edp"}
+
+# A message between two stages is small beside what is computed meanwhile, and each of these thread blocks takes a
+# multiprocessor from that while it waits for the other side.
+_CHANNEL_CTAS = 4
 
 
 def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -164,30 +179,35 @@ def build_process_groups(
 ) -> ProcessGroups:
     """Creates this process's groups; collective over all ranks of an initialised torch.distributed.
 
+    All groups of a kind are created at once, so that the number of kinds and not of ranks decides how long that takes.
+    The control group has the same `timeout` until `connect_control` has seen it work.
     Raises ValueError if the layout does not divide `world_size`.
     """
     dense, expert = grid_sizes(config, world_size)
     sizes = {DENSE_AXES: dense, EXPERT_AXES: expert}
+    if world_size == 1:
+        return ProcessGroups()
+    world = Group(tuple(range(world_size)), rank, _world())
     # Groups with the same members share one communicator, since each costs memory on a GPU. But gradients are reduced
     # during the backward pass, at another moment on each rank, which must not mix with the model's own communication.
-    handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    made: dict[tuple[bool, str], dist.ProcessGroup] = {(False, str([list(world.ranks)])): _world()}
 
-    def make(ranks: list[int], replicas: bool = False) -> dist.ProcessGroup | None:
-        key = (replicas, *ranks)
-        if len(ranks) == 1:
-            return None
-        if key not in handles:
-            handles[key] = dist.new_group(ranks, timeout=timeout)
-        return handles[key]
+    def group(name: str, lists: list[list[int]]) -> Group:
+        key = (name in _REPLICAS, str(lists))
+        if len(lists[0]) > 1 and key not in made:
+            made[key] = _create(name, lists, rank, timeout)
+        return Group(*_own(lists, rank), made.get(key))
 
-    groups = {
-        name: _own_group(rank_lists(sizes[grid], axes), rank, functools.partial(make, replicas=name in _REPLICAS))
-        for name, (grid, axes) in _GROUP_AXES.items()
+    groups: dict[str, Any] = {
+        name: Ranks(*_own(rank_lists(sizes[grid], axes), rank)) for name, (grid, axes) in _RANKS_AXES.items()
     }
-    world = _own_group([list(range(world_size))], rank, make)
-    handle = dist.new_group(backend=control_backend, timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    groups |= {name: group(name, rank_lists(sizes[grid], axes)) for name, (grid, axes) in _GROUP_AXES.items()}
     channels = _pipeline_channels(rank_lists(dense, ("pp",)), rank, config.interleaved, timeout)
-    return ProcessGroups(world=world, control=Group(world.ranks, rank, handle), pp_channels=channels, **groups)
+    try:
+        control = Group(world.ranks, rank, dist.new_group(backend=control_backend, timeout=timeout))
+    except RuntimeError as error:
+        raise network_error(error) from error
+    return ProcessGroups(world=world, control=control, pp_channels=channels, **groups)
 
 
 def _pipeline_channels(
@@ -195,27 +215,99 @@ def _pipeline_channels(
 ) -> PipelineChannels:
     """The connections of this rank; in an interleaved pipeline the last rank is also followed by the first.
 
-    Channels with the same members do not share a communicator: see `pipeline_parallel.p2p_communication`.
+    Channels with the same members do not share a communicator: see `pipeline_parallel.p2p_communication`. Every second
+    pair of neighbours can be created at once; a ring of an odd number of ranks has one pair more than that.
     """
     own: dict[str, Group] = {}
-    for ranks in pipelines:
-        followers = ranks[1:] + ranks[:1] if interleaved else ranks[1:]
-        for sender, receiver in zip(ranks, followers, strict=False):
-            if sender == receiver:  # a pipeline of one rank
-                continue
-            pair = sorted((sender, receiver))
-            for kind, first in (("forward", sender), ("backward", receiver)):
-                handle = dist.new_group(pair, timeout=timeout)
+    stages = len(pipelines[0])
+    edges = stages if interleaved else stages - 1
+
+    def colour(place: int) -> int:
+        return 2 if interleaved and stages % 2 and place == edges - 1 else place % 2
+
+    for number in sorted({colour(place) for place in range(edges)}):
+        places = [place for place in range(edges) if colour(place) == number]
+        ends = [(ranks[place], ranks[(place + 1) % stages]) for ranks in pipelines for place in places]
+        for kind in ("forward", "backward"):
+            lists = [sorted(pair) for pair in ends]
+            handle = _create(f"{kind}_{number}", lists, rank, timeout, max_ctas=_CHANNEL_CTAS)
+            for pair, (sender, _) in zip(lists, ends, strict=True):
                 if rank in pair:
-                    name = f"{kind}_{'out' if rank == first else 'in'}"
+                    name = f"{kind}_{'out' if (rank == sender) == (kind == 'forward') else 'in'}"
                     own[name] = Group(tuple(pair), pair.index(rank), handle)
     return PipelineChannels(**own)
 
 
-def _own_group(lists: list[list[int]], rank: int, make: Callable[[list[int]], dist.ProcessGroup | None]) -> Group:
-    own = Group()
-    for ranks in lists:  # every rank takes part in the creation of every group
-        handle = make(ranks)
-        if rank in ranks:
-            own = Group(tuple(ranks), ranks.index(rank), handle)
-    return own
+def _own(lists: list[list[int]], rank: int) -> tuple[tuple[int, ...], int]:
+    """The one of disjoint lists that has `rank`, and its place there."""
+    ranks = next(ranks for ranks in lists if rank in ranks)
+    return tuple(ranks), ranks.index(rank)
+
+
+def _create(
+    kind: str, lists: list[list[int]], rank: int, timeout: timedelta | None, max_ctas: int | None = None
+) -> dist.ProcessGroup:
+    """The communicator of this rank, of disjoint groups that are created at once; collective over all ranks.
+
+    `max_ctas` bounds the thread blocks that an operation of NCCL runs on.
+    """
+    # torch names a group by its members and by how many groups the process has, which must agree among the members:
+    # so every rank gets one of every kind, ranks without a partner a group of their own
+    missing = set(range(dist.get_world_size())).difference(*lists)
+    lists = [*lists, *([other] for other in sorted(missing))]
+    world = _world()
+    device = world.bound_device_id
+    if device is not None and world._get_backend(device).supports_splitting:
+        handle = dist.split_group(
+            split_ranks=lists, timeout=timeout, pg_options=_nccl_options(max_ctas), group_desc=kind
+        )
+    elif device is not None:  # NCCL under TORCH_DISTRIBUTED_DEBUG=DETAIL: every rank takes part in creating every group
+        handles = [dist.new_group(ranks, timeout=timeout, group_desc=kind) for ranks in lists]
+        handle = next(handle for ranks, handle in zip(lists, handles, strict=True) if rank in ranks)
+    else:
+        ranks, _ = _own(lists, rank)
+        handle = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=kind)
+    assert handle is not None
+    return handle
+
+
+def connect_control(control: Group) -> None:
+    """Connects the ranks of the control group within its timeout and gives it its long one; collective.
+
+    Raises ValueError if they do not reach each other. With TORCH_GLOO_LAZY_INIT two ranks connect at their first
+    message; those of these two operations are what later ones use, so that a network that does not work shows here.
+    """
+    if control.handle is None:
+        return
+    try:
+        dist.all_gather_object([None] * control.size, None, group=control.handle)
+        dist.broadcast_object_list([None], src=0, group=control.handle)
+    except RuntimeError as error:
+        raise network_error(error) from error
+    control.handle.set_timeout(CONTROL_TIMEOUT)
+
+
+def network_error(error: RuntimeError) -> ValueError:
+    """What a user can do if the processes of a job do not reach each other."""
+    reason = str(error).partition("\n")[0]
+    return ValueError(
+        f"the processes cannot send messages to each other ({reason}): set GLOO_SOCKET_IFNAME, and on GPUs "
+        "NCCL_SOCKET_IFNAME, to the network interface by which each machine reaches the others (`ip -brief address` "
+        "lists them)"
+    )
+
+
+def _world() -> dist.ProcessGroup:
+    """The communicator of all ranks, which torch.distributed has made when the process joined the job."""
+    assert dist.group.WORLD is not None, "torch.distributed is not initialised"
+    return dist.group.WORLD
+
+
+def _nccl_options(max_ctas: int | None) -> Any:
+    """Options of a new NCCL communicator; None for those of its parent, and in a torch that was built without NCCL."""
+    if max_ctas is None or not dist.is_nccl_available():
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    if hasattr(options.config, "max_ctas"):
+        options.config.max_ctas = max_ctas
+    return options

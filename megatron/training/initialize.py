@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.host_memory import keep_freed_memory
-from megatron.core.parallel_state import ProcessGroups, build_process_groups, grid_sizes
+from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, grid_sizes, network_error
 from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments
 from megatron.training.loader import worker_killed
@@ -79,6 +79,11 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     torch.manual_seed(arguments.training.seed)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # the control group of many ranks cannot connect each to all others. Not on the CPU, where stages exchange their
+        # messages over gloo too: a rank would begin its first one only when the other side does
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        # it is about messages in groups that also have collectives; channels of the pipeline have none
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     else:
         keep_freed_memory()
     if environment.world_size == 1:
@@ -86,15 +91,22 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
     # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
     store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"restart {environment.restarts}", store),
-        rank=environment.rank,
-        world_size=environment.world_size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
-    return build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"restart {environment.restarts}", store),
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        if device.type == "cuda" and not isinstance(error, dist.DistError):
+            raise
+        raise network_error(error) from error
+    groups = build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
+    connect_control(groups.control)
+    return groups
 
 
 def start_monitor(arguments: Arguments, groups: ProcessGroups) -> StepMonitor | None:

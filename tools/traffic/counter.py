@@ -32,7 +32,8 @@ def _handles(groups: ProcessGroups) -> dict[str, str]:
     named: dict[str, Any] = {field.name: getattr(groups, field.name) for field in fields(groups)}
     channels = named.pop("pp_channels")
     named |= {f"pp_{field.name}": getattr(channels, field.name) for field in fields(channels)}
-    return {name: group.handle.group_name for name, group in named.items() if group.handle is not None}
+    handles = {name: getattr(group, "handle", None) for name, group in named.items()}
+    return {name: handle.group_name for name, handle in handles.items() if handle is not None}
 
 
 def group_labels(groups: ProcessGroups) -> dict[str, str]:
