@@ -141,7 +141,7 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline rank, if not an equal share."""
     no_overlap_p2p_communication: bool = False
-    """Begin to receive from a neighbouring pipeline stage only after computing, not meanwhile."""
+    """In an interleaved pipeline, end every message between stages before computing on, not meanwhile."""
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: int | None = None

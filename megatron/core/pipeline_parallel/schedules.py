@@ -82,6 +82,13 @@ class Pipeline:
         stage = self.stage(rank, work.chunk)
         return stage < self.ranks * self.chunks - 1 if isinstance(work, Forward) else stage > 0
 
+    def source(self, rank: int, work: Pass) -> "tuple[int, Pass] | None":
+        """The rank and the pass whose result is the input of a pass, if that comes from another rank."""
+        if not self.receives(rank, work):
+            return None
+        chunk, sender = divmod(self.stage(rank, work.chunk) + (-1 if isinstance(work, Forward) else 1), self.ranks)
+        return sender, type(work)(work.microbatch, chunk)
+
     def check_microbatches(self, microbatches: int) -> None:
         """Raises ValueError if a step of so many microbatches cannot be scheduled."""
         if self.chunks > 1 and microbatches % self.ranks:
@@ -138,31 +145,66 @@ def passes(pipeline: Pipeline, rank: int, microbatches: int, forward_only: bool 
 
 
 @functools.cache
+def _timetable(pipeline: Pipeline, microbatches: int, forward_only: bool) -> dict[tuple[int, Pass], int]:
+    """(rank, pass) -> when it starts, if every pass takes one unit of time and messages take none."""
+    orders = [passes(pipeline, rank, microbatches, forward_only) for rank in range(pipeline.ranks)]
+    starts: dict[tuple[int, Pass], int] = {}
+    position, clock = [0] * pipeline.ranks, [0] * pipeline.ranks
+    while len(starts) < sum(map(len, orders)):
+        for rank, order in enumerate(orders):
+            while position[rank] < len(order):
+                work = order[position[rank]]
+                needed = pipeline.source(rank, work)
+                if needed is not None and needed not in starts:
+                    break
+                ready = 0 if needed is None else starts[needed] + 1
+                starts[rank, work] = max(clock[rank], ready)
+                position[rank], clock[rank] = position[rank] + 1, starts[rank, work] + 1
+    return starts
+
+
+def _receives(pipeline: Pipeline, rank: int, microbatches: int, forward_only: bool) -> list[list[Pass]]:
+    """For each pass of a rank in its order, the passes whose inputs it begins to receive right before it."""
+    works = passes(pipeline, rank, microbatches, forward_only)
+    if pipeline.chunks == 1:
+        return [[work] if pipeline.receives(rank, work) else [] for work in works]
+    starts = _timetable(pipeline, microbatches, forward_only)
+    sent = {work: starts[source] + 1 for work in works if (source := pipeline.source(rank, work)) is not None}
+    coming = sorted(sent, key=sent.__getitem__)
+    begun: list[list[Pass]] = []
+    for work in works:
+        ready = [other for other in coming if sent[other] <= starts[rank, work]]
+        begun.append(ready)
+        coming = coming[len(ready) :]
+    return begun
+
+
+@functools.cache
 def program(
     pipeline: Pipeline, rank: int, microbatches: int, *, forward_only: bool = False, overlap: bool = True
 ) -> tuple[Instruction, ...]:
     """Everything one rank does in a step, passes and messages.
 
-    With `overlap` the input of a pass is already on its way while the pass before it runs; otherwise the rank begins to
-    receive it only then. Results are sent while the next pass runs (the next two, without overlap: in an interleaved
-    pipeline they travel around the ring of ranks, and all ranks would wait for each other).
-    Raises ValueError if the microbatches do not fit.
+    A rank begins to receive the input of a pass right before it. In an interleaved pipeline messages go around the ring
+    of ranks, and their receivers are busy when they are sent: there both sides begin a message at the same place of a
+    timetable, and it travels while the ranks compute; without `overlap` it is over before the next pass.
+
+    Whatever a rank has begun can therefore end before its next pass: a pass may make the host wait for all that the
+    device has been given (`simulation`). Raises ValueError if the microbatches do not fit.
     """
     works = passes(pipeline, rank, microbatches, forward_only)
+    begun = _receives(pipeline, rank, microbatches, forward_only)
+    at_once = pipeline.chunks > 1 and not overlap
+    lag = 2 if pipeline.chunks == 1 else 1 if overlap else 0
     instructions: list[Instruction] = []
     sending: list[tuple[int, Pass]] = []
-    lag = 1 if overlap else 2
-
-    def receive(work: Pass | None) -> None:
-        if work is not None and pipeline.receives(rank, work):
-            instructions.append(Receive(work))
-
-    receive(works[0])
-    for number, work in enumerate(works):
-        following = works[number + 1] if number + 1 < len(works) else None
-        if overlap:
-            receive(following)
-        if pipeline.receives(rank, work):
+    for number, (work, receiving) in enumerate(zip(works, begun, strict=True)):
+        instructions += [Receive(other) for other in receiving]
+        while at_once and sending:
+            instructions.append(AwaitSent(sending.pop(0)[1]))
+        if at_once:
+            instructions += [AwaitReceived(other) for other in receiving]
+        elif pipeline.receives(rank, work):
             instructions.append(AwaitReceived(work))
         instructions.append(work)
         while sending and sending[0][0] <= number - lag:
@@ -170,6 +212,4 @@ def program(
         if pipeline.sends(rank, work):
             instructions.append(Send(work))
             sending.append((number, work))
-        if not overlap:
-            receive(following)
     return (*instructions, *(AwaitSent(work) for _, work in sending))

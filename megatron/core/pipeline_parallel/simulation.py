@@ -1,7 +1,7 @@
 """Programs of all ranks played through without a model: do they fit together, and how long do they take?"""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core.pipeline_parallel.schedules import (
@@ -35,8 +35,10 @@ class _Channel:
 
 
 class _Simulation:
-    def __init__(self, pipeline: Pipeline, forward_time: float, backward_time: float) -> None:
-        self.pipeline = pipeline
+    def __init__(
+        self, pipeline: Pipeline, forward_time: float, backward_time: float, device_waits: Callable[[int, Pass], bool]
+    ) -> None:
+        self.pipeline, self.device_waits = pipeline, device_waits
         self.time = {Forward: forward_time, Backward: backward_time}
         self.channels: dict[tuple[int, type[Pass]], _Channel] = defaultdict(lambda: _Channel([], []))
         self.clocks = [0.0] * pipeline.ranks
@@ -44,19 +46,33 @@ class _Simulation:
 
     def _incoming(self, rank: int, work: Pass) -> _Channel:
         """What passes of this kind receive from: channels are numbered by the rank that sends."""
-        sender = rank - 1 if isinstance(work, Forward) else rank + 1
-        return self.channels[sender % self.pipeline.ranks, type(work)]
+        return self._between(rank, type(work))[1]
 
-    def _sender_of(self, rank: int, work: Pass) -> Pass:
-        """The pass whose result is the input of this one."""
-        step = -1 if isinstance(work, Forward) else 1
-        chunk = (self.pipeline.stage(rank, work.chunk) + step) // self.pipeline.ranks
-        return type(work)(work.microbatch, chunk)
+    def _between(self, rank: int, kind: type[Pass]) -> tuple[_Channel, _Channel]:
+        """The channels in which a rank sends and receives messages of a kind."""
+        before = rank - 1 if kind is Forward else rank + 1
+        return self.channels[rank, kind], self.channels[before % self.pipeline.ranks, kind]
+
+    def _all_over(self, rank: int) -> float | None:
+        """When all messages that a rank has begun are over; None if one waits for another rank."""
+        over = self.clocks[rank]
+        for kind in (Forward, Backward):
+            outgoing, incoming = self._between(rank, kind)
+            for ours, theirs in ((outgoing.sent, outgoing.received), (incoming.received, incoming.sent)):
+                if len(theirs) < len(ours):
+                    return None
+                over = max([over, *(begun for _, begun in theirs[len(ours) - 1 : len(ours)])])
+        return over
 
     def advance(self, rank: int, instruction: Instruction) -> bool:
         """Carries out one instruction; False if it has to wait for another rank."""
         clock = self.clocks[rank]
         if isinstance(instruction, Forward | Backward):
+            if self.device_waits(rank, instruction):
+                over = self._all_over(rank)
+                if over is None:
+                    return False
+                clock = over
             self.clocks[rank] = clock + self.time[type(instruction)]
             self.done[rank].append(TimedPass(instruction, clock, self.clocks[rank]))
             return True
@@ -73,21 +89,28 @@ class _Simulation:
             if len(theirs) <= number:
                 return False
             if isinstance(instruction, AwaitReceived):
-                assert theirs[number][0] == self._sender_of(rank, work), (rank, work, theirs[number])
+                source = self.pipeline.source(rank, work)
+                assert source is not None and theirs[number][0] == source[1], (rank, work, theirs[number])
             self.clocks[rank] = max(clock, theirs[number][1])
         return True
 
 
 def simulate(
-    pipeline: Pipeline, programs: Sequence[Sequence[Instruction]], forward_time: float = 1.0, backward_time: float = 1.0
+    pipeline: Pipeline,
+    programs: Sequence[Sequence[Instruction]],
+    forward_time: float = 1.0,
+    backward_time: float = 1.0,
+    device_waits: Callable[[int, Pass], bool] = lambda rank, work: False,
 ) -> list[list[TimedPass]]:
     """Runs the programs of all ranks and returns when each rank did what.
 
     A message takes no time, but both sides have to be ready: neither a send nor a receive is over before the other
     side has begun its own, and the messages of one kind between two ranks keep their order, as with NCCL. The times
-    are those of a pass through one chunk. Raises ValueError if the ranks wait for each other for ever.
+    are those of a pass through one chunk. `device_waits(rank, pass)` says which passes make the host wait until the
+    device has done all that it was given, as loading a kernel or returning memory to CUDA may: then every message that
+    the rank has begun must be over before. Raises ValueError if the ranks wait for each other for ever.
     """
-    simulation = _Simulation(pipeline, forward_time, backward_time)
+    simulation = _Simulation(pipeline, forward_time, backward_time, device_waits)
     position = [0] * pipeline.ranks
     while any(position[rank] < len(programs[rank]) for rank in range(pipeline.ranks)):
         before = list(position)

@@ -1,6 +1,6 @@
 """Schedules as written down: complete, in a valid order, free of deadlocks, as large and as long as formulas say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel.schedules import (
     AwaitSent,
     Backward,
     Forward,
+    Instruction,
     Pass,
     Pipeline,
     Receive,
@@ -30,6 +31,9 @@ def _shapes() -> Iterator[tuple[Pipeline, int]]:
 
 
 SHAPES = [pytest.param(*shape, id=f"p{shape[0].ranks}v{shape[0].chunks}m{shape[1]}") for shape in _shapes()]
+
+
+LARGE = [pytest.param(Pipeline(p, v), m, id=f"p{p}v{v}m{m}") for p, v, m in ((8, 1, 64), (8, 2, 32), (8, 4, 32))]
 
 
 def _run(
@@ -78,12 +82,13 @@ def test_live_microbatches_and_bubble_equal_the_formulas(pipeline: Pipeline, mic
             peak = max(peak, live)
         ahead = p - rank if v == 1 else 2 * (p - rank - 1) + (v - 1) * p + 1
         assert peak == pipeline.peak_live(rank, microbatches) == min(ahead, microbatches * v)
-    for overlap in (True, False):
-        for backward_time in (1, 2):
-            timed = _run(pipeline, microbatches, overlap=overlap, backward_time=backward_time)
-            span = max(own[-1].end for own in timed)
-            busy = microbatches * v * (1 + backward_time)
-            assert (span - busy) / busy == pytest.approx((p - 1) / (v * microbatches))
+    # interleaved ranks that finish every message before they compute on wait for each other's backward passes
+    times = [(True, 1), (True, 2), (True, 3), (False, 1), *([(False, 2)] if v == 1 else [])]
+    for overlap, backward_time in times:
+        timed = _run(pipeline, microbatches, overlap=overlap, backward_time=backward_time)
+        span = max(own[-1].end for own in timed)
+        busy = microbatches * v * (1 + backward_time)
+        assert (span - busy) / busy == pytest.approx((p - 1) / (v * microbatches))
     assert pipeline.bubble_share(microbatches) == pytest.approx((p - 1) / (v * microbatches))
 
 
@@ -105,20 +110,97 @@ def test_orders_written_out() -> None:
 
 def test_what_is_sent_and_received_and_when() -> None:
     f0, f1, b0, b1 = Forward(0, 0), Forward(1, 0), Backward(0, 0), Backward(1, 0)
-    assert program(Pipeline(2), 0, 2) == (
-        f0, Send(f0), Receive(b0), f1, AwaitSent(f0), Send(f1), Receive(b1), AwaitReceived(b0), b0, AwaitSent(f1),
-        AwaitReceived(b1), b1,
+    expected = (
+        f0, Send(f0), f1, Send(f1), Receive(b0), AwaitReceived(b0), b0, AwaitSent(f0), Receive(b1), AwaitReceived(b1),
+        b1, AwaitSent(f1),
     )  # fmt: skip
+    assert program(Pipeline(2), 0, 2) == program(Pipeline(2), 0, 2, overlap=False) == expected
     assert program(Pipeline(2), 1, 1) == (Receive(f0), AwaitReceived(f0), f0, b0, Send(b0), AwaitSent(b0))
     assert program(Pipeline(1), 0, 1) == (f0, b0)
-    assert program(Pipeline(2), 0, 1, overlap=False) == (
-        f0,
-        Send(f0),
-        Receive(b0),
-        AwaitReceived(b0),
-        b0,
-        AwaitSent(f0),
-    )
+
+
+def _under_way(instructions: Sequence[Instruction], begins: type[Receive | Send]) -> int:
+    """Most messages of a direction that are begun and not awaited while a pass runs."""
+    awaits = AwaitReceived if begins is Receive else AwaitSent
+    now = most = 0
+    for instruction in instructions:
+        now += isinstance(instruction, begins) - isinstance(instruction, awaits)
+        if isinstance(instruction, Forward | Backward):
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), SHAPES)
+def test_messages_under_way_while_a_rank_computes(pipeline: Pipeline, microbatches: int) -> None:
+    for overlap in (True, False):
+        programs = [program(pipeline, rank, microbatches, overlap=overlap) for rank in range(pipeline.ranks)]
+        received = max(_under_way(instructions, Receive) for instructions in programs)
+        sent = max(_under_way(instructions, Send) for instructions in programs)
+        if pipeline.chunks == 1:
+            assert received == 0 and sent <= 2
+        elif overlap:
+            assert received <= 3 and sent <= 1
+            assert received > 0 or microbatches == pipeline.ranks
+        else:
+            assert received == sent == 0
+
+
+def _all_passes_wait(rank: int, work: Pass) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), [*SHAPES, *LARGE])
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_any_pass_may_wait_for_the_device(pipeline: Pipeline, microbatches: int, forward_only: bool) -> None:
+    """If all passes may, any of them may: a wait only adds to what has to happen before."""
+    for overlap in (True, False):
+        programs = [
+            program(pipeline, rank, microbatches, forward_only=forward_only, overlap=overlap)
+            for rank in range(pipeline.ranks)
+        ]
+        simulate(pipeline, programs, device_waits=_all_passes_wait)
+
+
+def _begun_one_pass_earlier(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """The same program with every receive before the pass that precedes it."""
+    moved: list[Instruction] = []
+    for instruction in instructions:
+        place = max((n for n, other in enumerate(moved) if isinstance(other, Forward | Backward)), default=len(moved))
+        moved.insert(place if isinstance(instruction, Receive) else len(moved), instruction)
+    return moved
+
+
+@pytest.mark.parametrize("pipeline", [Pipeline(2), Pipeline(4), Pipeline(8), Pipeline(2, 2), Pipeline(4, 4)])
+def test_a_receive_before_a_pass_that_waits_is_found(pipeline: Pipeline) -> None:
+    programs = [_begun_one_pass_earlier(program(pipeline, rank, 8)) for rank in range(pipeline.ranks)]
+    simulate(pipeline, programs)  # as long as nothing waits for the device, that is well
+    with pytest.raises(ValueError, match="the ranks wait for each other"):
+        simulate(pipeline, programs, device_waits=_all_passes_wait)
+
+
+def test_the_first_passes_of_a_step_that_hung() -> None:
+    """Two ranks; their first passes load kernels, and rank 0's second one too: its early receive is for after that."""
+    pipeline = Pipeline(2)
+    programs = [_begun_one_pass_earlier(program(pipeline, rank, 8)) for rank in range(2)]
+    first = {(rank, work) for rank in range(2) for work in (Forward(0, 0), Backward(0, 0))}
+    simulate(pipeline, programs, device_waits=lambda rank, work: (rank, work) in first)
+    second = first | {(0, Forward(1, 0))}
+    with pytest.raises(ValueError, match="the ranks wait for each other"):
+        simulate(pipeline, programs, device_waits=lambda rank, work: (rank, work) in second)
+
+
+def test_a_wait_for_the_device_takes_its_time() -> None:
+    """Rank 0 cannot begin its second pass before rank 1 has begun to receive the result of the first."""
+    f0, f1 = Forward(0, 0), Forward(1, 0)
+    programs: list[list[Instruction]] = [
+        [f0, Send(f0), f1, AwaitSent(f0)],
+        [h := Forward(5, 0), Receive(f0), AwaitReceived(f0), f0],
+    ]
+    pipeline = Pipeline(2)
+    assert [timed.start for timed in simulate(pipeline, programs, 3)[0]] == [0, 3]
+    programs[1].insert(0, Forward(6, 0))
+    assert [timed.start for timed in simulate(pipeline, programs, 3, device_waits=lambda *_: True)[0]] == [0, 6]
+    assert h in programs[1]
 
 
 def test_a_deadlock_is_found() -> None:
