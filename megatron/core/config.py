@@ -155,7 +155,8 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce the gradients of a bucket while the backward pass goes on."""
     overlap_param_gather: bool = False
-    """Gather the parameters of a bucket while the forward pass goes on; needs --use-distributed-optimizer."""
+    """Gather the parameters of a bucket while the forward pass works on those of the bucket before it; needs
+    --use-distributed-optimizer."""
     ddp_bucket_size: int | None = None
     """Elements of a bucket; 40 million, or 1 million times the data-parallel size if that is more, if not given.
     Without --overlap-grad-reduce or --overlap-param-gather there is one bucket."""

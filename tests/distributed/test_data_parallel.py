@@ -198,9 +198,9 @@ def _gathers(rank: int, world_size: int) -> list[list[bool]]:
     return seen
 
 
-def test_each_layer_waits_for_its_own_parameters_only() -> None:
+def test_while_a_layer_works_the_parameters_of_the_next_one_are_under_way() -> None:
     for seen in run_distributed(_gathers, 2):
-        assert seen == [[number > layer for number in range(4)] for layer in range(4)]
+        assert seen == [[number == layer + 1 for number in range(4)] for layer in range(4)]
 
 
 POISONED = [

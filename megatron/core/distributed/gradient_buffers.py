@@ -102,6 +102,9 @@ class GradientBuffers:
         self._arrivals = dict.fromkeys(self.names, 0)
         self._microbatches = 1
         self._launched = 0
+        # in the order of the forward pass; of these, so many have been gathered or are being gathered
+        self._gather_order = [bucket for bucket in reversed(self.buckets) if bucket.group.size > 1]
+        self._gathered = len(self._gather_order)
         for parameter in self.names:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
             # for operations that write the gradient themselves, see megatron.core.fusions.weight_gradient
@@ -175,6 +178,8 @@ class GradientBuffers:
             self._launched += 1
 
     def _reduce(self, bucket: Bucket) -> None:
+        # a bucket that this rank's forward passes had no use for comes before reductions on the other ranks
+        self._gather(len(self._gather_order))
         for parameter in bucket.parameters:
             if not self._arrivals[parameter]:
                 main_grad(parameter).zero_()
@@ -221,37 +226,53 @@ class GradientBuffers:
             grad.copy_(total)
 
     def gather_parameters(self) -> None:
-        """Brings the updated shards together, first those that the forward pass needs first; collective."""
+        """Brings the updated shards together, first those that the forward pass needs first; collective.
+
+        With `overlap_param_gather` only the first bucket's gathering begins here, and that of each other when the
+        forward pass comes to the bucket before it: all at once would queue up ahead of the forward pass's own messages.
+        """
         if not self.sharded:
             return
-        for bucket in reversed(self.buckets):
-            if bucket.group.size > 1:
-                own = bucket.weights[bucket.own]
-                bucket.work.append(all_gather_single(bucket.weights, own, group=bucket.group.handle, async_op=True))
-        if not self.config.overlap_param_gather:
+        self._gathered = 0
+        if self.config.overlap_param_gather:
+            self._gather(1)
+        else:
             self.wait_for_parameters()
+
+    def _gather(self, number: int) -> None:
+        """Begins to gather the first `number` of the buckets, as far as that has not begun."""
+        for bucket in self._gather_order[self._gathered : number]:
+            own = bucket.weights[bucket.own]
+            bucket.work.append(all_gather_single(bucket.weights, own, group=bucket.group.handle, async_op=True))
+        self._gathered = max(self._gathered, min(number, len(self._gather_order)))
 
     def _wait_before_use(self, model: nn.Module) -> None:
         """Makes each module wait, before its forward pass, for the buckets that its parameters are in.
 
         A module without a forward of its own is used by the one that contains it.
         """
+        places = {parameter: n for n, bucket in enumerate(self._gather_order) for parameter in bucket.parameters}
         for module in model.modules():
             holders = [module, *(child for child in module.children() if type(child).forward is nn.Module.forward)]
             parameters = [parameter for holder in holders for parameter in holder.parameters(recurse=False)]
-            needed = [b for b in self.buckets if any(self._bucket_of[parameter] is b for parameter in parameters)]
+            needed = sorted({places[parameter] for parameter in parameters if parameter in places})
             if needed:
-                module.register_forward_pre_hook(functools.partial(_wait_for, needed))
+                module.register_forward_pre_hook(functools.partial(self._before_use, needed))
+
+    def _before_use(self, needed: list[int], module: nn.Module, inputs: object) -> None:
+        """Begins to gather the bucket after those that a module needs, and waits for these."""
+        self._gather(needed[-1] + 2)
+        for place in needed:
+            self._gather_order[place].wait()
 
     def wait_for_parameters(self) -> None:
-        """Returns when the parameters are those of the last update; before reading them other than by a forward."""
+        """Returns when the parameters are those of the last update; before reading them other than by a forward.
+
+        Collective over the ranks that hold the same parameters.
+        """
+        self._gather(len(self._gather_order))
         for bucket in self.buckets:
             bucket.wait()
-
-
-def _wait_for(buckets: list[Bucket], module: nn.Module, inputs: object) -> None:
-    for bucket in buckets:
-        bucket.wait()
 
 
 def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, grad_dtype: torch.dtype) -> list[Bucket]:

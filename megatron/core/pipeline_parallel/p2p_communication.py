@@ -3,8 +3,8 @@
 Each kind of message between two ranks has a communicator of its own. On a communicator, NCCL carries out operations in
 the order in which they were begun, and both sides have to begin them in the same order. Hidden states and gradients, or
 in an interleaved pipeline of two ranks hidden states in both directions, would have to take turns on a shared one
-exactly as the other rank takes them; separate ones only carry messages in the order in which they are sent, which is the
-same on both sides (`simulation` checks it), and so nothing ever waits behind an unrelated message.
+exactly as the other rank takes them; separate ones only carry messages in the order of the sends, which is the same on
+both sides (`simulation` checks it), and so nothing ever waits behind an unrelated message.
 """
 
 from dataclasses import dataclass
