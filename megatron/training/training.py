@@ -56,6 +56,7 @@ from megatron.training.setup import (
     settle_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
+from megatron.training.warm_up import warm_up
 
 
 def pretrain(model_provider: ModelProvider, datasets_provider: DatasetsProvider, forward_step: ForwardStep) -> None:
@@ -311,6 +312,8 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
+    if trainer.device.type == "cuda" and trainer.pipeline.ranks > 1 and progress.iteration < last:
+        source = warm_up(trainer, source)
     stop = False
     while progress.iteration < last and not stop:
         record, stop = train_step(
