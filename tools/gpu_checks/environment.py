@@ -37,7 +37,7 @@ def check_environment(session: Session) -> str:
         part.note("There is no nvidia-smi here: driver and links are unknown.")
     else:
         for title, arguments in _NVIDIA_SMI.items():
-            ran = session.run(["nvidia-smi", *arguments])
+            ran = session.run(["nvidia-smi", *arguments], at_most=session.seconds_left / 4)
             part.listing(title, ran.output if ran.status == 0 else ran.ending)
     forms = must_end_well(session.run(session.python("tools/show_forms.py"))).output
     part.listing("tools/show_forms.py", forms)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,6 +290,87 @@ def test_environment_without_triton_fails_on_a_gpu() -> None:
     part = _part()
     with pytest.raises(PartEnded, match="Triton is not installed"):
         _check_triton(Session("cuda", MACHINE, part, 1.0))
+
+
+GPU = {"name": "NVIDIA H200", "capability": "9.0", "total": 140 * 2**30, "free": 139 * 2**30}
+ON_GPUS = replace(MACHINE, gpus=[GPU, GPU], packages={"triton": "3.6.0", "transformers": None})
+
+
+class Scripted(Session):
+    """Answers commands with what a function of their words says, instead of running them."""
+
+    def __init__(self, answer: Callable[[list[str]], tuple[int | None, str]]) -> None:
+        super().__init__("cuda", ON_GPUS, _part(), 1000.0)
+        self._answer = answer
+
+    def run_together(
+        self,
+        commands: Sequence[Sequence[str]],
+        environment: Mapping[str, str] | None = None,
+        at_most: float = math.inf,
+    ) -> list[Ran]:
+        return [Ran(tuple(words), *self._answer(list(words)), 1.0) for words in commands]
+
+
+def _write_steps(words: list[str], losses: Sequence[float]) -> None:
+    lines = [{"lm_loss": loss, "grad_norm": 1.0, "tokens_per_second": 20_000.0} for loss in losses]
+    Path(words[words.index("--metrics-path") + 1]).write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_a_layer_less_is_taken_when_memory_runs_out() -> None:
+    tried = []
+
+    def answer(words: list[str]) -> tuple[int | None, str]:
+        if "bash" in words:
+            return 0, run_together([words], 60)[0].output
+        layers = int(words[words.index("--num-layers") + 1])
+        if "--dry-run" in words:
+            return 0, f"weights 1 GiB\ntotal    {5 + 13 * layers}.00 GiB   {5 + 12 * layers}.00 GiB\n"
+        tried.append(layers)
+        if layers > 8:
+            return 1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+        _write_steps(words, [8.0] * 5)
+        log = "".join(f"throughput per GPU (TFLOP/s/GPU): {rate} |\n" for rate in (9.0, 99.0, 480.0, 481.0, 482.0))
+        return 0, log + json.dumps({"peak": {"allocated": 120 * 2**30, "reserved": 125 * 2**30}})
+
+    session = Scripted(answer)
+    sentence = example.check_example(session)
+    # 139 GiB less 4 % less 3 are 130.4; 5 + 13 * 9 are 122
+    assert tried == [9, 8]
+    assert sentence == "8 layer(s): 20,000 tokens/s, 481.0 TFLOP/s (goal 480), peak 120.0 GiB = 110 % of the dry run's"
+    rows = dict(session.part.tables[0].rows)
+    assert rows["goal on an H200"] == "480 TFLOP/s, reached"
+    assert rows["peak reserved"] == "125.00 GiB, 115 % of the dry run's"
+
+
+def test_a_layout_that_hangs_or_differs_does_not_hide_the_others() -> None:
+    def answer(words: list[str]) -> tuple[int | None, str]:
+        if "tools.gpu_checks.collectives" in words:
+            return 0, "W1129 some warning\ncollective\tall_reduce\t256\t1.5\t170.0\n"
+        if "--pipeline-model-parallel-size" in words:
+            return None, "iteration 1"
+        _write_steps(words, [8.0, 7.0, 6.1 if "--context-parallel-size" in words else 6.0])
+        return 0, ""
+
+    session = Scripted(answer)
+    with pytest.raises(PartEnded, match=r"not equal to one process: PP=2; CP=2$") as ended:
+        training.check_layouts(session)
+    assert ended.value.status == "failed"
+    assert session.part.tables[0].rows == [("all_reduce", "256", "1.5", "170.0")]
+    results = {row[0]: row[4] for row in session.part.tables[-1].rows}
+    assert results["TP=2, sequence parallel"] == results["EP=2"] == "equal" and results["CP=2"] == "differs"
+    assert results["PP=2"] == "stopped after 1 s, the time it had: iteration 1"
+    assert "TP=2, PP=2, EP=2, DP=2" in session.part.notes[0]
+
+
+def test_goals_are_stated_with_what_was_reached() -> None:
+    session = Scripted(lambda words: (0, LAYER if "moe_layer.py" in words[1] else STEP))
+    assert speed.check_speed(session) == (
+        "3 of 5 rates reach the goals for an H200: forward 601 of 600, forward and backward 555 of 550, "
+        "training step 481 of 480"
+    )
+    assert [row[-1] for row in session.part.tables[0].rows] == ["reached"] * 2 + ["not reached"] * 2 + ["reached"]
+    assert session.part.notes == ["transformers is not installed: it is left out of the comparisons."]
 
 
 @pytest.mark.slow
