@@ -106,6 +106,9 @@ def check_gpu(args: argparse.Namespace) -> bool:
                 report.write(folder)
         except BaseException as error:
             report.interrupted = f"interrupted ({type(error).__name__})"
+            for part in report.parts:
+                if part.status == "running":
+                    part.status, part.sentence = "stopped", "interrupted"
             report.write(folder)
             raise
     print(f"\n{report.verdict}\n{folder / MARKDOWN}", flush=True)
@@ -136,7 +139,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)
     well: list[bool] = []
-    status = run_tool(lambda: well.append(check_gpu(args)))
+    kept = f"interrupted; what was found until then is in {args.output}"
+    status = run_tool(lambda: well.append(check_gpu(args)), interrupted=kept)
     return status or int(not all(well))
 
 

@@ -114,13 +114,13 @@ def test_a_check_that_is_ended_keeps_what_it_found(tmp_path: Path, monkeypatch: 
         return "not reached"
 
     before = signal.getsignal(signal.SIGTERM)
-    _fakes(monkeypatch, right=lambda session: "fine", ended=ended)
+    _fakes(monkeypatch, right=lambda session: "fine", ended=ended, never=ended)
     try:
         assert gpu_check.main(["--device", "cpu", "--output", str(tmp_path)]) == 130
     finally:
         signal.signal(signal.SIGTERM, before)
     values = json.loads((tmp_path / JSON).read_text())
-    assert values["verdict"].startswith("FAILED: 1 of 2 parts passed; not run yet: ended; interrupted")
+    assert values["verdict"].startswith("FAILED: 1 of 3 parts passed; stopped: ended; not run yet: never; interrupted")
     assert values["parts"][0]["sentence"] == "fine"
 
 
