@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conformance_testing import INSTRUCTION_SETS, assert_close, device_of, drawn, each, only, relative_error
+from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, only, relative_error
+from conformance_testing import device_of as _device
 
 from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.fusions.attention import causal_attention
@@ -23,7 +24,7 @@ each_form = pytest.mark.parametrize("form", each())
 @each_form
 def test_swiglu_of_large_numbers_and_nan(form: str) -> None:
     gate = torch.tensor([0.0, 30.0, -30.0, 90.0, -90.0, 1e4, -1e4, 1e30, math.nan])
-    gate_up = torch.stack((gate, torch.ones_like(gate)), dim=1).to(device_of(form))
+    gate_up = torch.stack((gate, torch.ones_like(gate)), dim=1).to(_device(form))
     with only(form):
         y = swiglu(gate_up, torch.ones(9, device=gate_up.device)).squeeze(1).cpu()
     torch.testing.assert_close(y, torch.nn.functional.silu(gate), rtol=1e-6, atol=1e-35, equal_nan=True)
@@ -32,7 +33,7 @@ def test_swiglu_of_large_numbers_and_nan(form: str) -> None:
 @each_form
 def test_softmax_of_logits_far_apart_and_of_nan(form: str) -> None:
     logits = torch.tensor([[0.0, -1e30, -90.0], [1e30, 0.0, -1e30], [0.0, math.nan, 1.0], [-100.0, -300.0, -100.0]])
-    ours, ids, device = logits.clone().to(device_of(form)), torch.ones(4, dtype=torch.int64), device_of(form)
+    ours, ids, device = logits.clone().to(_device(form)), torch.ones(4, dtype=torch.int64), _device(form)
     with only(form):
         statistics = softmax_statistics(ours, ids.to(device), 3)
         logsumexp = statistics.logsumexp
@@ -45,12 +46,12 @@ def test_softmax_of_logits_far_apart_and_of_nan(form: str) -> None:
 
 @each_form
 def test_the_gradient_of_a_sum_of_losses_is_one_number(form: str) -> None:
-    ids = torch.arange(3, device=device_of(form))
+    ids = torch.arange(3, device=_device(form))
     grad = torch.tensor((2.0, 7.0), device=ids.device)[:1].expand(3)
     results = []
     with only(form):
         for upstream in (grad, grad.clone()):
-            logits = drawn(3, 5, device=device_of(form))
+            logits = drawn(3, 5, device=_device(form))
             logsumexp = softmax_statistics(logits, ids, 5).logsumexp
             softmax_gradient_(logits, logsumexp, ids, logsumexp, upstream.contiguous(), 5)
             results.append(logits)
@@ -63,12 +64,12 @@ in_triton = pytest.mark.parametrize("form", each("triton"))
 @in_triton
 def test_of_equal_experts_the_first_is_taken(form: str) -> None:
     with only(form):
-        assert top_k_routing(torch.zeros((3, 5), device=device_of(form)), 2).experts_TK.tolist() == [[0, 1]] * 3
+        assert top_k_routing(torch.zeros((3, 5), device=_device(form)), 2).experts_TK.tolist() == [[0, 1]] * 3
 
 
 @in_triton
 def test_activations_that_are_computed_again_have_the_same_bits(form: str) -> None:
-    gate_up, probs = drawn(13, 1200, device=device_of(form)), drawn(13, device=device_of(form), seed=1).sigmoid()
+    gate_up, probs = drawn(13, 1200, device=_device(form)), drawn(13, device=_device(form), seed=1).sigmoid()
     with only(form):
         assert torch.equal(swiglu(gate_up, probs), swiglu_backward(gate_up[:, :600].clone(), gate_up, probs)[2])
 
@@ -76,7 +77,7 @@ def test_activations_that_are_computed_again_have_the_same_bits(form: str) -> No
 @each_form
 def test_a_token_of_nan_gets_experts_that_exist(form: str) -> None:
     # of Triton only compiled kernels can fail here: the interpreter's argmax is NumPy's, which finds a NaN
-    logits = torch.zeros((2, 5), device=device_of(form))
+    logits = torch.zeros((2, 5), device=_device(form))
     logits[0] = math.nan
     with only(form):
         out = top_k_routing(logits, 5)
@@ -86,7 +87,7 @@ def test_a_token_of_nan_gets_experts_that_exist(form: str) -> None:
 
 @each_form
 def test_rows_behind_the_last_expert_stay_out(form: str) -> None:
-    counts, device = (65, 7, 0), device_of(form)
+    counts, device = (65, 7, 0), _device(form)
     grad, x = drawn(74, 48, device=device), drawn(74, 32, device=device, seed=1)
     grad[72:], x[72:] = math.nan, math.nan
     ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
@@ -102,17 +103,17 @@ def test_rows_behind_the_last_expert_stay_out(form: str) -> None:
 @each_form
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_a_layer_without_tokens_has_a_gradient_of_nothing(form: str, beta: float) -> None:
-    weight = drawn(5, 3, device=device_of(form)).requires_grad_()
-    main_grad = torch.full((5, 3), 4.0 if beta else math.nan, device=device_of(form))
+    weight = drawn(5, 3, device=_device(form)).requires_grad_()
+    main_grad = torch.full((5, 3), 4.0 if beta else math.nan, device=_device(form))
     weight.gradient_sink = lambda write: write(main_grad, beta)  # type: ignore[attr-defined]
     with only(form):
-        linear(torch.empty(0, 3, device=device_of(form)), weight).sum().backward()
+        linear(torch.empty(0, 3, device=_device(form)), weight).sum().backward()
     assert torch.equal(main_grad.cpu(), torch.full((5, 3), 4.0 * beta))
 
 
 @each_form
 def test_experts_repeat_themselves_and_leave_no_dirt(form: str) -> None:
-    device, tokens, experts = device_of(form), 13, 5
+    device, tokens, experts = _device(form), 13, 5
     x, probs = drawn(tokens, 24, device=device), drawn(tokens, 2, device=device, seed=1).sigmoid()
     scores = drawn(tokens, experts, device=device, seed=2)
     scores[:, 1] -= 100  # nobody chooses this one
@@ -164,7 +165,7 @@ MANY_ROWS, WIDE = 80_000, 28_672
 def test_rows_beyond_32_bits_are_moved(form: str) -> None:
     # on a CPU only pages that are touched take memory, on a GPU it is 4.6 GB
     dtype = torch.float16 if form == "triton" else torch.bfloat16
-    y = torch.empty((MANY_ROWS, WIDE), dtype=dtype, device=device_of(form))
+    y = torch.empty((MANY_ROWS, WIDE), dtype=dtype, device=_device(form))
     y[-2], y[-1] = 1, torch.arange(WIDE, device=y.device) % 100
     pairs = torch.tensor([2 * MANY_ROWS - 1, -1], device=y.device)
     rows = torch.tensor([[MANY_ROWS - 1, MANY_ROWS - 2]], device=y.device)
@@ -194,7 +195,7 @@ def test_rows_beyond_32_bits_are_computed() -> None:
 
 @each_form
 def test_frozen_weights_get_no_gradient(form: str) -> None:
-    device = device_of(form)
+    device = _device(form)
     x, probs = drawn(6, 16, device=device).requires_grad_(), drawn(6, 2, device=device, seed=1).sigmoid()
     norm, gate_up, down = drawn(16, device=device), drawn(3, 16, 16, device=device), drawn(3, 16, 8, device=device)
     for weight in (norm, gate_up, down):
@@ -207,7 +208,7 @@ def test_frozen_weights_get_no_gradient(form: str) -> None:
 
 @each_form
 def test_a_norm_of_wider_weights_keeps_the_type_of_its_input(form: str) -> None:
-    x, weight = drawn(3, 8, dtype=torch.float16, device=device_of(form)), drawn(8, device=device_of(form), seed=1)
+    x, weight = drawn(3, 8, dtype=torch.float16, device=_device(form)), drawn(8, device=_device(form), seed=1)
     with only(form):
         y = rms_norm(x.requires_grad_(), weight, 1e-5)
         y.sum().backward()
@@ -216,7 +217,7 @@ def test_a_norm_of_wider_weights_keeps_the_type_of_its_input(form: str) -> None:
 
 @each_form
 def test_attention_takes_any_strides(form: str) -> None:
-    parts = [drawn(2, 4, 16, 8, device=device_of(form), seed=i).transpose(2, 3).contiguous() for i in range(3)]
+    parts = [drawn(2, 4, 16, 8, device=_device(form), seed=i).transpose(2, 3).contiguous() for i in range(3)]
     query, key, value = (part.transpose(2, 3).requires_grad_() for part in parts)
     with only(form):
         out = causal_attention(query, key, value)
