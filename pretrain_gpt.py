@@ -1,7 +1,13 @@
 """Pre-trains a Mixtral model; `python pretrain_gpt.py --help` lists the flags."""
 
+import sys
 from dataclasses import replace
 from typing import Any
+
+from megatron.training.signals import remember_signals
+
+if __name__ == "__main__":  # the imports that follow take seconds
+    remember_signals(sys.argv)
 
 import torch
 from torch import Tensor

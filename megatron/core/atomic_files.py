@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import resource
 import tempfile
@@ -52,6 +53,8 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
         with naming(path), file:
+            with contextlib.suppress(OSError):  # file systems without locks
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file  # type: ignore[misc]
             file.flush()
             with contextlib.suppress(PermissionError):
@@ -65,6 +68,14 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
         Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what killed processes have left of writing `path`; what a living one is writing is left alone."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(leftover, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer holds the lock
+            leftover.unlink()
 
 
 def _rename_if_absent(temporary: str, path: Path) -> None:

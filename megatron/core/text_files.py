@@ -44,23 +44,36 @@ class _Terminal:
 _LIVE = re.compile("(\r(?:\x1b\\[K)?)")
 
 
+def _discard(stream: TextIO) -> None:
+    """Sends what is left to nowhere: Python flushes it when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 @contextmanager
 def _reader_may_leave(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # Python flushes what is left when it ends
-        os.close(nowhere)
+        _discard(stream)
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 @contextmanager
-def terminal_output() -> Iterator[None]:
-    """What is printed within is printable; if nobody reads it any more (`| head`), SystemExit(141) is raised."""
+def terminal_output(keep: bool = True) -> Iterator[None]:
+    """What is printed within is printable; if nobody reads it any more (`| head`), SystemExit(141) is raised.
+
+    Raises OSError at the end if the last of it cannot be written, or drops that unless it is to be `keep`t.
+    """
     with redirect_stdout(_Terminal(sys.stdout)), redirect_stderr(_Terminal(sys.stderr)):  # type: ignore[type-var]
         yield
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            if keep:
+                raise
+            _discard(sys.stdout)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

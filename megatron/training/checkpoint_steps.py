@@ -45,7 +45,7 @@ def remove_old_steps(root: Path, newest: int, keep_last: int | None, retain_inte
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed saves and removals left behind; only while nothing is being saved to `root`.
+    """Removes what killed starts, saves and removals left behind; only while nothing is being saved to `root`.
 
     A step that was moved aside, and whose new copy never came, is put back.
     """
@@ -55,5 +55,5 @@ def remove_leftovers(root: Path) -> None:
             os.rename(entry, root / step.group(1))
         elif step:
             shutil.rmtree(entry, ignore_errors=True)
-        elif re.fullmatch(rf"\.{re.escape(interchange.TRACKER_FILE)}\..*\.tmp", entry.name):
-            entry.unlink()
+        elif re.fullmatch(rf"\.({re.escape(interchange.TRACKER_FILE)}|save\.lock)\..*\.tmp|\.probe-[0-9]+", entry.name):
+            entry.unlink(missing_ok=True)

@@ -74,12 +74,16 @@ class _BackgroundWriter(threading.Thread):
 class CheckpointSaver:
     """Saves steps of a run that are either whole or absent, one at a time.
 
-    All methods are collective. What fails on one rank raises SharedError on all of them.
+    All methods are collective. What fails on one rank raises SharedError on all of them; `check_lock` fails if this job
+    may not save any more.
     """
 
-    def __init__(self, arguments: Arguments, groups: ProcessGroups) -> None:
+    def __init__(
+        self, arguments: Arguments, groups: ProcessGroups, check_lock: Callable[[], None] = lambda: None
+    ) -> None:
         assert arguments.checkpoint.save is not None
         self.arguments, self.groups = arguments, groups
+        self._check_lock = check_lock
         self._root = Path(arguments.checkpoint.save)
         self._writer: _BackgroundWriter | None = None
         self._iteration = 0
@@ -93,6 +97,7 @@ class CheckpointSaver:
         self.finish()
         self._iteration = progress.iteration
         prepare = self._prepare_rank_file if self.arguments.checkpoint.ckpt_format == "torch" else self._prepare_shards
+        together(self._check_lock, self.groups)
         try:
             folder = together(lambda: interchange.begin_step(self._root, self._iteration), self.groups)
             write = prepare(folder, model, optimizer, progress)
@@ -168,6 +173,7 @@ class CheckpointSaver:
 
         def commit() -> None:
             if self.groups.world.is_first:
+                self._check_lock()
                 self._commit(parts)
                 remove_leftovers(self._root)
                 remove_old_steps(

@@ -1,14 +1,16 @@
 """Start-up: the one reader of the environment, the device, torch.distributed, and errors that all ranks share."""
 
+import contextlib
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +21,15 @@ from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, grid_sizes, network_error
 from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments
+from megatron.training.ending import Ending
 from megatron.training.loader import worker_killed
+from megatron.training.restarts import agree_on_round
+from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
 from megatron.training.step_monitor import StepMonitor
 
 T = TypeVar("T")
+# How long a rank that has lost a connection waits for the word of the one that ended, in seconds.
+_WORD_PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,13 @@ class Environment:
     local_rank: int
     local_world_size: int
     restarts: int = 0
-    """How often torchrun has started the job's processes again (--max-restarts)."""
+    """How often torchrun has started this machine's processes again (--max-restarts)."""
+    machines: int = 1
+    """Number of torchrun's agents, one a machine."""
+    launched: bool = False
+    """Whether torchrun started this process."""
+    waits_for_saves: bool = True
+    """Whether torchrun has been told to wait longer than 30 seconds after it has passed on a signal."""
 
 
 def read_environment() -> Environment:
@@ -45,6 +58,26 @@ def read_environment() -> Environment:
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        machines=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
+        launched="TORCHELASTIC_RUN_ID" in os.environ,
+        waits_for_saves="TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ,
+    )
+
+
+def time_to_save(arguments: Arguments, environment: Environment, torch_version: str) -> str | None:
+    """A remark if torchrun would kill the ranks 30 seconds after a signal, even while they save."""
+    if not (environment.launched and arguments.training.exit_signal_handler and arguments.checkpoint.save):
+        return None
+    if tuple(map(int, re.findall(r"\d+", torch_version)[:2])) < (2, 12):
+        return (
+            f"the torchrun of torch {torch_version} kills the ranks 30 s after it has passed on a signal, and a save "
+            "that takes longer is lost: install torch 2.12 or newer"
+        )
+    if environment.waits_for_saves:
+        return None
+    return (
+        "torchrun kills the ranks 30 s after it has passed on a signal, and a save that takes longer is lost: give it "
+        "more time with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 in its environment"
     )
 
 
@@ -91,10 +124,13 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
     # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
     store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    start = f"restart {environment.restarts}"
+    if environment.machines > 1:  # each machine counts its own restarts
+        start = agree_on_round(store, environment.rank, environment.world_size, timeout)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"restart {environment.restarts}", store),
+            store=dist.PrefixStore(start, store),
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -109,17 +145,30 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     return groups
 
 
-def start_monitor(arguments: Arguments, groups: ProcessGroups) -> StepMonitor | None:
-    """Watches the steps of a job of several ranks; names a stuck one before the collectives time out."""
+def start_monitor(
+    arguments: Arguments, groups: ProcessGroups, ending: Ending, stop_signal: StopSignal
+) -> StepMonitor | None:
+    """Watches the ranks of a job of several: names one that is stuck before the collectives time out, and ends this
+    one when another has ended."""
     if groups.world.size == 1:
         return None
     limit = 0.8 * 60 * arguments.training.distributed_timeout_minutes
-    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    store: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    ending.join(store.clone())
 
     def report(text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
-    return StepMonitor(store, groups.world.rank, groups.world.size, limit, report)
+    return StepMonitor(
+        store.clone(),
+        groups.world.rank,
+        groups.world.size,
+        limit,
+        report,
+        stopping=stop_signal.seconds,
+        lost=lambda sentence: ending.leave(1, f"error: {sentence}"),
+        look=ending.follow,
+    )
 
 
 class SharedError(ValueError):
@@ -160,58 +209,75 @@ def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
 
 
 def print_once(groups: ProcessGroups, text: str) -> None:
-    """Prints on the first rank."""
+    """Prints on the first rank; what cannot be printed, on a disk that is full for example, stops nothing."""
     if groups.world.is_first:
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
-def run(main: Callable[[Environment], None]) -> None:
+def run(main: Callable[[Environment, Ending, StopSignal], None]) -> None:
     """Runs the program; a ValueError ends every rank with status 1 and one sentence.
 
     The first rank speaks for an error that all share. Before the ranks know of each other, that is the first one of
-    each machine; later, an error of one rank alone is reported by that rank.
+    each machine; later, an error of one rank alone is reported by that rank, and the others end after it.
     """
     environment = read_environment()
     allow_open_files()
     if environment.rank != 0:
         logging.getLogger("megatron").setLevel(logging.ERROR)  # warnings are the same on every rank
-    with terminal_output():
-        _run(main, environment)
+    stop_signal = StopSignal()
+    with terminal_output(keep=False):
+        _run(main, environment, Ending(environment.rank), stop_signal)
+    stop_signal.uninstall()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _run(main: Callable[[Environment], None], environment: Environment) -> None:
+def _run(
+    main: Callable[[Environment, Ending, StopSignal], None],
+    environment: Environment,
+    ending: Ending,
+    stop_signal: StopSignal,
+) -> None:
     try:
-        main(environment)
-    except ValueError as error:
+        main(environment, ending, stop_signal)
+    except (ValueError, OSError) as error:
         alone = dist.is_initialized() and not isinstance(error, SharedError)
         speaker = environment.rank == 0 if dist.is_initialized() else environment.local_rank == 0
+        sentence = error_sentence(error)
         if alone or speaker:
             who = f"rank {environment.rank}: " if alone and environment.world_size > 1 else ""
-            print(f"error: {who}{error_sentence(error)}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
-        _leave(1)
+            ending.leave(1, f"error: {who}{sentence}", reason=sentence)
+        time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
+        ending.leave(1, tell=False)
     except KeyboardInterrupt:
-        if environment.local_rank == 0:
-            print("error: interrupted; nothing was saved since the last checkpoint", file=sys.stderr, flush=True)
-        _leave(130)
+        ending.leave(130, INTERRUPTED if environment.local_rank == 0 else "", reason="interrupted")
+    except StoppedAtStart:
+        sentence = stop_signal.at_start()
+        ending.leave(0, sentence if environment.rank == 0 else "", reason=sentence)
     except SystemExit as error:  # of a reader of the output that has left, or of --help
         if dist.is_initialized():
-            _leave(error.code if isinstance(error.code, int) else 1)
+            ending.leave(error.code if isinstance(error.code, int) else 1, reason="nobody reads its output")
         raise
     except Exception as error:
-        killed = worker_killed(error)
-        if killed is not None:
-            print(f"error: rank {environment.rank}: {killed}", file=sys.stderr, flush=True)
-            _leave(1)
-        traceback.print_exc()
-        _leave(1)
+        _leave_after(error, environment, ending)
 
 
-def _leave(status: int) -> None:
-    """Ends the process at once: other ranks may hang in a collective, and tearing down groups would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _leave_after(error: Exception, environment: Environment, ending: Ending) -> None:
+    """Ends after what is no user's mistake; who only lost the connection to a rank that has ended says which."""
+    killed = worker_killed(error)
+    if killed is not None:
+        ending.leave(1, f"error: rank {environment.rank}: {killed}", reason=killed)
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+        deadline = time.monotonic() + _WORD_PATIENCE
+        while time.monotonic() < deadline:  # its word may come after its connections have closed
+            ending.follow()
+            time.sleep(0.1)
+        text = str(error).strip().partition("\n")[0]
+        sentence = (
+            "error: the connection to another rank is lost, which has been killed (by the system if memory ran out, "
+            f"for example) or hangs ({text})"
+        )
+        ending.leave(1, sentence if environment.local_rank == 0 else "", tell=False)
+    traceback.print_exc()
+    ending.leave(1, reason=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")

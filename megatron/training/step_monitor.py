@@ -1,5 +1,6 @@
 """Watches the steps of this rank from a thread: which rank holds up the others, and which one is stuck."""
 
+import contextlib
 import linecache
 import sys
 import sysconfig
@@ -20,6 +21,9 @@ _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
 _INTERVAL = 0.05
 # Time between two looks at whether another rank asks, and that the others have for their answers.
 _ASK_INTERVAL, _PATIENCE = 1.0, 5.0
+# After a signal to stop: time until the first look for ranks that are gone, between two of them, and for the answers.
+# A rank can be silent for a while without being gone, when a library holds the interpreter.
+_SIGNAL_DELAY, _SIGNAL_INTERVAL, _SIGNAL_PATIENCE = 4.0, 20.0, 15.0
 
 
 class StepMonitor:
@@ -27,15 +31,31 @@ class StepMonitor:
 
     A step that lasts longer than `limit` seconds makes one rank ask all others where they are; `report` gets one
     sentence about those that do not wait for others. Threads that wait for a GPU count as working.
+
+    `stopping` says how many seconds ago a signal asked to stop. It may come from a launcher that has lost a rank, for
+    which the others then wait in vain; so all are asked, and a sentence about those that are silent goes to `lost`,
+    which ends the process. `look` is called each second.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, world_size: int, limit: float, report: Callable[[str], None]
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        limit: float,
+        report: Callable[[str], None],
+        *,
+        stopping: Callable[[], float | None] = lambda: None,
+        lost: Callable[[str], None] = lambda sentence: None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._rank, self._world_size, self._limit = store, rank, world_size, limit
-        self._report = report
+        self._report, self._stopping, self._lost, self._look = report, stopping, lost, look
         self._started: float | None = None
         self._step = 0
+        self._asked_of = -1
+        self._calls = 0
+        self._called_at = 0.0
         self._looks = self._looks_at_work = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="step monitor", daemon=True)
@@ -51,12 +71,14 @@ class StepMonitor:
         self._started = None
 
     def stop(self) -> None:
-        """Ends the watch, before the interpreter does.
+        """Ends the watch, before the interpreter does, and says that this rank is not lost but done.
 
         A thread that comes back from the store into an interpreter that is ending would abort the process.
         """
         self._stopped.set()
         self._thread.join(_PATIENCE)
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"done/{self._rank}", "")
 
     def busy_seconds(self) -> float:
         """Time of the step so far in which this rank was not waiting for others."""
@@ -65,50 +87,69 @@ class StepMonitor:
         return (time.monotonic() - self._started) * self._looks_at_work / self._looks
 
     def _run(self) -> None:
-        asked_at = 0.0
-        answered = -1
+        looked_at = 0.0
         try:
             while not self._stopped.wait(_INTERVAL):
                 started, now = self._started, time.monotonic()
                 if started is not None:
                     self._looks += 1
                     self._looks_at_work += _place_of_work() is not None
-                if now - asked_at < _ASK_INTERVAL:
+                if now - looked_at < _ASK_INTERVAL:
                     continue
-                asked_at = now
-                if answered == self._step:
-                    continue
-                if self._store.check([f"where/{self._step}/asked"]):
-                    answered = self._step
-                    self._answer()
-                elif started is not None and now - started > self._limit and self._is_first_to_ask():
-                    answered = self._step
-                    self._ask()
+                looked_at = now
+                self._look()
+                since = self._stopping()
+                if self._store.check([self._key("asked")]):
+                    self._answer(now)
+                elif since is not None and since > _SIGNAL_DELAY and now - self._called_at > _SIGNAL_INTERVAL:
+                    self._look_for_lost_ranks(now)
+                elif started is not None and now - started > self._limit and self._asked_of != self._step:
+                    self._ask_about_step(now)
         except RuntimeError:
             return  # the job is over, and with it the store
 
-    def _is_first_to_ask(self) -> bool:
-        return self._store.add(f"where/{self._step}/asked", 1) == 1
+    def _key(self, name: str) -> str:
+        """Ranks may be in different steps, and all count the calls."""
+        return f"where/{self._calls}/{name}"
 
-    def _answer(self) -> None:
-        self._store.set(f"where/{self._step}/{self._rank}", _place_of_work() or "")
+    def _answer(self, now: float) -> None:
+        self._store.set(self._key(str(self._rank)), _place_of_work() or "")
+        self._calls += 1
+        self._called_at, self._asked_of = now, self._step
 
-    def _ask(self) -> None:
-        self._answer()
-        keys = {rank: f"where/{self._step}/{rank}" for rank in range(self._world_size)}
-        deadline = time.monotonic() + _PATIENCE
+    def _ask(self, now: float, patience: float) -> dict[int, str | None] | None:
+        """Where every rank is: empty if it waits for others, None if it does not answer; None if another rank asks."""
+        if self._store.add(self._key("asked"), 1) != 1:
+            return None
+        keys = {rank: self._key(str(rank)) for rank in range(self._world_size)}
+        self._answer(now)
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline and not self._store.check(list(keys.values())):
             if self._stopped.wait(_INTERVAL):
-                return
-        found = []
-        for rank, key in keys.items():
-            place = self._store.get(key).decode() if self._store.check([key]) else "not answering"
-            if place:
-                found.append(f"rank {rank} is {place}")
+                return None
+            self._look()
+        return {rank: self._store.get(key).decode() if self._store.check([key]) else None for rank, key in keys.items()}
+
+    def _ask_about_step(self, now: float) -> None:
+        step, places = self._step, self._ask(now, _PATIENCE)
+        if places is None:
+            return
+        found = [f"rank {rank} is {place or 'not answering'}" for rank, place in places.items() if place != ""]
         self._report(
-            f"step {self._step} has taken {self._limit:.0f} s; "
+            f"step {step} has taken {self._limit:.0f} s; "
             + ("; ".join(found) + "; all others wait" if found else "every rank waits in a collective")
         )
+
+    def _look_for_lost_ranks(self, now: float) -> None:
+        places = self._ask(now, _SIGNAL_PATIENCE)
+        silent = [rank for rank, place in (places or {}).items() if place is None]
+        silent = [rank for rank in silent if not self._store.check([f"done/{rank}"])]
+        if silent:
+            shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+            self._lost(
+                f"rank {shown} does not answer and may have been killed (by the system if memory ran out, for "
+                "example): nothing was saved since the last checkpoint"
+            )
 
 
 def _place_of_work() -> str | None:

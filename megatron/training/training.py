@@ -5,29 +5,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron.core.config import DataConfig, ModelConfig
 from megatron.core.datasets.blended_dataset import blend_summary, source_table
-from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
     CheckpointSaver,
     Progress,
     checkpoint_model,
-    interchange_layout,
     load_checkpoint,
     locate_checkpoint,
 )
-from megatron.training.config import Arguments, LoggingConfig, TrainingConfig
+from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.dry_run_report import print_dry_run
+from megatron.training.ending import Ending
+from megatron.training.evaluation import evaluate
+from megatron.training.folder_lock import FolderLock
 from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
     Environment,
@@ -38,10 +38,13 @@ from megatron.training.initialize import (
     run,
     start_distributed,
     start_monitor,
+    time_to_save,
     together,
 )
 from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
+from megatron.training.microbatches import run_microbatches
 from megatron.training.peak import peak_tflops
+from megatron.training.save_folder import check_log_files, open_save_folder
 from megatron.training.setup import (
     Batch,
     DatasetsProvider,
@@ -56,12 +59,14 @@ from megatron.training.setup import (
     settle_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
+from megatron.training.step_monitor import StepMonitor
 from megatron.training.warm_up import warm_up
 
 
 def pretrain(model_provider: ModelProvider, datasets_provider: DatasetsProvider, forward_step: ForwardStep) -> None:
     """Trains as the command line says; bad input ends every rank with status 1 and one sentence."""
-    run(lambda environment: _pretrain(environment, model_provider, datasets_provider, forward_step))
+    providers = (model_provider, datasets_provider, forward_step)
+    run(lambda environment, ending, stop_signal: _pretrain(environment, *providers, ending, stop_signal))
 
 
 def _pretrain(
@@ -69,21 +74,48 @@ def _pretrain(
     model_provider: ModelProvider,
     datasets_provider: DatasetsProvider,
     forward_step: ForwardStep,
+    ending: Ending | None = None,
+    stop_signal: StopSignal | None = None,
 ) -> None:
+    """`ending` and `stop_signal` are those of the process, for a run that is all it does."""
     arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
     if arguments.training.dry_run is not None:
         print_dry_run(arguments, remarks, environment.world_size, model_provider, forward_step)
         return
+    ending = ending or Ending(environment.rank)
+    if stop_signal is not None:
+        stop_signal.install(ending.leave, saves=arguments.training.exit_signal_handler, launched=environment.launched)
+    stop_signal = stop_signal or StopSignal()
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
-    _check_save_folder(arguments, groups)
-    on_first(lambda: _check_log_files(arguments.logging), groups)
-    for remark in remarks:
-        print_once(groups, f"note: {remark}")
-    stop_signal = StopSignal()
-    if arguments.training.exit_signal_handler:
-        stop_signal.install()
+    monitor = start_monitor(arguments, groups, ending, stop_signal)
+    stop_signal.join()
+    lock = open_save_folder(arguments, groups, ending)
+    try:
+        on_first(lambda: check_log_files(arguments.logging), groups)
+        for remark in (*remarks, time_to_save(arguments, environment, torch.__version__)):
+            if remark is not None:
+                print_once(groups, f"note: {remark}")
+        _start_and_train(
+            arguments, groups, device, (model_provider, datasets_provider, forward_step), monitor, stop_signal, lock
+        )
+    finally:
+        if lock is not None:
+            lock.release()
+    if monitor is not None:
+        monitor.stop()
 
+
+def _start_and_train(
+    arguments: Arguments,
+    groups: ProcessGroups,
+    device: torch.device,
+    providers: tuple[ModelProvider, DatasetsProvider, ForwardStep],
+    monitor: StepMonitor | None,
+    stop_signal: StopSignal,
+    lock: FolderLock | None,
+) -> None:
+    model_provider, datasets_provider, forward_step = providers
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
     model = together(lambda: _with_vocabulary(arguments.model, tokenizer.vocab_size), groups)
     together(lambda: build_schedule(arguments, arguments.training.batches(groups.dp.size)), groups)
@@ -93,48 +125,11 @@ def _pretrain(
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
-    trainer = replace(settle_resumed_schedule(trainer, progress), monitor=start_monitor(arguments, groups))
+    trainer = replace(settle_resumed_schedule(trainer, progress), monitor=monitor)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
     settle_grouped_gemm(trainer, progress)
-    train(trainer, datasets, progress, stop_signal)
-    if trainer.monitor is not None:
-        trainer.monitor.stop()
-
-
-def _check_save_folder(arguments: Arguments, groups: ProcessGroups) -> None:
-    """Raises ValueError before the first step if checkpoints could not be written, or not by all machines."""
-    if arguments.checkpoint.save is None:
-        return
-    folder = Path(arguments.checkpoint.save)
-
-    def write() -> str:
-        if arguments.checkpoint.ckpt_format == "torch":
-            interchange_layout(arguments)  # refuses a layout that this format cannot express
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{time.time_ns()}"
-        probe.touch()
-        return probe.name
-
-    name = on_first(write, groups)
-
-    def see() -> None:
-        if not (folder / name).exists():
-            raise ValueError(f"--save {folder} is not the same folder on all machines: give one that they share")
-
-    together(see, groups)
-    if groups.world.is_first:
-        (folder / name).unlink()
-
-
-def _check_log_files(config: LoggingConfig) -> None:
-    """Raises OSError before the first step if what is logged could not be written."""
-    if config.metrics_path is not None:
-        path = Path(config.metrics_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    if config.tensorboard_dir is not None:
-        Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
+    train(trainer, datasets, progress, stop_signal, lock.check if lock is not None else lambda: None)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -174,45 +169,6 @@ def _data_tables(config: DataConfig, datasets: tuple[Any, Any, Any]) -> str:
     return "".join(tables)
 
 
-def _run_microbatches(
-    trainer: Trainer,
-    source: Iterator[Batch | None],
-    num_microbatches: int,
-    first_sample: int = 0,
-    loss_scale: float = 1.0,
-    forward_only: bool = False,
-) -> list[MicrobatchResult]:
-    """Runs a step's microbatches through this rank's stages; returns a result for each of them in each stage.
-
-    `first_sample` is the number of the first of the step's samples, of all ranks.
-    """
-    chunks, dp, training = list(trainer.model), trainer.groups.dp, trainer.arguments.training
-    factors = GradientFactors(
-        loss_scale=loss_scale, num_microbatches=num_microbatches, dp=dp.size, cp=trainer.groups.cp.size
-    )
-    held: dict[int, Batch | None] = {}
-
-    def run_chunk(number: int, chunk: int, hidden: torch.Tensor | None) -> tuple[torch.Tensor, MicrobatchResult]:
-        if chunk == 0:
-            held[number] = next(source)
-        batch = held[number]
-        if chunk == len(chunks) - 1:
-            del held[number]
-        sample = first_sample + (number * dp.size + dp.rank) * training.micro_batch_size
-        microbatch = Microbatch(seed=training.seed, first_sample=sample, factors=factors)
-        return trainer.forward_step(chunks[chunk], batch, hidden, microbatch)
-
-    return forward_backward(
-        run_chunk,
-        pipeline=trainer.pipeline,
-        rank=trainer.groups.pp.rank,
-        num_microbatches=num_microbatches,
-        link=trainer.link,
-        forward_only=forward_only,
-        overlap=not trainer.arguments.parallel.no_overlap_p2p_communication,
-    )
-
-
 def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
     """A number that is finite if the losses of this rank's microbatches are."""
     losses = [result.loss for result in results if result.loss is not None]
@@ -243,7 +199,7 @@ def train_step(
     trainer.buffers.start_step(num_microbatches)
     _set_expert_share(trainer, progress)
     scale = trainer.optimizer.scaler.scale
-    results = _run_microbatches(trainer, source, num_microbatches, progress.consumed_samples, scale)
+    results = run_microbatches(trainer, source, num_microbatches, progress.consumed_samples, scale)
     trainer.buffers.finalize()
     rates = trainer.schedule.rates(progress.scheduled_samples)
     update = trainer.optimizer.step(rates, _losses(results))
@@ -281,22 +237,17 @@ def train_step(
     return record, averages.stop
 
 
-def evaluate(trainer: Trainer, dataset: Any) -> float:
-    """Mean loss over the first `eval_iters` global batches of a data set; always the same samples."""
-    trainer.model.eval()
-    model = trainer.arguments.model
-    source = batches(trainer, dataset, 0)
-    total = 0.0
-    for _ in range(trainer.arguments.training.eval_iters):
-        results = _run_microbatches(trainer, source, trainer.num_microbatches, forward_only=True)
-        averages = average_over_ranks(results, trainer.num_microbatches, trainer.groups, model, trainer.device)
-        total += averages.lm_loss
-    trainer.model.train()
-    return total / trainer.arguments.training.eval_iters
+def train(
+    trainer: Trainer,
+    datasets: tuple[Any, Any, Any],
+    progress: Progress,
+    stop_signal: StopSignal,
+    check_lock: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end.
 
-
-def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, stop_signal: StopSignal) -> None:
-    """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end."""
+    `check_lock` raises ValueError if this job may not save any more.
+    """
     arguments, training = trainer.arguments, trainer.arguments.training
     train_set, validation_set, test_set = datasets
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
@@ -308,7 +259,7 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         print_once(trainer.groups, f"nothing to train: iteration {progress.iteration} of {last} is already reached")
     if validation_set is None and training.eval_interval and training.eval_iters:
         print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
-    saver = CheckpointSaver(arguments, trainer.groups) if arguments.checkpoint.save else None
+    saver = CheckpointSaver(arguments, trainer.groups, check_lock) if arguments.checkpoint.save else None
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
@@ -316,9 +267,11 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         source = warm_up(trainer, source)
     stop = False
     while progress.iteration < last and not stop:
+        stop_signal.begin()
         record, stop = train_step(
             trainer, source, progress, lambda: stop_signal.received or time.monotonic() > deadline
         )
+        stop_signal.end()
         if log is not None:
             log.step(record)
         if saver is not None:
@@ -331,26 +284,55 @@ def train(trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, 
         if saver is not None and interval and iteration % interval == 0:
             _save(saver, trainer, progress)
             saved_at = iteration
+            stop = stop or _any_rank(stop_signal.received, trainer.groups)
         # who asked to stop may not wait for an evaluation
         due = training.eval_interval and iteration % training.eval_interval == 0 and not stop
         if validation_set is not None and due:
-            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
+            stop = not _evaluate_and_log(trainer, "validation", validation_set, progress, log, stop_signal)
             evaluated_at = iteration
         stop = stop or bool(training.exit_interval and iteration % training.exit_interval == 0)
     if saver is not None:
         if saved_at != progress.iteration:
             _save(saver, trainer, progress)
         saver.finish()
-    if progress.iteration >= last:
-        if validation_set is not None and evaluated_at != progress.iteration:
-            _evaluate_and_log(trainer, "validation", validation_set, progress, log)
-        if test_set is not None:
-            _evaluate_and_log(trainer, "test", test_set, progress, log)
-    else:
-        again = "; the same command continues" if arguments.checkpoint.save else ""
-        print_once(trainer.groups, f"stopped at iteration {progress.iteration} of {last}{again}")
+    finished = progress.iteration >= last
+    if finished and validation_set is not None and evaluated_at != progress.iteration:
+        stop = stop or not _evaluate_and_log(trainer, "validation", validation_set, progress, log, stop_signal)
+    if finished and test_set is not None and not stop:
+        stop = not _evaluate_and_log(trainer, "test", test_set, progress, log, stop_signal)
+    if stop or not finished:
+        print_once(trainer.groups, _farewell(arguments, progress.iteration, last, stop_signal))
     if log is not None:
         log.close()
+
+
+def _any_rank(wanted: bool, groups: ProcessGroups) -> bool:
+    """Whether any rank wants it; collective."""
+    wishes = torch.tensor(float(wanted))
+    if groups.control.size > 1:
+        dist.all_reduce(wishes, group=groups.control.handle)
+    return wishes.item() > 0
+
+
+def _farewell(arguments: Arguments, iteration: int, last: int, stop_signal: StopSignal) -> str:
+    """What was done, of a run that ends early."""
+    folder = arguments.checkpoint.save
+    saved = f"everything is saved in {folder}" if folder else "nothing is saved, for want of --save"
+    again = "; the same command continues" if folder and iteration < last else ""
+    by = f" by {stop_signal.name}" if stop_signal.received else ""
+    return f"stopped{by} at iteration {iteration} of {last}: {saved}{again}"
+
+
+def _evaluate_and_log(
+    trainer: Trainer, split: str, dataset: Any, progress: Progress, log: MetricsLog | None, stop_signal: StopSignal
+) -> bool:
+    """Whether the evaluation was carried through: a signal cuts it short."""
+    loss = evaluate(trainer, dataset, split, stop_signal)
+    if loss is None:
+        print_once(trainer.groups, f"the evaluation on the {split} split was cut short, as asked by a signal")
+    elif log is not None:
+        log.evaluation(split, progress.iteration, progress.consumed_samples, loss)
+    return loss is not None
 
 
 def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, saver: CheckpointSaver | None) -> None:
@@ -387,9 +369,3 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None
 def _save(saver: CheckpointSaver, trainer: Trainer, progress: Progress) -> None:
     trainer.buffers.wait_for_parameters()
     saver.save(trainer.model, trainer.optimizer, progress)
-
-
-def _evaluate_and_log(trainer: Trainer, split: str, dataset: Any, progress: Progress, log: MetricsLog | None) -> None:
-    loss = evaluate(trainer, dataset)
-    if log is not None:
-        log.evaluation(split, progress.iteration, progress.consumed_samples, loss)

@@ -231,7 +231,7 @@ def test_attention_takes_any_strides(form: str) -> None:
 @in_triton
 def test_attention_to_rotated_queries_lies_as_the_next_product_takes_it(form: str) -> None:
     # as split off the product's output [S, B, heads, ...]
-    whole = drawn(6, 2, 3, 16, device=device_of(form)).requires_grad_()
+    whole = drawn(6, 2, 3, 16, device=_device(form)).requires_grad_()
     query = whole[..., 8:].permute(1, 2, 0, 3)
     cos, sin = rotary_tables(torch.arange(6, device=whole.device), 8, 1e4, torch.float32)
     with only(form):
@@ -239,6 +239,6 @@ def test_attention_to_rotated_queries_lies_as_the_next_product_takes_it(form: st
         context = torch.empty_like(rotated)  # FlashAttention's output
         assert context.permute(2, 0, 1, 3).is_contiguous()
         # its gradient lies like that too, and goes back as it is
-        grad = drawn(6, 2, 3, 8, device=device_of(form), seed=1).permute(1, 2, 0, 3)
+        grad = drawn(6, 2, 3, 8, device=_device(form), seed=1).permute(1, 2, 0, 3)
         results = [torch.autograd.grad(rotated, whole, g, retain_graph=True)[0] for g in (grad, grad.contiguous())]
     assert torch.equal(*results) and results[0].any()

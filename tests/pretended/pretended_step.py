@@ -19,9 +19,10 @@ from megatron.training.dry_run import dry_run, parse_rank
 from megatron.training.dry_run_report import libraries_line
 from megatron.training.memory_model import batches_without_values, spread_evenly
 from megatron.training.metrics import average_over_ranks
+from megatron.training.microbatches import run_microbatches
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
-from megatron.training.training import _run_microbatches, train_step
+from megatron.training.training import train_step
 
 STEPS = 2
 """The second is watched: what lasts from the first on is there by then."""
@@ -101,7 +102,7 @@ def _run(arguments: Arguments, groups: ProcessGroups, gpu: PretendedGPU) -> int:
 def _evaluate(trainer: Trainer) -> None:
     source, number = batches_without_values(trainer.arguments, DEVICE), trainer.num_microbatches
     trainer.model.eval()
-    results = _run_microbatches(trainer, source, number, forward_only=True)
+    results = run_microbatches(trainer, source, number, forward_only=True)
     average_over_ranks(results, number, trainer.groups, trainer.arguments.model, DEVICE)
     trainer.model.train()
 

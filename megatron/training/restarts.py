@@ -1,0 +1,53 @@
+"""What the processes of several machines call the same start of a job."""
+
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# Time between two looks of the first rank at who has come, in seconds.
+_INTERVAL = 0.1
+
+
+def agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that exactly the processes of this start share, among whatever earlier ones left in `store`; collective.
+
+    torchrun keeps the store over restarts, but each of its agents counts only its own. So every process greets under
+    a name that it has just made, the first rank answers every greeting with the round, also those of processes that
+    have died, and is done when each rank has confirmed this round. Raises ValueError if some do not come in time.
+    """
+    mine = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        answered: dict[int, bytes] = {}
+        missing = set(range(1, world_size))
+        while missing:
+            for other in sorted(missing):
+                if store.check([f"hello/{other}"]):
+                    greeting = store.get(f"hello/{other}")
+                    if answered.get(other) != greeting:
+                        store.set(f"round for {greeting.decode()}", mine)
+                        answered[other] = greeting
+                if store.check([f"{mine}/{other}"]):
+                    missing.remove(other)
+            if missing and time.monotonic() > deadline:
+                raise ValueError(_not_there(f"rank {min(missing)}" + (" and others" if len(missing) > 1 else "")))
+            time.sleep(_INTERVAL if missing else 0)
+        return mine
+    store.set(f"hello/{rank}", mine)
+    answer = f"round for {mine}"
+    while not store.check([answer]):
+        if time.monotonic() > deadline:
+            raise ValueError(_not_there("the first rank"))
+        time.sleep(_INTERVAL)
+    name = store.get(answer).decode()
+    store.set(f"{name}/{rank}", "")
+    return name
+
+
+def _not_there(who: str) -> str:
+    return (
+        f"{who} did not come: if one machine was started again, the others must be as well, which torchrun does only "
+        "with --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    )
