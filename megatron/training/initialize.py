@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -46,6 +47,8 @@ class Environment:
     """Number of torchrun's agents, one a machine."""
     launched: bool = False
     """Whether torchrun started this process."""
+    farewell_file: str | None = None
+    """Where the first rank of a machine leaves its last words for tools/launch.py."""
     waits_for_saves: bool = True
     """Whether torchrun has been told to wait longer than 30 seconds after it has passed on a signal."""
 
@@ -60,6 +63,7 @@ def read_environment() -> Environment:
         restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         machines=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         launched="TORCHELASTIC_RUN_ID" in os.environ,
+        farewell_file=os.environ.get("MEGATRON_FAREWELL_FILE"),
         waits_for_saves="TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ,
     )
 
@@ -229,6 +233,7 @@ def run(main: Callable[[Environment, Ending, StopSignal], None]) -> None:
     with terminal_output(keep=False):
         _run(main, environment, Ending(environment.rank), stop_signal)
     stop_signal.uninstall()
+    _leave_words(environment, stop_signal)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -254,6 +259,7 @@ def _run(
         ending.leave(130, INTERRUPTED if environment.local_rank == 0 else "", reason="interrupted")
     except StoppedAtStart:
         sentence = stop_signal.at_start()
+        _leave_words(environment, stop_signal)
         ending.leave(0, sentence if environment.rank == 0 else "", reason=sentence)
     except SystemExit as error:  # of a reader of the output that has left, or of --help
         if dist.is_initialized():
@@ -261,6 +267,13 @@ def _run(
         raise
     except Exception as error:
         _leave_after(error, environment, ending)
+
+
+def _leave_words(environment: Environment, stop_signal: StopSignal) -> None:
+    """Tells the launcher, which a signal has ended too, that this machine's ranks ended in order."""
+    if stop_signal.received and environment.farewell_file is not None and environment.local_rank == 0:
+        with contextlib.suppress(OSError):
+            Path(environment.farewell_file).write_text(stop_signal.farewell or stop_signal.at_start())
 
 
 def _leave_after(error: Exception, environment: Environment, ending: Ending) -> None:
@@ -273,7 +286,7 @@ def _leave_after(error: Exception, environment: Environment, ending: Ending) -> 
         while time.monotonic() < deadline:  # its word may come after its connections have closed
             ending.follow()
             time.sleep(0.1)
-        text = str(error).strip().partition("\n")[0]
+        text = re.sub(r"^\[[^]]*\] *|\. This is typically.*", "", str(error).strip().partition("\n")[0])
         sentence = (
             "error: the connection to another rank is lost, which has been killed (by the system if memory ran out, "
             f"for example) or hangs ({text})"

@@ -50,6 +50,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.name = ""
         """Name of the first signal that came."""
+        self.farewell = ""
+        """What the run did before it stopped."""
         self._came: float | None = None
         self._leave: Callable[[int, str], None] = lambda status, sentence: os._exit(status)
         self._saves = False

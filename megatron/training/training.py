@@ -300,8 +300,9 @@ def train(
         stop = stop or not _evaluate_and_log(trainer, "validation", validation_set, progress, log, stop_signal)
     if finished and test_set is not None and not stop:
         stop = not _evaluate_and_log(trainer, "test", test_set, progress, log, stop_signal)
+    stop_signal.farewell = _farewell(arguments, progress.iteration, last, stop_signal)
     if stop or not finished:
-        print_once(trainer.groups, _farewell(arguments, progress.iteration, last, stop_signal))
+        print_once(trainer.groups, stop_signal.farewell)
     if log is not None:
         log.close()
 
