@@ -178,11 +178,11 @@ hosts=(--nnodes "$NNODES" --nproc-per-node "$GPUS_PER_NODE" --max-restarts "$MAX
 if [[ $NNODES == 1 && -z $MASTER_PORT ]]; then
     # the machine's own name need not resolve, as in many containers
     hosts+=(--standalone --local-addr 127.0.0.1)
-elif [[ $NNODES != 1 && $MAX_RESTARTS != 0 ]]; then
-    # with fixed node ranks only the machine that lost a process would start again
-    hosts+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-6000}" --rdzv-id "${RUN_ID:-mixtral}")
 else
     hosts+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-6000}")
+    # with fixed node ranks only the machine that lost a process would start again; this rendezvous brings all together
+    [[ $NNODES == 1 || $MAX_RESTARTS == 0 ]] ||
+        hosts+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-6000}" --rdzv-id mixtral)
 fi
 
 flags=(
@@ -227,18 +227,14 @@ flags=(
 [[ -z $METRICS_PATH ]] || flags+=(--metrics-path "$METRICS_PATH")
 [[ -z $DATA_CACHE_PATH ]] || flags+=(--data-cache-path "$DATA_CACHE_PATH")
 
-<<<<<<< HEAD
-command=("$torchrun" "${hosts[@]}")
-[[ -z $dry_run ]] || command=("$(dirname "$torchrun")/python")
-command+=("$here/pretrain_gpt.py" "${flags[@]}" "$@")
-=======
 # tools/launch.py is torchrun without its traceback after a signal; it needs the interpreter of this torchrun.
 launcher=("$torchrun")
 interpreter="$(sed -n '1{s/^#! *\(.*python[0-9.]*\)$/\1/p;q;}' "$torchrun" 2>/dev/null || true)"
 [[ ! -x $interpreter ]] || launcher=("$interpreter" "$here/tools/launch.py")
 
-command=("${launcher[@]}" "${hosts[@]}" "$here/pretrain_gpt.py" "${flags[@]}" "$@")
->>>>>>> 8af4d4c (launch: end torchrun without its traceback after a signal)
+command=("${launcher[@]}" "${hosts[@]}")
+[[ -z $dry_run ]] || command=("$(dirname "$torchrun")/python")
+command+=("$here/pretrain_gpt.py" "${flags[@]}" "$@")
 printf '%q ' "${command[@]}"
 echo
 [[ $DRY_RUN == 0 ]] || exit 0

@@ -30,6 +30,19 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def sync_file(file: BinaryIO) -> None:
+    """Brings what was written to `file` to the disk. Raises OSError naming the file."""
+    with naming(Path(file.name)):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append(file: BinaryIO, content: bytes | memoryview) -> None:
+    """Writes to `file`. Raises OSError naming the file."""
+    with naming(Path(file.name)):
+        file.write(content)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames and removals in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

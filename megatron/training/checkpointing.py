@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.atomic_files import error_sentence
@@ -87,6 +89,7 @@ class CheckpointSaver:
         self._root = Path(arguments.checkpoint.save)
         self._writer: _BackgroundWriter | None = None
         self._iteration = 0
+        self._host_memory: list[Tensor] = []
         self._commit: Callable[[list[Any]], None] = lambda written: None
 
     def save(self, model: ModelChunks, optimizer: MixedPrecisionOptimizer, progress: Progress) -> None:
@@ -115,16 +118,13 @@ class CheckpointSaver:
         """Puts a step in its place if all ranks have written their part of it in the background."""
         if self._writer is None:
             return
-        statuses = _gather((self._writer.is_alive(), self._writer.error), self.groups)
-        failed = [(rank, error) for rank, (_, error) in enumerate(statuses) if error is not None]
-        if failed:
-            self._abandon()
-            where = f"rank {failed[0][0]}: " if len(failed) < len(statuses) else ""
-            raise SharedError(f"iteration {self._iteration} could not be saved: {where}{failed[0][1]}")
-        if not any(alive for alive, _ in statuses):
-            written, self._writer = self._writer.result, None
+        # asked after every step: two numbers, and only what has failed is told in words
+        writing, failed = _largest((self._writer.is_alive(), self._writer.error is not None), self.groups)
+        if failed or not writing:
+            writer, self._writer = self._writer, None
             try:
-                self._finish_step(written)
+                together(lambda: _raise(f"iteration {self._iteration} could not be saved", writer.error), self.groups)
+                self._finish_step(writer.result)
             except SharedError:
                 self._abandon()
                 raise
@@ -155,7 +155,7 @@ class CheckpointSaver:
         arguments, state = vars(checkpoint_namespace(self.arguments, progress)), plain_state(asdict(progress), saved)
         shards = checkpoint_shards(model, saved, self.groups) + rng_shards(self.groups)
         if settings.async_save:
-            shards = dist_checkpointing.snapshot(shards)
+            shards = dist_checkpointing.snapshot(shards, self._host_memory)
 
         def commit(written: list[Any]) -> None:
             metadata = dist_checkpointing.write_metadata(
@@ -168,7 +168,7 @@ class CheckpointSaver:
 
     def _finish_step(self, written: object) -> None:
         """Completes the step from what each rank has written, and removes older ones that are not wanted any more."""
-        parts = _gather(written, self.groups)
+        parts = _gather_to_first(written, self.groups)
         settings = self.arguments.checkpoint
 
         def commit() -> None:
@@ -189,13 +189,26 @@ class CheckpointSaver:
             interchange.abandon_step(self._root, self._iteration)
 
 
-def _gather(value: T, groups: ProcessGroups) -> list[T]:
-    """Every rank's value, on every rank."""
-    values: list[Any] = [value]
+def _largest(values: tuple[float, ...], groups: ProcessGroups) -> list[float]:
+    """The largest of each value over all ranks, on every rank."""
+    largest = torch.tensor(values, dtype=torch.float64)
     if groups.control.size > 1:
-        values = [None] * groups.control.size
-        dist.all_gather_object(values, value, group=groups.control.handle)
-    return values
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.control.handle)
+    return largest.tolist()  # type: ignore[no-any-return]
+
+
+def _gather_to_first(value: T, groups: ProcessGroups) -> list[T]:
+    """Every rank's value, on the first rank; none on the others."""
+    if groups.control.size == 1:
+        return [value]
+    values: list[Any] | None = [None] * groups.control.size if groups.control.is_first else None
+    dist.gather_object(value, values, dst=groups.control.ranks[0], group=groups.control.handle)
+    return values or []
+
+
+def _raise(what: str, error: str | None) -> None:
+    if error is not None:
+        raise ValueError(f"{what}: {error}")
 
 
 def save_checkpoint(

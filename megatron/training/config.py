@@ -33,7 +33,7 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
     exit_signal_handler: bool = False
-    """Save and exit on SIGTERM or Ctrl-C; ranks end with status 0, torchrun itself reports the signal."""
+    """Save and exit on SIGTERM, Ctrl-C or SIGHUP; ranks end with status 0, torchrun itself reports the signal."""
     max_skipped_iterations: int = 10
     """End with an error after this many iterations in a row whose loss or gradients were not finite."""
     check_for_nan_in_loss_and_grad: bool = False

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,18 @@ def test_several_machines_meet_at_the_master(machine: dict[str, str]) -> None:
     assert values(words, "--master-addr") == ["first"]
     assert values(words, "--master-port")[0] == "6000"
     assert values(words, "--max-restarts") == ["1"]
+    # otherwise only the machine that lost a process would start again
+    assert values(words, "--rdzv-backend") == ["c10d"] and values(words, "--rdzv-endpoint") == ["first:6000"]
+    words = command(machine | {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "first"})
+    assert "--rdzv-backend" not in words
     assert "--standalone" not in words and "--local-addr" not in words
+
+
+def test_torchrun_of_an_interpreter_runs_under_the_launcher(machine: dict[str, str], tmp_path: Path) -> None:
+    python = tmp_path / "programs" / "python3"
+    python.symlink_to(sys.executable)
+    (tmp_path / "programs" / "torchrun").write_text(f"#!{python}\n")
+    assert command(machine)[:2] == [str(python), str(SCRIPT.parent / "tools" / "launch.py")]
 
 
 def test_one_machine_needs_no_name_that_resolves(machine: dict[str, str]) -> None:

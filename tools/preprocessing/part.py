@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from megatron.core.atomic_files import append, sync_file
 from megatron.core.datasets.description import read_description
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter, WriterState
 from megatron.core.tokenizers import Tokenizer
@@ -193,7 +194,7 @@ class PartRun:
             if bad.detail:
                 entry["detail"] = bad.detail
             # A file's name may have bytes that are no UTF-8; they become JSON escapes.
-            self._quarantine.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            append(self._quarantine, json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             statistics.count(bad.reason)
         journal.blocks += 1
         journal.file_lines += result.lines
@@ -213,8 +214,7 @@ class PartRun:
 
     def _save(self) -> None:
         self._journal.writers = [writer.checkpoint() for writer in self._writers]
-        self._quarantine.flush()
-        os.fsync(self._quarantine.fileno())
+        sync_file(self._quarantine)
         self._journal.quarantine_bytes = self._quarantine.tell()
         self._journal.write(self._journal_path)
 

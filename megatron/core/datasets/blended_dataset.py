@@ -147,7 +147,14 @@ class _Builder:
                 weights.append(tokens if source.weight is None else source.weight)
                 parts.append((indexed, documents))
             elif source.weight != 0:
-                logger.warning("%s has no documents for the %s split: left out of it", source.prefix, SPLITS[which])
+                logger.warning(
+                    "%s has no documents for the %s split, which gets %g%% of its %d: it is left out of that split "
+                    "(a larger share in --split brings it in)",
+                    source.prefix,
+                    SPLITS[which],
+                    100 * (blend.stop - blend.start),
+                    indexed.document_count,
+                )
         return parts, [weight / math.fsum(weights) for weight in weights]
 
     def _dataset(self, indexed: IndexedDataset, documents: tuple[int, int], which: int, num_samples: int) -> GPTDataset:

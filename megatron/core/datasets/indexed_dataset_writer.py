@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron.core.atomic_files import sync_folder
+from megatron.core.atomic_files import append, naming, sync_file, sync_folder
 from megatron.core.datasets.description import (
     DatasetDescription,
     Origin,
@@ -106,8 +106,8 @@ class IndexedDatasetWriter:
         self._bin, self._idx, self._documents = self._files.values()
         self._digest = hashlib.sha256()
         if fresh:
-            self._idx.write(bytes(HEADER.size))
-            self._documents.write(struct.pack("<q", 0))
+            append(self._idx, bytes(HEADER.size))
+            append(self._documents, struct.pack("<q", 0))
         else:
             self._bin.seek(0)
             while block := self._bin.read(8 * BLOCK):
@@ -133,9 +133,9 @@ class IndexedDatasetWriter:
             elif array.dtype.kind != self.dtype.kind:
                 raise ValueError(f"cannot store {array.dtype} tokens as {self.dtype.name}")
         self._write_tokens(np.ascontiguousarray(array, self.dtype).data.cast("B"))
-        self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
+        append(self._idx, np.asarray(lengths, dtype="<i4").tobytes())
         ends = np.arange(self.sequence_count + 1, self.sequence_count + len(lengths) + 1, dtype="<i8")
-        self._documents.write(ends.tobytes())
+        append(self._documents, ends.tobytes())
         self._count(len(lengths), len(lengths), len(array))
 
     def add_file(self, prefix: str | os.PathLike[str]) -> None:
@@ -158,14 +158,14 @@ class IndexedDatasetWriter:
                 f"{other.prefix}.bin has changed since it was written (its SHA-256 is not the description's)"
             )
         for part in blocks(len(other)):
-            self._idx.write(other.sequence_lengths[part].astype("<i4").tobytes())
+            append(self._idx, other.sequence_lengths[part].astype("<i4").tobytes())
         ends = other.document_indices[1:]
         for part in blocks(len(ends)):
-            self._documents.write((ends[part] + self.sequence_count).astype("<i8").tobytes())
+            append(self._documents, (ends[part] + self.sequence_count).astype("<i8").tobytes())
         self._count(len(other), len(ends), other.token_count)
 
     def _write_tokens(self, content: bytes | memoryview) -> None:
-        self._bin.write(content)
+        append(self._bin, content)
         self._digest.update(content)
 
     def _count(self, sequences: int, documents: int, tokens: int) -> None:
@@ -176,8 +176,7 @@ class IndexedDatasetWriter:
     def checkpoint(self) -> WriterState:
         """Bring everything to disk; returns the state from which another writer can continue after a kill."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         return WriterState(self.sequence_count, self.document_count, self.token_count)
 
     def finalize(self, origin: Origin | None = None, source: dict[str, Any] | None = None) -> None:
@@ -190,13 +189,13 @@ class IndexedDatasetWriter:
         assert self._open, "the writer is already closed"
         self._write_offsets()
         self._documents.seek(0)
-        shutil.copyfileobj(self._documents, self._idx, 8 * BLOCK)
-        self._idx.flush()
+        with naming(Path(self._idx.name)):
+            shutil.copyfileobj(self._documents, self._idx, 8 * BLOCK)
+            self._idx.flush()
         header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], self.sequence_count, self.document_count + 1)
         os.pwrite(self._header_descriptor(), header, 0)
         for file in (self._bin, self._idx):
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         checksums = {"bin": self._digest.hexdigest(), "idx": file_sha256(self._idx.name)}
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         description_path(self.prefix).unlink(missing_ok=True)
@@ -230,7 +229,7 @@ class IndexedDatasetWriter:
             ends = np.cumsum(np.frombuffer(raw, "<i4"), dtype=np.int64) * self.dtype.itemsize + position
             offsets = np.empty(count, "<i8")
             offsets[0], offsets[1:] = position, ends[:-1]
-            self._idx.write(offsets.tobytes())
+            append(self._idx, offsets.tobytes())
             position = int(ends[-1])
 
     def abort(self) -> None:
