@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from model_testing import tiny_arguments
 
 from megatron.training import signals
 from megatron.training.initialize import Environment, time_to_save
@@ -58,7 +60,7 @@ def test_three_separate_interrupts_end_the_process_and_copies_do_not_count(monke
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     stop = installed()
-    for later in (0.0, 0.1, 0.9, 1.0, 0.5):  # three copies of the first, two of the second
+    for later in (0.0, 0.125, 0.375, 1.0, 0.25):  # three copies of the first, two of the second
         now += later
         stop._take(signal.SIGINT)
     assert stop._interrupts == 2
@@ -113,11 +115,17 @@ def leave(status, sentence):
 stop = StopSignal()
 stop.install(leave, saves="--exit-signal-handler" in sys.argv)
 stop.join()
-print("ready", flush=True)
 mutex = ctypes.create_string_buffer(64)
-libc = ctypes.CDLL(None)
-libc.pthread_mutex_lock(mutex)
-libc.pthread_mutex_lock(mutex)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+def tell(main=threading.get_native_id()):
+    while True:  # until the main thread waits in the system's own lock
+        with open(f"/proc/self/task/{main}/syscall") as place:
+            if hex(ctypes.addressof(mutex)) in place.read():
+                break
+    print("ready", flush=True)
+threading.Thread(target=tell, daemon=True).start()
+lock(mutex)
 """
 
 
@@ -144,9 +152,9 @@ def test_a_main_thread_that_hangs_in_a_library_is_ended(flags: list[str], number
     [("2.11.0+cu128", True, "install torch 2.12"), ("2.13.0", False, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900")],
 )
 def test_too_little_time_to_save_is_said(version: str, waits: bool, words: str) -> None:
-    from model_testing import tiny_arguments
-
-    arguments = tiny_arguments(training={"exit_signal_handler": True}, checkpoint={"save": "folder"})
+    arguments = tiny_arguments()
+    training = replace(arguments.training, exit_signal_handler=True)
+    arguments = replace(arguments, training=training, checkpoint=replace(arguments.checkpoint, save="folder"))
     environment = Environment(0, 1, 0, 1, launched=True, waits_for_saves=waits)
     assert words in (time_to_save(arguments, environment, version) or "")
     assert time_to_save(arguments, Environment(0, 1, 0, 1, launched=True), "2.13.0+cpu") is None
