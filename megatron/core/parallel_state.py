@@ -132,7 +132,7 @@ _REPLICAS = {"dp_cp", "edp"}
 
 # A message between two stages is small beside what is computed meanwhile, and each of these thread blocks takes a
 # multiprocessor from that while it waits for the other side.
-_CHANNEL_CTAS = 4
+CHANNEL_CTAS = 4
 
 
 def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -230,7 +230,7 @@ def _pipeline_channels(
         ends = [(ranks[place], ranks[(place + 1) % stages]) for ranks in pipelines for place in places]
         for kind in ("forward", "backward"):
             lists = [sorted(pair) for pair in ends]
-            handle = _create(f"{kind}_{number}", lists, rank, timeout, max_ctas=_CHANNEL_CTAS)
+            handle = _create(f"{kind}_{number}", lists, rank, timeout, max_ctas=CHANNEL_CTAS)
             for pair, (sender, _) in zip(lists, ends, strict=True):
                 if rank in pair:
                     name = f"{kind}_{'out' if (rank == sender) == (kind == 'forward') else 'in'}"

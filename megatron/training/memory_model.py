@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.microbatch import GradientFactors, Microbatch
-from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.core.parallel_state import CHANNEL_CTAS, Group, ProcessGroups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.transformer.moe.exchange import gather_counts
@@ -26,8 +26,8 @@ from megatron.training.setup import Trainer
 MIB, GIB = 2**20, 2**30
 COLLECTIVE = 0.7 * GIB
 """Buffers of a communicator that reduces or gathers; 0.5 to 0.7 GiB are reported between GPUs joined by NVLink."""
-RECEIVED_FROM_A_RANK, SENT_TO_A_RANK = 320 * MIB, 64 * MIB
-"""Of a communicator that passes messages: 32 channels with a buffer for each protocol, which the receiver holds."""
+NCCL_CHANNELS, RECEIVED, SENT = 32, 10 * MIB, 2 * MIB
+"""Of a communicator that passes messages: its channels, and the buffers of all protocols of one, for each peer."""
 CONTEXT = 0.7 * GIB
 """CUDA's context with the code of all kernels."""
 WORKSPACES = 64 * MIB
@@ -163,6 +163,6 @@ def library_memory(groups: ProcessGroups, dispatcher: str, moving: int) -> Libra
     peers = min(groups.cp.size - 1, 1)  # the ring's
     if groups.ep.size > 1:
         peers += (groups.ep if dispatcher == "alltoall" else groups.ep_etp).size - 1
-    nccl = COLLECTIVE * (len(collectives) + len(replicas))
-    nccl += RECEIVED_FROM_A_RANK * (len(sources) + peers) + SENT_TO_A_RANK * (len(targets) + peers)
+    nccl = COLLECTIVE * (len(collectives) + len(replicas)) + NCCL_CHANNELS * peers * (RECEIVED + SENT)
+    nccl += CHANNEL_CTAS * (RECEIVED * len(sources) + SENT * len(targets))
     return LibraryMemory(nccl=int(nccl), cuda=int(CONTEXT + WORKSPACES), fragmentation=int(FRAGMENTATION * moving))

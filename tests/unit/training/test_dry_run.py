@@ -131,11 +131,11 @@ def test_what_the_libraries_take() -> None:
     four, eight = Group((0, 1, 2, 3)), Group(tuple(range(8)))
     channels = _pairs("forward_out", "backward_in")
     flagship = ProcessGroups(world=eight, tp=four, tp_cp=four, etp=four, ep_etp=four, pp_channels=channels)
-    assert library_memory(flagship, "alltoall", 0).nccl == int(2 * 0.7 * GIB) + (320 + 64) * MIB
+    assert library_memory(flagship, "alltoall", 0).nccl == int(2 * 0.7 * GIB) + (40 + 8) * MIB
     shared = ProcessGroups(world=eight, dp_cp=eight, ep=eight, ep_etp=eight)  # gradients apart from the model
     assert library_memory(shared, "alltoall", 0).nccl == int(2 * 0.7 * GIB) + 7 * (320 + 64) * MIB
     line = libraries_line(library_memory(flagship, "alltoall", 7 * GIB))
-    assert line.startswith("plus about 4.6 GiB for NCCL, CUDA and fragmentation")
+    assert line.startswith("plus about 4.3 GiB for NCCL, CUDA and fragmentation")
 
 
 def test_recomputation_keeps_less() -> None:
