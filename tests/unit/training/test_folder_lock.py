@@ -52,7 +52,7 @@ def test_a_living_job_keeps_others_out_and_a_dead_one_does_not(tmp_path: Path, h
 
 
 @pytest.mark.parametrize("holder", ["another machine"], indirect=True)
-@pytest.mark.parametrize("locks", [False, None], ids=["held for ever", "no locks"])
+@pytest.mark.parametrize("locks", [False, None, True], ids=["held for ever", "none", "of each machine alone"])
 def test_where_locks_do_not_tell_the_file_does(
     tmp_path: Path, holder: multiprocessing.Process, monkeypatch: pytest.MonkeyPatch, locks: bool | None
 ) -> None:
