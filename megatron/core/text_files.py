@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def shortened(text: str) -> str:
+    """`text` as far as it fits into a sentence."""
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
 class _Terminal:
     """A standard stream whose text is printable, and whose reader may leave: then the process ends without a word."""
 
@@ -76,17 +81,26 @@ def terminal_output(keep: bool = True) -> Iterator[None]:
             _discard(sys.stdout)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, without the mark that Windows editors put in front. Raises ValueError naming it."""
+LARGEST_LIST = 4 << 20
+"""Bytes of a list or settings that people write: JSON of that size takes up to 100 MB of memory."""
+
+
+def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
+    """The text of a UTF-8 file, without the mark that Windows editors put in front.
+
+    Raises ValueError naming it, also if it has more than `largest` bytes.
+    """
+    if largest is not None and (size := os.path.getsize(path)) > largest:
+        raise ValueError(f"{os.fspath(path)} has {size} bytes, more than the {largest} of the largest of its kind")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)} is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """What a JSON file holds. Raises ValueError naming the file."""
-    text = read_text(path)
+def read_json(path: str | os.PathLike[str], largest: int | None = None) -> Any:
+    """What a JSON file of at most `largest` bytes holds. Raises ValueError naming the file."""
+    text = read_text(path, largest)
     try:
         return json.loads(text)
     except ValueError as error:
@@ -95,9 +109,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} is not JSON that can be read: values are nested too deeply") from None
 
 
-def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises ValueError naming the file."""
-    content = read_json(path)
+def read_object(path: str | os.PathLike[str], largest: int | None = None) -> dict[str, Any]:
+    """The object that a JSON file of at most `largest` bytes holds. Raises ValueError naming the file."""
+    content = read_json(path, largest)
     if not isinstance(content, dict):
         raise ValueError(f"{os.fspath(path)} holds a {type(content).__name__}, not an object with names and values")
     return content

@@ -16,11 +16,9 @@ from typing import Any
 from megatron.core.interchange.folder_kind import foreign_kind, is_adapter, is_model_folder
 from megatron.core.interchange.layout import TRACKER_FILE
 from megatron.core.models.mixtral.hf_config import refuse_quantized
-from megatron.core.text_files import read_object
+from megatron.core.text_files import LARGEST_LIST, read_object
 
 CONFIG_FILE = "config.json"
-# An index of 40,000 tensors; JSON takes at most twenty-five times its size in memory.
-_LARGEST_JSON = 4 << 20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _VOCABULARIES = (
     "tokenizer.json", "tokenizer.*.json", "*.model", "tokenizer.model.v*", "*.tiktoken", "tekken.json", "vocab.json",
@@ -62,9 +60,7 @@ def usable_file(folder: Path, name: str) -> Path:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, byte order mark or not. Raises ValueError naming the file if it is not one."""
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} is of {path.stat().st_size} bytes: no model has settings or an index of that size")
-    return read_object(path)
+    return read_object(path, LARGEST_LIST)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

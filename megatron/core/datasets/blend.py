@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections import Counter
+import os
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron.core.text_files import read_text
+from megatron.core.atomic_files import error_sentence
+from megatron.core.text_files import LARGEST_LIST, read_text, shortened
 
 if TYPE_CHECKING:
     from megatron.core.config import DataConfig
@@ -53,8 +54,8 @@ def _check_shares(flag: str, shares: Sequence[float], text: str) -> None:
     for share in shares:
         if not math.isfinite(share) or share < 0:
             raise ValueError(f"{flag} {text}: {share} is no weight; weights are finite numbers that are not negative")
-    if not sum(shares) > 0:
-        raise ValueError(f"{flag} {text}: at least one weight must be above 0")
+    if not 0 < sum(shares) < math.inf:
+        raise ValueError(f"{flag} {text}: at least one weight must be above 0, and their sum a number")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -75,7 +76,7 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
     often. Raises ValueError for a list that mixes the two forms, weights that are negative, not finite or all zero, and
     a source named twice.
     """
-    text = " ".join(arguments)
+    text = shortened(" ".join(arguments))
     if not any(_number(part) is not None for part in arguments):
         weights: list[float | None] = [None] * len(arguments)
         prefixes = list(arguments)
@@ -92,26 +93,55 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
         total = sum(numbers)
         weights = [weight / total for weight in numbers]
     prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
-    twice = next((prefix for prefix, count in Counter(prefixes).items() if count > 1), None)
-    if twice is not None:
-        raise ValueError(f"{flag} names {twice} twice: name it once, with the sum of its weights")
+    seen: dict[str, str] = {}
+    for prefix in prefixes:
+        _check_name(flag, prefix)
+        other = seen.setdefault(os.path.abspath(prefix), prefix)
+        if other is not prefix:
+            also = f" (also as {prefix})" * (other != prefix)
+            raise ValueError(f"{flag} names {other} twice{also}: name it once, with the sum of its weights")
     return tuple(map(Source, prefixes, weights))
+
+
+def _check_name(flag: str, prefix: str) -> None:
+    try:
+        os.fsencode(prefix)
+        usable = not any(ord(character) < 32 or ord(character) == 127 for character in prefix) and bool(prefix)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise ValueError(f"{flag} names the data set {shortened(prefix)!a}, which no file can be called")
 
 
 def _read_text(flag: str, path: str) -> str:
     try:
-        return read_text(path)
+        return read_text(path, LARGEST_LIST)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {path} cannot be read: {error}") from error
+        raise ValueError(f"{flag} {path} cannot be read: {error_sentence(error)}") from error
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for number, (key, _) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:number]):
+            raise _TwiceError(ascii(shortened(key)))
+        if number >= len(SPLITS):  # it is refused anyway
+            break
+    return dict(pairs)
 
 
 def _per_split_file(path: str) -> list[Sequence[str]]:
     """Data path arguments of train, valid and test from a JSON object with these keys."""
     try:
-        content = json.loads(_read_text("--per-split-data-args-path", path))
+        content = json.loads(_read_text("--per-split-data-args-path", path), object_pairs_hook=_each_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--per-split-data-args-path {path} is not JSON: {error}") from error
-    known = isinstance(content, dict) and content and content.keys() <= set(SPLITS)
+    except _TwiceError as error:
+        raise ValueError(f"--per-split-data-args-path {path} has {error} twice: put all of it in one list") from None
+    known = isinstance(content, dict) and any(content.values()) and content.keys() <= set(SPLITS)
     lists = list(content.values()) if known else []
     if not known or not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in lists):
         raise ValueError(
@@ -137,7 +167,10 @@ def split_blends(config: DataConfig) -> tuple[SplitBlend | None, SplitBlend | No
     flag, arguments = "--data-path", config.data_path
     if config.data_args_path:
         flag = f"--data-args-path {config.data_args_path}:"
-        arguments = tuple(_read_text("--data-args-path", config.data_args_path).split())
+        text = _read_text("--data-args-path", config.data_args_path)
+        if text.lstrip().startswith(("{", "[")):
+            raise ValueError(f"{flag} this is JSON: a file of splits is given with --per-split-data-args-path")
+        arguments = tuple(text.split())
     if not arguments:
         raise ValueError(f"{flag} names no data set: give the prefix of one, or --mock-data")
     sources = parse_blend(flag, arguments)

@@ -14,6 +14,7 @@ from megatron.core.datasets.blend import SPLITS, BlendOrder, SplitBlend, split_b
 from megatron.core.datasets.description import description_path, read_description
 from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, SampleFormat
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.text_files import shortened
 
 if TYPE_CHECKING:
     from megatron.core.config import DataConfig
@@ -202,7 +203,9 @@ def build_train_valid_test_datasets(
     builder = _Builder(config, seed, vocabulary)
     train, valid, test = (builder.build(which, count) for which, count in enumerate(num_samples))
     if train is None and num_samples[0]:
-        named = " ".join(source.prefix for source in builder.blends[0].sources) if builder.blends[0] else "no data set"
+        if builder.blends[0] is None:
+            raise ValueError("the data flags name no data set for training: add one, or give --data-path")
+        named = shortened(" ".join(source.prefix for source in builder.blends[0].sources))
         raise ValueError(f"no documents of {named} for training: give it a larger share of --split or more documents")
     return train, valid, test
 

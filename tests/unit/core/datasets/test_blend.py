@@ -62,11 +62,20 @@ def test_weights_are_normalised_and_optional() -> None:
         ["0", "a", "0", "b"],
         ["0.5"],
         ["a", "a.bin"],
+        ["a", "./a"],
+        ["a/b", str(Path.cwd() / "a" / "c" / ".." / "b.idx")],
+        ["1e308", "a", "1e308", "b"],
+        ["a\0"],
+        ["\x1b]0;a"],
+        ["\ud800"],
+        [""],
+        ["a"] * 3 + ["b"] * 500_000,
     ],
 )
 def test_blends_that_mean_nothing_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(ValueError, match="--train-data-path"):
+    with pytest.raises(ValueError, match="--train-data-path") as error:
         parse_blend("--train-data-path", arguments)
+    assert len(str(error.value)) < 500
 
 
 def whole(*sources: Source) -> SplitBlend:
@@ -96,6 +105,14 @@ def test_a_long_list_comes_from_a_file(tmp_path: Path) -> None:
         ("data_args_path", " \n"),
         ("data_args_path", "0.6 a b"),
         ("data_args_path", b"\xff\xfe"),
+        ("data_args_path", '{"train": ["a"]}'),
+        ("data_args_path", "a" * 5_000_000),
+        ("per_split_data_args_path", '{"train": [' + "[]," * 2_000_000 + "[]]}"),
+        ("per_split_data_args_path", "[" * 100_000),
+        ("per_split_data_args_path", '{"train": ["a"], "train": ["b"]}'),
+        ("per_split_data_args_path", '{"train": [], "valid": []}'),
+        ("per_split_data_args_path", '{"train": null}'),
+        ("per_split_data_args_path", '{"train": ["\\ud800"]}'),
         ("per_split_data_args_path", None),
         ("per_split_data_args_path", "{"),
         ("per_split_data_args_path", "{}"),
