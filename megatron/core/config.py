@@ -54,8 +54,9 @@ class ModelConfig:
     """How tokens reach experts on other ranks: each is sent to its experts, or all are sent to all ranks; the result
     is the same."""
     moe_grouped_gemm_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
-    """What makes the products of all experts: torch's grouped_mm, a loop of products, or (auto) on a CPU the loop and
-    on a GPU what is measured to be faster when the run begins; a resumed run goes on with what it began with."""
+    """What makes the products of all experts: torch's grouped_mm, a loop of products, or (auto) what is measured to be
+    faster when the run begins where torch has one kernel for it (bfloat16 on an H100 or B200) and the loop elsewhere; a
+    resumed run goes on with what it began with."""
     moe_expert_capacity_factor: float | None = None
     """Most tokens of a microbatch an expert takes, in multiples of an even share; no token is dropped if not given."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"

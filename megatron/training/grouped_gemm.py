@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core.fusions.linear import Backend, grouped_product
+from megatron.core.fusions.forms import wants_grouped_mm
+from megatron.core.fusions.linear import Backend, ends_for_products, grouped_product
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.config import Arguments
@@ -16,8 +17,9 @@ from megatron.training.initialize import on_first, print_once
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
-ADVANTAGE = 0.97
-"""The loop, which keeps the host waiting, must take less than this part of grouped_mm's time."""
+ADVANTAGE = 0.85
+"""The loop must take less than this part of grouped_mm's time: it keeps the host waiting once a layer, which a layer by
+itself does not feel as much as a model, where the host would be ahead of the device."""
 
 _CANDIDATES: tuple[Backend, ...] = ("grouped_mm", "loop")
 
@@ -37,7 +39,7 @@ def rows_per_expert(arguments: Arguments) -> int:
 def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor, rows: int, repeat: int = 5) -> float:
     """Seconds of one layer's forward and data-gradient products, `rows` for each expert; the median of `repeat`.
 
-    With the weights [E, 2F, H] and [E, H, F] of that layer. What the loop waits for the device, to know where each
+    With the weights [E, 2F, H] and [E, H, F] of that layer. What the loop waits for the device, once to know where each
     expert's rows end, is part of it.
     """
     experts, hidden, width = down_EHF.shape
@@ -49,10 +51,11 @@ def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor,
         drawn.normal_(generator=generator)
 
     def layer() -> None:
-        h_RF = grouped_product(x_RH, gate_up_EFH, ends_E, True, backend)
-        y_RH = grouped_product(a_RF, down_EHF, ends_E, True, backend)
-        grouped_product(y_RH, down_EHF, ends_E, False, backend)
-        grouped_product(h_RF, gate_up_EFH, ends_E, False, backend)
+        ends = ends_for_products(x_RH, down_EHF, ends_E, backend)
+        h_RF = grouped_product(x_RH, gate_up_EFH, ends, True, backend)
+        y_RH = grouped_product(a_RF, down_EHF, ends, True, backend)
+        grouped_product(y_RH, down_EHF, ends, False, backend)
+        grouped_product(h_RF, gate_up_EFH, ends, False, backend)
 
     def seconds(layers: int) -> float:
         start = time.perf_counter()
@@ -82,13 +85,13 @@ def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> flo
 def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure = _measure) -> None:
     """Sets the backend of all experts, prints it, and remembers it in `progress`; collective.
 
-    There is nothing to choose if a flag says what to use, on a CPU, and where grouped_mm does not take the operands.
-    With --deterministic-mode nothing may depend on a measurement: then it is grouped_mm.
+    There is nothing to choose if a flag says what to use, on a CPU, and where grouped_mm does not take the operands or
+    is a loop itself. With --deterministic-mode nothing may depend on a measurement: then it is grouped_mm.
     """
     experts = [module for module in trainer.model.modules() if isinstance(module, Experts)]
     arguments = trainer.arguments
     fixed = arguments.model.moe_grouped_gemm_backend != "auto" or arguments.training.deterministic_mode
-    if fixed or trainer.device.type == "cpu" or not experts[0].takes_grouped_mm:
+    if fixed or not (experts[0].takes_grouped_mm and wants_grouped_mm(experts[0].linear_fc1.weight, "auto")):
         return
     print_once(trainer.groups, choose(trainer, progress, experts, measure))
 

@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
              "num_experts": 8, "moe_router_topk": 2, "vocab_size": 32000, "make_vocab_size_divisible_by": 128},
     "8x22B": {"hidden_size": 6144, "ffn_hidden_size": 16384, "num_attention_heads": 48, "num_query_groups": 8,
               "num_experts": 8, "moe_router_topk": 2, "vocab_size": 32768, "make_vocab_size_divisible_by": 128},
-    "64 experts": {"num_experts": 64, "moe_router_topk": 8},
+    "64 experts": {"num_experts": 64, "moe_router_topk": 8, "grad_reduce_in_bf16": True},
     "128 experts": {"num_experts": 128, "moe_router_topk": 8},
     "256 experts": {"num_experts": 256, "moe_router_topk": 8},
     "one expert": {"num_experts": 1, "moe_router_topk": 1},

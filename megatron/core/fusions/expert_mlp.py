@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.fusions.linear import Backend, grouped_product, grouped_weight_gradient, row_multiple
+from megatron.core.fusions.linear import (
+    Backend,
+    ends_for_products,
+    grouped_product,
+    grouped_weight_gradient,
+    row_multiple,
+)
 from megatron.core.fusions.permute import PermutationMap, align_rows, combine, gather, gather_weights, scatter_weights
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 
@@ -27,25 +33,28 @@ class _ExpertMLP(Function):
         down: Tensor,
         backend: Backend,
     ) -> Tensor:
-        ends_E, probs_R = index.offsets_E, gather_weights(probs_TK, index)
+        probs_R, ends_E = gather_weights(probs_TK, index), ends_for_products(x_TH, down, index.offsets_E, backend)
         h_RF = grouped_product(gather(x_TH, index), gate_up, ends_E, True, backend)
         y_RH = grouped_product(swiglu(h_RF, probs_R), down, ends_E, True, backend)
-        ctx.save_for_backward(x_TH, h_RF, probs_R, index.row_to_pair_R, index.pair_to_row_TK, ends_E)
+        maps = (index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
+        ctx.save_for_backward(x_TH, h_RF, probs_R, ends_E, *maps)
         ctx.gate_up, ctx.down, ctx.backend = gate_up, down, backend
         return combine(y_RH, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None, None]:
-        x_TH, h_RF, probs_R, *maps = ctx.saved_tensors
+        x_TH, h_RF, probs_R, ends_E, *maps = ctx.saved_tensors
         index, gate_up, down = PermutationMap(*maps), ctx.gate_up, ctx.down
-        ends_E, grad_RH = index.offsets_E, gather(grads[0], index)
+        grad_RH = gather(grads[0], index)
         grad_a_RF = grouped_product(grad_RH, down, ends_E, False, ctx.backend)
         grad_h_RF, grad_probs_R, a_RF = swiglu_backward(grad_a_RF, h_RF, probs_R)
-        grad_down = grouped_weight_gradient(down, grad_RH, a_RF, ends_E) if ctx.needs_input_grad[4] else None
+        grad_down = None
+        if ctx.needs_input_grad[4]:
+            grad_down = grouped_weight_gradient(down, grad_RH, a_RF, index.offsets_E)
         grad_rows_RH = grouped_product(grad_h_RF, gate_up, ends_E, False, ctx.backend)
         grad_gate_up = None
         if ctx.needs_input_grad[3]:
-            grad_gate_up = grouped_weight_gradient(gate_up, grad_h_RF, gather(x_TH, index), ends_E)
+            grad_gate_up = grouped_weight_gradient(gate_up, grad_h_RF, gather(x_TH, index), index.offsets_E)
         return combine(grad_rows_RH, index), scatter_weights(grad_probs_R, index), None, grad_gate_up, grad_down, None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron.core.fusions.kernels import Kernel, by_library, in_cpp, in_triton, instruction_set, load, refusal
 from megatron.core.fusions.kernels.library import meta
 from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
-from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM
+from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM, wants_grouped_mm
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -26,7 +26,7 @@ def takes_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
 
 
 def _is_grouped(x: Tensor, weight: Tensor, ends: Tensor, transpose: bool, backend: str) -> bool:
-    return backend != "loop" and x.shape[0] > 0 and takes_grouped_mm(x.dtype, *weight.shape[1:])
+    return wants_grouped_mm(x, backend) and x.shape[0] > 0 and takes_grouped_mm(x.dtype, *weight.shape[1:])
 
 
 def _multiplies(a: Tensor, b: Tensor, *_: Any) -> bool:
@@ -60,8 +60,8 @@ _TILES = "bfloat16 with AMX", _fits_tiles
 _BROAD = "float32, over 1024 long", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > MAX_WIDTH
 _ADDED = "16 bits into float32, where torch can", lambda *args: ADDS_TO_FLOAT32 and _widens(*args)
 _WIDENED = "16 bits into float32", _widens
-_GRADIENT = "float32 gradients", lambda grad, x, ends, out, beta: out.dtype == FP32
-_ALIGNED = "rows in 16 bytes, not --moe-grouped-gemm-backend loop", _is_grouped
+_GRADIENT = "gradients in float32 or as wide", lambda grad, x, ends, out, beta: out.dtype in (FP32, grad.dtype)
+_ALIGNED = "rows in 16 bytes, in bfloat16 on an H100 or B200 or where --moe-grouped-gemm-backend asks", _is_grouped
 _ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
 _SETS = "float32 with AVX-512, bfloat16 with AMX"
 _PRODUCTS = _SETS, _multiplies

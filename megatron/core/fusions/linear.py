@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core.fusions import forms
 from megatron.core.fusions.forms import operation
 from megatron.core.fusions.weight_gradient import deliver
 
@@ -58,6 +59,11 @@ def row_multiple(x: Tensor, weight_EOI: Tensor, backend: Backend) -> int:
     return 1
 
 
+def ends_for_products(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
+    """`ends_E` for all products of a layer: on the host if a loop makes them, which then waits for the device once."""
+    return ends_E if forms.kernel("grouped_product", x, weight_EOI, ends_E, True, backend) else ends_E.cpu()
+
+
 def _rows_of_experts(ends_E: Tensor) -> list[slice]:
     ends = ends_E.tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -68,8 +74,9 @@ def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bo
     """x_r W_e^T with `transpose`, else x_r W_e, for the rows r of each expert e: [R, I] -> [R, O], or [R, O] -> [R, I].
 
     `ends_E` (int32) holds the end of each expert's rows, and its last entry must be R. Experts without rows are
-    allowed. `backend` says what multiplies: `auto` is grouped_mm on CUDA where it takes the operands, `loop` is never
-    grouped_mm. Without it each expert is a product of its own, on a CPU all of them one C++ kernel where there is one.
+    allowed. `backend` says what multiplies: `auto` is grouped_mm on CUDA where it takes the operands in one kernel,
+    `loop` is never grouped_mm. Without it each expert is a product of its own, on a CPU all of them one C++ kernel
+    where there is one.
     """
     matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI
     y = x.new_empty(x.shape[0], matrices.shape[2])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.core.fusions import linear
 from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.linear import Backend
 from megatron.core.fusions.permute import (
@@ -150,3 +151,24 @@ def test_rows_that_belong_to_nobody_stay_out() -> None:
     assert torch.equal(combine(y_RH, index), torch.tensor([[2.0] * 3, [1.0] * 3]))
     assert scatter_weights(probs_R, index).tolist() == [[1, 1], [1, 0]]
     assert gather(torch.ones(2, 3), index)[:, 0].tolist() == [1, 0, 1, 1, 0]
+
+
+def test_a_loop_of_products_asks_once_where_rows_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a device is waiting for it; a copy stands for what has come from one."""
+    copies, asked, rows_of_experts = [], [], linear._rows_of_experts
+    copy = Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        copies.append(copy(tensor).clone())
+        return copies[-1]
+
+    def noted(ends_E: Tensor) -> list[slice]:
+        asked.append(ends_E)
+        return rows_of_experts(ends_E)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
+    monkeypatch.setattr(linear, "_rows_of_experts", noted)
+    # float64 has no kernel: two products, two data gradients, two weight gradients, which have kernels on a GPU
+    _run(_inputs(5, 2, torch.float64), torch.arange(10).view(5, 2) % 3, _drawn(5, HIDDEN, dtype=torch.float64))
+    assert len(copies) == 1
+    assert [ends.data_ptr() == copies[0].data_ptr() for ends in asked] == [True, True, True, False, True, False]

@@ -1,5 +1,7 @@
 """Of torch, cuBLAS and FlashAttention, for CUDA devices."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,21 @@ from torch import Tensor
 _grouped_mm = getattr(F, "grouped_mm", None)
 HAS_GROUPED_MM = _grouped_mm is not None
 ADDS_TO_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+@functools.cache
+def _has_grouped_kernel(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def wants_grouped_mm(x: Tensor, backend: str) -> bool:
+    """Whether grouped_mm is asked for, or by itself (`auto`) for rows like `x` is one kernel.
+
+    For other types and GPUs torch loops over the experts, and waits for the device in each product to know their rows.
+    """
+    if backend == "auto":
+        return x.dtype == torch.bfloat16 and x.is_cuda and _has_grouped_kernel(x.device)
+    return backend == "grouped_mm"
 
 
 def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:

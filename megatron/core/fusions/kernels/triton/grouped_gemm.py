@@ -1,4 +1,4 @@
-"""Weight gradients of all experts, added straight into float32 main gradients.
+"""Weight gradients of all experts, added straight into main gradients.
 
 R rows sorted by expert, O and I the width of the product's output and input. Adding dW in bfloat16 afterwards would
 write, read and write it again: for Mixtral 8x7B 16.9 GB a layer.
@@ -50,14 +50,15 @@ def _accumulate_weight_gradient(
         place = expert.to(tl.int64) * out_width * in_width + out_column[:, None] * in_width + in_column[None, :]
         inside = (out_column < out_width)[:, None] & (in_column < in_width)[None, :]
         if READS:
-            total += beta * tl.load(main_grad_ptr + place, mask=inside)
-        tl.store(main_grad_ptr + place, total, mask=inside)
+            total += beta * tl.load(main_grad_ptr + place, mask=inside).to(tl.float32)
+        tl.store(main_grad_ptr + place, total.to(main_grad_ptr.dtype.element_ty), mask=inside)
 
 
 def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor, beta: float) -> None:
     """main_grad_e = beta * main_grad_e + sum over the rows of expert e of grad_r^T x_r, in float32.
 
-    `grad_RO` and `x_RI` are contiguous and of one type, `ends_E` (int32) holds the end of each expert's rows.
+    `grad_RO` and `x_RI` are contiguous and of one type, the main gradient is of that or float32; `ends_E` (int32) holds
+    the end of each expert's rows.
     """
     experts, out_width, in_width = main_grad_EOI.shape
     is_aligned = x_RI.dtype.itemsize == 2 and out_width % 16 == in_width % 16 == 0
