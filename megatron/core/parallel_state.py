@@ -5,6 +5,7 @@ varying fastest, so that tensor-parallel ranks are neighbours. Groups are argume
 """
 
 import math
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -280,8 +281,9 @@ def connect_control(control: Group) -> None:
     if control.handle is None:
         return
     try:
-        dist.all_gather_object([None] * control.size, None, group=control.handle)
-        dist.broadcast_object_list([None], src=0, group=control.handle)
+        message = torch.zeros(1)
+        dist.all_gather([torch.empty(1) for _ in control.ranks], message, group=control.handle)
+        dist.broadcast(message, src=0, group=control.handle)
     except RuntimeError as error:
         raise network_error(error) from error
     control.handle.set_timeout(CONTROL_TIMEOUT)
@@ -289,7 +291,8 @@ def connect_control(control: Group) -> None:
 
 def network_error(error: RuntimeError) -> ValueError:
     """What a user can do if the processes of a job do not reach each other."""
-    reason = str(error).partition("\n")[0]
+    # without the place in gloo's sources, and the condition there, that it puts first
+    reason = re.sub(r"^\[enforce fail at [^]]*\] [^.]*\. ", "", str(error).partition("\n")[0])
     return ValueError(
         f"the processes cannot send messages to each other ({reason}): set GLOO_SOCKET_IFNAME, and on GPUs "
         "NCCL_SOCKET_IFNAME, to the network interface by which each machine reaches the others (`ip -brief address` "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron.core import parallel_state
 from megatron.core.config import ParallelConfig
-from megatron.core.parallel_state import Group, ProcessGroups, build_process_groups
+from megatron.core.parallel_state import Group, ProcessGroups, build_process_groups, network_error
 
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 PP2, PP4, PP8 = ({"pipeline_model_parallel_size": size} for size in (2, 4, 8))
@@ -193,3 +193,19 @@ def test_channels_run_on_few_thread_blocks(monkeypatch: pytest.MonkeyPatch) -> N
         assert group.handle.pg_options is None
     for group in (groups.pp_channels.forward_out, groups.pp_channels.backward_in):
         assert group.handle.pg_options.config.max_ctas == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("[enforce fail at /a/gloo/device.cc:84] ifa != nullptr. Unable to find address for: nope0", "Unable to find"),
+        (
+            "wait timeout after 3000ms, keys: /0/1\nException raised from doWait",
+            "wait timeout after 3000ms, keys: /0/1",
+        ),
+        ("Broken pipe", "Broken pipe"),
+    ],
+)
+def test_a_network_that_does_not_work_is_one_sentence(said: str, reason: str) -> None:
+    sentence = str(network_error(RuntimeError(said)))
+    assert f"({reason}" in sentence and "\n" not in sentence and "set GLOO_SOCKET_IFNAME" in sentence

@@ -161,6 +161,35 @@ def test_any_pass_may_wait_for_the_device(pipeline: Pipeline, microbatches: int,
         simulate(pipeline, programs, device_waits=_all_passes_wait)
 
 
+def _connecting(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """The same program where the first send and the first receive of each channel wait for the other side."""
+    waiting: list[Instruction] = []
+    connected: set[tuple[type, type]] = set()
+    for instruction in instructions:
+        if instruction in waiting:  # awaited already
+            continue
+        waiting.append(instruction)
+        if isinstance(instruction, Send | Receive) and (type(instruction), type(instruction.of)) not in connected:
+            connected.add((type(instruction), type(instruction.of)))
+            awaits = AwaitSent if isinstance(instruction, Send) else AwaitReceived
+            waiting.append(awaits(instruction.of))
+    return waiting
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), SHAPES)
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_first_message_of_a_channel_may_wait_for_the_other_side(
+    pipeline: Pipeline, microbatches: int, forward_only: bool
+) -> None:
+    """NCCL connects two ranks at their first message, which both must have begun before either goes on."""
+    for overlap in (True, False):
+        programs = [
+            _connecting(program(pipeline, rank, microbatches, forward_only=forward_only, overlap=overlap))
+            for rank in range(pipeline.ranks)
+        ]
+        simulate(pipeline, programs, device_waits=_all_passes_wait)
+
+
 def _begun_one_pass_earlier(instructions: Sequence[Instruction]) -> list[Instruction]:
     """The same program with every receive before the pass that precedes it."""
     moved: list[Instruction] = []
