@@ -240,5 +240,6 @@ def test_attention_to_rotated_queries_lies_as_the_next_product_takes_it(form: st
         assert context.permute(2, 0, 1, 3).is_contiguous()
         # its gradient lies like that too, and goes back as it is
         grad = drawn(6, 2, 3, 8, device=_device(form), seed=1).permute(1, 2, 0, 3)
-        results = [torch.autograd.grad(rotated, whole, g, retain_graph=True)[0] for g in (grad, grad.contiguous())]
-    assert torch.equal(*results) and results[0].any()
+        grads = (grad, grad.contiguous(), grad.transpose(2, 3).contiguous().transpose(2, 3))
+        results = [torch.autograd.grad(rotated, whole, each, retain_graph=True)[0] for each in grads]
+    assert results[0].any() and all(torch.equal(result, results[0]) for result in results)
