@@ -158,10 +158,29 @@ def test_ranks_that_hang_end_after_one_that_is_gone(tmp_path: Path, phase: str, 
     assert job.steps() == [] or job.steps() == [".save.lock"]
 
 
+# The other machine's rank does not notice: its agent counts no failure, and joins those that start again.
+UNAWARE = """
+import ctypes, os, sys
+from pathlib import Path
+from megatron.training import training
+
+usual, again = training.train_step, Path(sys.argv[1]).exists()
+
+def unaware(trainer, source, progress, *rest):
+    if progress.iteration == 4 and trainer.groups.world.rank == 0 and not again:
+        mutex = ctypes.create_string_buffer(64)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    return usual(trainer, source, progress, *rest)
+
+training.train_step = unaware
+"""
+
+
 @pytest.mark.slow
 def test_two_machines_start_again_together(tmp_path: Path) -> None:
     script = tmp_path / "dying.py"
-    script.write_text(DYING)
+    script.write_text(UNAWARE + DYING)
     flags = [*CASES["tp2_bf16"].split(), "--save-interval", "2"]
     assert pretrain(2, *flags, "--save", str(tmp_path / "whole")).returncode == 0
     with socket.socket() as probe:
