@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed_testing import run_distributed
 
+from megatron.training import step_monitor
 from megatron.training.step_monitor import StepMonitor
 
 
@@ -52,3 +53,33 @@ def test_a_stuck_rank_is_named_with_its_place() -> None:
     assert text.startswith("step 7 has taken 1 s; rank 1 is at ") and text.endswith("; all others wait")
     assert "test_step_monitor.py" in text and "(_stuck_here)" in text
     assert outcomes[1][1] > 0.6 and max(outcomes[0][1], outcomes[2][1]) < 0.4
+
+
+def _lost(rank: int, world_size: int, port: int) -> list[str]:
+    """A signal came to all; rank 1 answers no more, and rank 2 is done."""
+    store = dist.TCPStore("localhost", port, world_size, rank == 0, timedelta(seconds=60))
+    step_monitor._SIGNAL_PATIENCE = 2.0
+    told: list[str] = []
+    over = threading.Event()
+
+    def lost(text: str) -> None:
+        told.append(text)
+        over.set()
+
+    if rank != 1:
+        monitor = StepMonitor(store.clone(), rank, world_size, 1e9, print, stopping=lambda: 100.0, lost=lost)
+        if rank == 2:
+            monitor.stop()
+        else:
+            assert over.wait(60)
+            monitor.stop()
+    dist.barrier()
+    return told
+
+
+def test_after_a_signal_a_silent_rank_is_lost_and_one_that_is_done_is_not() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    (text,) = run_distributed(_lost, 3, port)[0]
+    assert text.startswith("rank 1 does not answer")

@@ -194,3 +194,38 @@ def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
     )
     assert result.returncode != 0
     assert "error: rank 1: token 99 is outside the vocabulary" in result.stderr
+
+
+def test_leftovers_go_when_there_is_nothing_to_train_and_a_full_output_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log, save = tmp_path / "m.jsonl", tmp_path / "run"
+    flags = ["--mock-data", "--eval-interval", "0", "--train-iters", "1", "--save", str(save), "--load", str(save)]
+    flags += ["--metrics-path", str(log), "--lr", "0.01"]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(REPOSITORY / "pretrain_gpt.py"), *SHAPE, *flags]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert result.returncode == 0 and "No space left" in result.stderr and "Traceback" not in result.stderr
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "1" and len(metrics(log)) == 1
+    whole = {path.name for path in (*save.iterdir(), *tmp_path.iterdir())}
+    for leftover in (".probe-12", ".iter_0000001.previous", ".iter_0000003.saving", ".iter_0000000.removing"):
+        (save / leftover).mkdir() if "iter" in leftover else (save / leftover).touch()
+    (tmp_path / ".m.jsonl.abc.tmp").touch()
+    pretrain(monkeypatch, *flags)
+    assert {path.name for path in (*save.iterdir(), *tmp_path.iterdir())} == whole
+
+
+def test_a_second_job_in_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    owner = "import sys; from pathlib import Path; from megatron.training.folder_lock import FolderLock\n"
+    owner += "FolderLock(Path(sys.argv[1]), interval=0.1).acquire(print); print('mine', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", owner, str(tmp_path)], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    flags = ["--mock-data", "--eval-interval", "0", "--train-iters", "1", "--lr", "0.01"]
+    with pytest.raises(ValueError, match=rf"another job \(process {process.pid} on .*\) is saving to {tmp_path}"):
+        pretrain(monkeypatch, *flags, "--save", str(tmp_path))
+    process.kill()
+    process.wait()
+    pretrain(monkeypatch, *flags, "--save", str(tmp_path))
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
