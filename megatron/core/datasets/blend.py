@@ -96,10 +96,11 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
     seen: dict[str, str] = {}
     for prefix in prefixes:
         _check_name(flag, prefix)
-        other = seen.setdefault(os.path.abspath(prefix), prefix)
-        if other is not prefix:
-            also = f" (also as {prefix})" * (other != prefix)
-            raise ValueError(f"{flag} names {other} twice{also}: name it once, with the sum of its weights")
+        path = os.path.abspath(prefix)
+        if path in seen:
+            also = f" (also as {prefix})" * (seen[path] != prefix)
+            raise ValueError(f"{flag} names {seen[path]} twice{also}: name it once, with the sum of its weights")
+        seen[path] = prefix
     return tuple(map(Source, prefixes, weights))
 
 
