@@ -18,7 +18,7 @@ from megatron.core.datasets.blended_dataset import blend_summary, build_train_va
 from megatron.core.datasets.description import DatasetDescription, description_path, file_sha256, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
-from tools.run_tool import run_tool
+from tools.run_tool import parsed, run_tool
 
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 23, 1 << 20
 SECONDS_BETWEEN_LINES = 10
@@ -253,7 +253,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary, for NullTokenizer")
     one.add_argument("--trust-remote-code", action="store_true", help="allow a tokenizer to run code of its own")
     add_build_index(command("build-index", build_index, "Build a run's indices ahead, with the flags of that run."))
-    return parser.parse_args(argv)
+    return parsed(parser, argv)
 
 
 def add_build_index(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from megatron.core.datasets.description import Origin, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools.preprocessing.inputs import natural_order
-from tools.run_tool import run_tool
+from tools.run_tool import parsed, run_tool
 
 EXAMPLES = """examples:
   python tools/merge_datasets.py --input encoded/parts --output-prefix encoded/corpus_text_document
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", required=True, metavar="PATH", nargs="+", action="extend",
                         help="folders of data sets, or prefixes of single ones")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the merged data set without .bin")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return run_tool(lambda: merge(args.input, args.output_prefix), interrupted="interrupted; nothing was written")
 

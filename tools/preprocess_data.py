@@ -26,6 +26,7 @@ from tools.preprocessing.pool import WorkerDied
 from tools.preprocessing.ranks import Place, part_prefix, place_from
 from tools.preprocessing.run import preprocess
 from tools.preprocessing.settings import Settings, TokenizerFlags
+from tools.run_tool import parsed
 
 EXAMPLES = """examples:
   python tools/preprocess_data.py --input corpus/ --output-prefix encoded/corpus --json-keys text \\
@@ -95,7 +96,7 @@ def too_long(prefix: str, keys: list[str]) -> bool:
 def parse_arguments(argv: list[str] | None = None) -> tuple[Settings, float]:
     """What the command line asks for, and the rank timeout in seconds."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     for name in ("workers", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.text_files import terminal_output
@@ -18,6 +18,12 @@ def run_tool(
     allow_open_files()
     with terminal_output():
         return _run(action, interrupted, sentence)
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line (`sys.argv` if not given); a reader of --help that leaves (`| head`) ends the tool quietly."""
+    with terminal_output():
+        return parser.parse_args(argv)
 
 
 def _run(action: Callable[[], object], interrupted: str, sentence: Callable[[ValueError | OSError], str]) -> int:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.fusions.forms import TABLE
 from megatron.core.fusions.kernels import DEVICES, Kernel, instruction_set, load
-from tools.run_tool import run_tool
+from tools.run_tool import parsed, run_tool
 
 NAMES = {"triton": "Triton", "cpu": "C++", "library": "library"}
 TYPES = (torch.float32, torch.bfloat16)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operation", nargs="+", default=list(TABLE), metavar="NAME", help="only these (default: all)")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     return run_tool(lambda: print(report(args.operation)))
 
 

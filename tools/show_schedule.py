@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.pipeline_parallel.schedules import Forward, Pipeline, program
 from megatron.core.pipeline_parallel.simulation import simulate
+from tools.run_tool import parsed, run_tool
 
 
 def draw(pipeline: Pipeline, microbatches: int) -> str:
@@ -51,17 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pp", type=int, required=True, help="pipeline-parallel size")
     parser.add_argument("--microbatches", type=int, required=True, help="microbatches in a step")
     parser.add_argument("--virtual", type=int, default=1, help="chunks of layers on each rank (default: 1)")
-    args = parser.parse_args(argv)
-    try:
+    args = parsed(parser, argv)
+
+    def show() -> None:
         if min(args.pp, args.microbatches, args.virtual) < 1 or args.virtual > 26:
             raise ValueError("--pp, --microbatches and --virtual must be positive, and --virtual at most 26")
         if args.pp == 1 and args.virtual > 1:
             raise ValueError("chunks of layers need --pp above 1")
         print(draw(Pipeline(args.pp, args.virtual), args.microbatches))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_tool(show)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,15 @@ def terminal_output(keep: bool = True) -> Iterator[None]:
     Raises OSError at the end if the last of it cannot be written, or drops that unless it is to be `keep`t.
     """
     with redirect_stdout(_Terminal(sys.stdout)), redirect_stderr(_Terminal(sys.stderr)):  # type: ignore[type-var]
-        yield
         try:
-            sys.stdout.flush()
-        except OSError:
-            if keep:
-                raise
-            _discard(sys.stdout)
+            yield
+        finally:  # also where --help ends the program
+            try:
+                sys.stdout.flush()
+            except OSError:
+                if keep:
+                    raise
+                _discard(sys.stdout)
 
 
 LARGEST_LIST = 4 << 20

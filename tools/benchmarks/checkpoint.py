@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard, snapshot, write_metadata, write_shards
+from tools.run_tool import parsed
 
 HIDDEN, FFN = 4096, 14336
 
@@ -106,7 +107,7 @@ def main() -> int:
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to write (default: %(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the rank's state (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
-    args = parser.parse_args()
+    args = parsed(parser)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = measure(Path(folder), int(args.gigabytes * 1e9), args.rounds)
         size = (Path(folder) / "rank_00000.safetensors").stat().st_size

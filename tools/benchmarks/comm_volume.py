@@ -44,6 +44,7 @@ from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import initialize_parameters
+from tools.run_tool import parsed
 from tools.traffic.counter import CommunicationCounter, group_labels, sent_share
 from tools.traffic.volume import Step, Traffic, step_traffic
 
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--layouts", nargs="*", default=DEFAULT, help="layouts to measure (default: of every kind)")
     parser.add_argument("--targets", action="store_true", help="only the table of the two large models")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     equal = True
     try:
         if not args.targets:

@@ -30,6 +30,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import cast
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
+from tools.run_tool import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
@@ -154,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layout", type=int, nargs=3, default=[4, 2, 1], metavar=("TP", "PP", "EP"), help="sizes (default: 4 2 1)"
     )
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         work = Path(folder)
         size = make_model(work / "hf", int(args.gigabytes * 1e9))

@@ -3,6 +3,9 @@
 
 Each measurement is a process of its own; its memory is what it holds beside mapped files. For building, the data set
 has lengths and offsets, but its tokens are a hole in a file; for reading, a small one has random tokens.
+
+Example:
+  python tools/benchmarks/index.py --documents 1000000 --repeat 3
 """
 
 import argparse
@@ -22,6 +25,7 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, SampleFormat
 from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
+from tools.run_tool import parsed
 
 BLOCK = 1 << 22
 SEQ_LENGTH = 4096
@@ -112,7 +116,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each kind (default: 3)")
     parser.add_argument("--folder", type=Path, help="where the data set and its cache go (default: a temporary folder)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.only:
         print(measure(args.only, args.folder, args.epochs))
         return 0

@@ -21,7 +21,7 @@ from tools.benchmarks.machine import machine
 from tools.benchmarks.moe_contestants import OURS, Layer, contestants
 from tools.benchmarks.moe_kernels import kernel_table
 from tools.benchmarks.turns import ratios, spread
-from tools.run_tool import positive, run_tool
+from tools.run_tool import parsed, positive, run_tool
 
 _EXAMPLE = """examples:
   python tools/benchmarks/moe_layer.py                  # Mixtral 8x7B in bfloat16 on a GPU, a small layer on a CPU
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--experts", type=positive, nargs="+", default=[8, 4], help="default: 8 4")
     parser.add_argument("--top-k", type=positive, default=2, help="experts a token (default: 2)")
     parser.add_argument("--rounds", type=positive, default=10, help="measurements that count (default: 10)")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     return run_tool(lambda: compare(args))
 
 

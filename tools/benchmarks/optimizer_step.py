@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
+from tools.run_tool import parsed
 
 _EXAMPLE = """example:
   python tools/benchmarks/optimizer_step.py --layers 8 --hidden-size 512 --repeat 15"""
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hidden-size", type=int, default=512, help="width (default: 512)")
     parser.add_argument("--repeat", type=int, default=15, help="updates of each kind (default: 15)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     device = torch.device(arguments.device)
 
     def model() -> _Matrices:

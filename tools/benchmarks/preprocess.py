@@ -25,6 +25,7 @@ from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.benchmarks.machine import ROOT, machine
 from tools.preprocessing.engine import EngineUnavailable, engine_source, make_engine
 from tools.preprocessing.settings import TokenizerFlags, token_type
+from tools.run_tool import parsed
 
 EXAMPLES = """examples:
   python tools/benchmarks/preprocess.py --tokenizer-model mixtral/tokenizer.model
@@ -291,7 +292,7 @@ def main() -> int:
     add("--rounds", type=int, default=5, help="measurements of each contestant (default: 5)")
     add("--megatron-lm", metavar="FOLDER", help="a checkout of Megatron-LM to measure too")
     add("--only", nargs="+", metavar="WORD", help="beside this project's tool, only contestants with these in the name")
-    args = parser.parse_args()
+    args = parsed(parser)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         with tempfile.TemporaryDirectory() as folder:

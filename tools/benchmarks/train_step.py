@@ -23,7 +23,7 @@ from tools.benchmarks.contestants import OURS, StepShape
 from tools.benchmarks.floor import Floor
 from tools.benchmarks.machine import machine
 from tools.benchmarks.turns import ContestantFailed, ContestantProcess, ratios, spread
-from tools.run_tool import positive, run_tool
+from tools.run_tool import parsed, positive, run_tool
 
 _EXAMPLE = """examples:
   python tools/benchmarks/train_step.py
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--profile", action="store_true", help="print where our step's time goes")
     for name, value in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, default=value, help=f"default: {value}")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     return run_tool(lambda: compare(args))
 
 

@@ -22,7 +22,7 @@ from tools.checkpoint.loader_mixtral import open_megatron
 from tools.checkpoint.saver_mixtral_hf import Export
 from tools.checkpoint.stream import byte_size
 from tools.checkpoint.util import add_common_arguments, convert, run_conversion
-from tools.run_tool import positive
+from tools.run_tool import parsed, positive
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    args = parsed(build_parser(), argv)
     return run_conversion(lambda: _convert(args))
 
 

@@ -21,7 +21,7 @@ from megatron.core.atomic_files import error_sentence
 from megatron.core.interchange.element_types import STORED_AS
 from tools.checkpoint.expert_selection import SelectedExperts, chosen_experts
 from tools.checkpoint.stream import CheckedSource, Progress, Source, model_bytes
-from tools.run_tool import run_tool
+from tools.run_tool import parsed, run_tool
 
 _SHOWN_IN_HELP = {"loader": "mixtral_hf", "saver": "mixtral"}
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    args = build_parser(*plugins).parse_args(argv)
+    args = parsed(build_parser(*plugins), argv)
     loader, saver = plugins
     return run_conversion(lambda: _convert(loader, saver, args))
 

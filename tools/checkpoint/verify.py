@@ -29,7 +29,7 @@ from tools.checkpoint.model_folder import read_config
 from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time, verify_source
 from tools.checkpoint.util import run_conversion
 from tools.checkpoint.verify_logits import Comparison, compare_logits, compared_length
-from tools.run_tool import positive
+from tools.run_tool import parsed, positive
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -126,7 +126,7 @@ def verify(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the tool; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    args = parsed(build_parser(), argv)
     return run_conversion(lambda: verify(args))
 
 

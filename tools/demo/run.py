@@ -18,6 +18,7 @@ from tools.demo import report  # noqa: E402
 from tools.demo.console import Progress, StageFailed, run_command  # noqa: E402
 from tools.demo.corpus import DOMAINS, read_corpus, write_corpus  # noqa: E402
 from tools.demo.model import ModelSize, make_model, train_tokenizer  # noqa: E402
+from tools.run_tool import parsed  # noqa: E402
 
 SIZE = ModelSize()
 TENSOR_PARALLEL, PIPELINE_PARALLEL = 2, 2
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workdir", type=Path, default=ROOT / "demo", help="folder for everything it makes (default: demo)"
     )
     parser.add_argument("--steps", type=int, default=100, help="training iterations (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = parsed(parser, arguments)
     if options.steps < 2:
         parser.error(f"--steps must be at least 2, got {options.steps}: it stops in the middle")
     os.environ["HF_HUB_OFFLINE"] = "1"

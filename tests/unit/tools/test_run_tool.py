@@ -1,0 +1,33 @@
+"""What all tools have in common: their command line, and how they end."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOLS = sorted(
+    path
+    for path in (ROOT / "tools").rglob("*.py")
+    if "ArgumentParser(" in path.read_text() and '__name__ == "__main__"' in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)
+def test_every_tool_has_an_example_and_reads_its_command_line_quietly(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(rf"python tools/\S*{path.name} ", text), "an example in --help"
+    assert not re.search(r"\.parse_args\(", text), "run_tool.parsed, so that `--help | head` ends quietly"
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--pp", "2", "--microbatches", "4"]], ids=["help", "run"])
+def test_a_reader_that_has_left_ends_a_tool_without_a_word(flags: list[str]) -> None:
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        assert reader.stdin is not None
+        command = [sys.executable, str(ROOT / "tools" / "show_schedule.py"), *flags]
+        done = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+        reader.stdin = None
+    assert (done.returncode, done.stderr) == (141, "")
