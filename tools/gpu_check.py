@@ -1,7 +1,7 @@
 """The first hour on a GPU in one command: does everything run, are the numbers right, how fast is it.
 
 Six parts run one after another, each in processes of its own within its share of the time. A part that fails or takes
-too long does not keep the next ones from running. After each part the report is written anew, as report.md and
+too long does not keep the next ones from running. After each part the report is rewritten, as report.md and
 report.json. Nothing is installed and no network is used. Ends with status 1 if a part failed or was stopped.
 docs/gpu.md says what each part means.
 
@@ -29,7 +29,7 @@ from tools.gpu_checks.report import MARKDOWN, Part, Report
 from tools.gpu_checks.session import Machine, PartEnded, Session, probe
 from tools.gpu_checks.speed import check_speed
 from tools.gpu_checks.training import check_layouts, check_numerics
-from tools.run_tool import run_tool
+from tools.run_tool import parsed, run_tool
 
 _PROBE_SECONDS = 60
 _LEAST_SECONDS = 25
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", default="gpu_report", metavar="FOLDER", help="of the report (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries each part, small")
     parser.add_argument("--parts", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="default: all")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     signal.signal(signal.SIGTERM, _stop)
     well: list[bool] = []
     kept = f"interrupted; what was found until then is in {args.output}"
