@@ -4,8 +4,10 @@ Takes torchrun's arguments. Exit status: torchrun's; after a signal 0 if the ran
 """
 
 import os
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -20,6 +22,7 @@ def launch(arguments: list[str]) -> int:
         try:
             main(arguments)
         except SignalException as stopped:
+            _wait_for_ranks(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)))
             words = farewell.read_text() if farewell.exists() else ""
             print(
                 words or f"error: {stopped.sigval.name} ended the job before its ranks could stop in order",
@@ -27,6 +30,19 @@ def launch(arguments: list[str]) -> int:
             )
             return 0 if words else 1
     return 0
+
+
+def _wait_for_ranks(patience: float) -> None:
+    """Waits for ranks that torchrun, which a third signal ends at once, has left behind: they may be saving."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    deadline = time.monotonic() + patience
+    try:
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(0.1)
+    except ChildProcessError:
+        return
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,12 +71,18 @@ def terminal_output(keep: bool = True) -> Iterator[None]:
 
     Raises OSError at the end if the last of it cannot be written, or drops that unless it is to be `keep`t.
     """
-    with redirect_stdout(_Terminal(sys.stdout)), redirect_stderr(_Terminal(sys.stderr)):  # type: ignore[type-var]
+    with ExitStack() as streams:
+        # Python has none where the caller closed it, and then prints nothing
+        if sys.stdout is not None:
+            streams.enter_context(redirect_stdout(_Terminal(sys.stdout)))  # type: ignore[type-var]
+        if sys.stderr is not None:
+            streams.enter_context(redirect_stderr(_Terminal(sys.stderr)))  # type: ignore[type-var]
         try:
             yield
         finally:  # also where --help ends the program
             try:
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             except OSError:
                 if keep:
                     raise

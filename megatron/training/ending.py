@@ -38,7 +38,8 @@ class Ending:
         self._leaving.acquire()  # never released: another thread that wants to leave waits for the end
         with suppress(OSError, ValueError):
             if sentence:
-                print(sentence, file=sys.stderr if status else sys.stdout, flush=True)
+                # in one piece, since other ranks may write to the same terminal
+                print(sentence + "\n", end="", file=sys.stderr if status else sys.stdout, flush=True)
         if tell and self._store is not None:
             word = json.dumps([status, self._rank, reason or sentence.removeprefix("error: ")])
             telling = threading.Thread(target=self._tell, args=(word,), daemon=True)
@@ -49,7 +50,8 @@ class Ending:
                 action()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, SystemExit):
-                stream.flush()
+                if stream is not None:
+                    stream.flush()
         os._exit(status)
 
     def told(self) -> tuple[int, int, str] | None:

@@ -204,7 +204,10 @@ def together(action: Callable[[], T], groups: ProcessGroups) -> T:
 
 def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
     """Runs `action` on the first rank; every rank returns its result or raises its ValueError or OSError."""
-    result = together(lambda: action() if groups.control.is_first else None, groups)
+    try:
+        result = together(lambda: action() if groups.control.is_first else None, groups)
+    except SharedError as error:
+        raise SharedError(str(error).removeprefix("rank 0: ")) from None
     if groups.control.size > 1:
         shared = [result]
         dist.broadcast_object_list(shared, src=0, group=groups.control.handle)

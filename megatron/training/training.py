@@ -84,7 +84,12 @@ def _pretrain(
         return
     ending = ending or Ending(environment.rank)
     if stop_signal is not None:
-        stop_signal.install(ending.leave, saves=arguments.training.exit_signal_handler, launched=environment.launched)
+        speaks, leave = environment.local_rank == 0, ending.leave
+        stop_signal.install(
+            lambda status, sentence: leave(status, sentence if speaks else "", reason=sentence.removeprefix("error: ")),
+            saves=arguments.training.exit_signal_handler,
+            launched=environment.launched,
+        )
     stop_signal = stop_signal or StopSignal()
     device = choose_device(arguments.training.device, environment)
     groups = start_distributed(arguments, environment, device)
