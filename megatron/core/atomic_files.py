@@ -63,7 +63,11 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     Processes that write the same path at once do not disturb each other: the last one to finish wins, or with
     `keep_first` the first, and a file that is there is left alone.
     """
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
+    try:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
+    except OSError as error:
+        error.filename = str(path)  # not the temporary name, which nobody has seen
+        raise
     try:
         with naming(path), file:
             with contextlib.suppress(OSError):  # file systems without locks
@@ -138,7 +142,9 @@ def error_sentence(error: ValueError | OSError) -> str:
     """
     sentence = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        sentence = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        # of a rename the new name, which the user knows
+        name = error.filename if error.filename2 is None else error.filename2
+        sentence = error.strerror if name is None else f"{os.fsdecode(name)}: {error.strerror}"
     sentence = printable(sentence)
     if len(sentence) > _LONGEST_SENTENCE:  # the remedy stands at the end
         sentence = f"{sentence[: _LONGEST_SENTENCE // 2]} ... {sentence[-_LONGEST_SENTENCE // 2 :]}"
