@@ -45,6 +45,7 @@ def _measure(rank: int, world_size: int, settings: dict[str, Any]) -> Measured:
     microbatches = step_batches(0, groups.dp.rank, groups.dp.size)
     with CommunicationCounter(groups) as counter:
         train_step(trainer, iter(microbatches), Progress())
+        trainer.buffers.wait_for_parameters()  # of which most are gathered by the next forward pass
     step = Step(
         model=arguments.model,
         parallel=arguments.parallel,
