@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from megatron.core.atomic_files import allow_open_files, error_sentence
+from megatron.core.fusions.swiglu import swiglu
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, grid_sizes, network_error
 from megatron.core.text_files import terminal_output
@@ -86,16 +87,49 @@ def time_to_save(arguments: Arguments, environment: Environment, torch_version: 
 
 
 def choose_device(setting: str, environment: Environment) -> torch.device:
-    """The device of this process. Raises ValueError if there are fewer GPUs than processes on this machine."""
+    """The device of this process. Raises ValueError if there are fewer GPUs than processes on this machine.
+
+    A single GPU is taken by every process, since some launchers show each one its own; `start_distributed` checks that.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if setting == "cpu" or (setting == "auto" and gpus == 0):
         return torch.device("cpu")
+    if gpus == 1:
+        return torch.device("cuda", 0)
     if gpus < environment.local_world_size:
-        raise ValueError(
-            f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
-            "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
-        )
+        raise ValueError(_too_few_gpus(gpus, environment))
     return torch.device("cuda", environment.local_rank)
+
+
+def _too_few_gpus(gpus: int, environment: Environment) -> str:
+    return (
+        f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
+        "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
+    )
+
+
+def check_own_gpu(store: dist.Store, environment: Environment, identity: str) -> None:
+    """Raises ValueError on every rank of a machine if two of them have the GPU of one `identity`."""
+    first = environment.rank - environment.local_rank
+    keys = [f"gpu {environment.restarts}.{first + place}" for place in range(environment.local_world_size)]
+    store.set(keys[environment.local_rank], identity)
+    identities = {store.get(key) for key in keys}
+    if len(identities) < environment.local_world_size:
+        raise ValueError(_too_few_gpus(len(identities), environment))
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises ValueError if a GPU's kernels cannot be compiled here, rather than in the first step."""
+    if device.type != "cuda":
+        return
+    try:
+        swiglu(torch.ones(1, 16, device=device), torch.ones(1, device=device))
+    except Exception as error:  # a compiler's: any type, often many lines
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise ValueError(
+            f"no kernel can be compiled on this machine ({reason}): Triton needs a C compiler (gcc or clang, or CC), "
+            "Python's headers (python3-dev) and a folder to write to (TRITON_CACHE_DIR)"
+        ) from error
 
 
 def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
@@ -128,6 +162,8 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
     # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
     store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+    if device.type == "cuda" and torch.cuda.device_count() < environment.local_world_size:
+        check_own_gpu(store, environment, str(torch.cuda.get_device_properties(device).uuid))
     start = f"restart {environment.restarts}"
     if environment.machines > 1:  # each machine counts its own restarts
         start = agree_on_round(store, environment.rank, environment.world_size, timeout)

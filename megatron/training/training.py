@@ -32,6 +32,7 @@ from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
     Environment,
     SharedError,
+    check_kernels,
     choose_device,
     on_first,
     print_once,
@@ -97,6 +98,7 @@ def _pretrain(
     stop_signal.join()
     lock = open_save_folder(arguments, groups, ending)
     try:
+        together(lambda: check_kernels(device), groups)
         on_first(lambda: check_log_files(arguments.logging), groups)
         for remark in (*remarks, time_to_save(arguments, environment, torch.__version__)):
             if remark is not None:
