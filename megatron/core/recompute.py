@@ -34,6 +34,8 @@ class RecomputeConfig:
     given."""
     recompute_activations: bool = False
     """Short for --recompute-granularity selective."""
+    moe_layer_recompute: bool = False
+    """Short for --recompute-granularity selective with moe among the --recompute-modules."""
     recompute_modules: tuple[str, ...] = ()
     """What selective recomputation computes again: core_attn (rotary positions and attention), moe_act (the experts'
     SwiGLU, which always is), layernorm, moe (router, dispatch and experts); core_attn if not given."""
@@ -44,8 +46,12 @@ class RecomputeConfig:
     """Layers in a unit (uniform) or layers of a stage (block) that are computed again; 1 if not given."""
 
     def __post_init__(self) -> None:
-        if self.recompute_activations and self.recompute_granularity == "full":
-            raise ValueError("--recompute-activations is selective and contradicts --recompute-granularity full")
+        for name in ("recompute_activations", "moe_layer_recompute"):
+            if getattr(self, name) and self.recompute_granularity == "full":
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{flag} is selective and contradicts --recompute-granularity full: remove one of them"
+                )
         for name in self.recompute_modules:
             if name in _ABSENT:
                 raise ValueError(f"--recompute-modules {name} is not supported: {_ABSENT[name]}")
@@ -53,8 +59,8 @@ class RecomputeConfig:
                 raise ValueError(f"--recompute-modules {name} is unknown: choose of {' '.join(_MODULES)}")
         if self.recompute_modules and not self._selective:
             raise ValueError("--recompute-modules needs --recompute-granularity selective")
-        if {"moe", "moe_act"} <= set(self.recompute_modules):
-            raise ValueError("--recompute-modules moe contains moe_act: give one of the two")
+        if {"moe", "moe_act"} <= self._covered:
+            raise ValueError("--recompute-modules moe (or --moe-layer-recompute) contains moe_act: remove moe_act")
         full = self.recompute_granularity == "full"
         if not full and (self.recompute_method is not None or self.recompute_num_layers is not None):
             raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity full")
@@ -63,12 +69,20 @@ class RecomputeConfig:
 
     @property
     def _selective(self) -> bool:
-        return self.recompute_activations or self.recompute_granularity == "selective"
+        return self.recompute_activations or self.moe_layer_recompute or self.recompute_granularity == "selective"
+
+    @property
+    def _covered(self) -> set[str]:
+        """Modules that selective recomputation covers."""
+        covered = set(self.recompute_modules)
+        if not covered and (self.recompute_activations or self.recompute_granularity == "selective"):
+            covered = {"core_attn"}
+        return covered | {"moe"} if self.moe_layer_recompute else covered
 
     def includes(self, module: str) -> bool:
         """Whether selective recomputation covers a module of each layer."""
         assert module in _MODULES, module
-        return self._selective and module in (self.recompute_modules or ("core_attn",))
+        return module in self._covered
 
     def units(self, layers: int) -> list[tuple[range, bool]]:
         """Consecutive layers of a stage that run as one, and whether they are computed again."""

@@ -14,7 +14,12 @@ from typing import Any, Literal, NoReturn
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.recompute import RecomputeConfig
-from megatron.training.compatibility import COMPATIBILITY_FLAGS, check_compatibility
+from megatron.training.compatibility import (
+    COMPATIBILITY_FLAGS,
+    check_compatibility,
+    take_expert_width,
+    with_values_of_ours,
+)
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 
 _SECTIONS: dict[str, type] = {
@@ -81,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group(
         "compatibility", "Flags of Megatron-LM scripts that are always on here, have no effect, or allow one value."
     )
+    group.add_argument("--moe-ffn-hidden-size", type=int, help="Inner width of one expert, as --ffn-hidden-size.")
     for name, flag in COMPATIBILITY_FLAGS.items():
         if flag.values:
             nargs = "*" if flag.values == "many" else None
@@ -125,6 +131,7 @@ def parse_arguments(
         else argument
         for argument in argv
     ]
+    normal, remarks = with_values_of_ours(normal)
     namespace, unknown = parser.parse_known_args(normal)
     if unknown:
         raise ValueError(_unknown_flags(unknown, parser))
@@ -132,7 +139,8 @@ def parse_arguments(
     grouped = "group_query_attention" in given
     if grouped and "num_query_groups" not in given and "use_checkpoint_args" not in given:
         raise ValueError("--group-query-attention needs --num-query-groups, the number of key/value heads")
-    remarks = check_compatibility(given)
+    remarks += check_compatibility(given)
+    take_expert_width(given)
     for flag, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if given.pop(flag, False) and given.setdefault("params_dtype", dtype) != dtype:
             raise ValueError(f"--{flag} contradicts --params-dtype {given['params_dtype']} (or --bf16 and --fp16 both)")

@@ -28,6 +28,8 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; 0 for none."""
     eval_iters: int = 100
     """Global batches in one evaluation, always the same ones; 0 for none."""
+    skip_train: bool = False
+    """Take no step and save nothing: evaluate what was loaded on the validation and the test split, and end."""
     exit_interval: int | None = None
     """Save and exit when the iteration is a multiple of this."""
     exit_duration_in_mins: float | None = None
@@ -49,6 +51,12 @@ class TrainingConfig:
     """Where to train: CUDA with NCCL where there are GPUs, otherwise CPU with gloo."""
     distributed_timeout_minutes: int = 10
     """How long a collective waits for a rank before the job fails."""
+    manual_gc: bool = False
+    """Let Python collect garbage at the same steps on all ranks, so that none waits for the pauses of the others."""
+    manual_gc_interval: int = 0
+    """Steps between these collections; 0 for none but those of --manual-gc around evaluations."""
+    no_manual_gc_eval: bool = False
+    """With --manual-gc, leave out the collections before and after evaluations."""
     deterministic_mode: bool = False
     """Use only algorithms that give the same bits in every run; on the CPU all do, on GPUs some faster ones do not."""
 
@@ -69,6 +77,10 @@ class TrainingConfig:
             raise ValueError(f"--exit-interval must be positive, got {self.exit_interval}")
         if self.exit_duration_in_mins is not None and not self.exit_duration_in_mins > 0:
             raise ValueError(f"--exit-duration-in-mins must be positive, got {self.exit_duration_in_mins}")
+        if self.manual_gc_interval < 0:
+            raise ValueError(f"--manual-gc-interval must not be negative, got {self.manual_gc_interval}")
+        if self.skip_train and not self.eval_iters:
+            raise ValueError("--skip-train only evaluates, and --eval-iters 0 leaves nothing to do: raise --eval-iters")
         if self.max_skipped_iterations <= 0 or self.distributed_timeout_minutes <= 0:
             raise ValueError("--max-skipped-iterations and --distributed-timeout-minutes must be positive")
 

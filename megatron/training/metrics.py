@@ -143,7 +143,7 @@ class MetricsLog:
         *,
         total_iterations: int,
         flops_per_sample_and_rank: float,
-        resumed_at: int,
+        resumed_at: int | None,
         peak_tflops: float | None = None,
     ) -> None:
         self.config, self.total_iterations = config, total_iterations
@@ -297,16 +297,16 @@ def _append(file: Any, line: bytes) -> None:
         raise
 
 
-def _open_json_lines(path: Path, resumed_at: int) -> Any:
+def _open_json_lines(path: Path, resumed_at: int | None) -> Any:
     """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again.
 
-    A run that starts anew keeps what another one wrote there under a numbered name.
+    A run that starts anew keeps what another one wrote there under a numbered name. With None all lines stay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if resumed_at == 0 and path.exists() and path.stat().st_size:  # another run's numbers
         aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
         path.rename(aside)
-    elif path.exists():
+    elif resumed_at is not None and path.exists():
         kept = []
         for line in path.read_text().splitlines():
             try:
@@ -318,9 +318,9 @@ def _open_json_lines(path: Path, resumed_at: int) -> Any:
     return open(path, "ab", buffering=0)
 
 
-def _tensorboard_writer(folder: str, resumed_at: int) -> Any:
+def _tensorboard_writer(folder: str, resumed_at: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard-dir needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=resumed_at + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ def open_save_folder(arguments: Arguments, groups: ProcessGroups, ending: Ending
     Raises ValueError before the first step if checkpoints could not be written, or not by all machines, or if another
     job is writing there.
     """
-    if arguments.checkpoint.save is None:
+    if arguments.checkpoint.save is None or arguments.training.skip_train:
         return None
     folder = Path(arguments.checkpoint.save)
     lock = FolderLock(folder) if groups.world.is_first else None

@@ -94,9 +94,9 @@ def build_datasets(
     """
     training, groups = trainer.arguments.training, trainer.groups
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
-    evaluated = training.eval_iters * trainer.batch_size if training.eval_interval else 0
+    evaluated = training.eval_iters * trainer.batch_size if training.eval_interval or training.skip_train else 0
     needed = trainer.batches.samples_after(last - progress.iteration, progress.consumed_samples)
-    num_samples = (needed, evaluated, evaluated)
+    num_samples = (0 if training.skip_train else needed, evaluated, evaluated)
 
     def build(mine: bool) -> tuple[Any, Any, Any] | None:
         return provider(trainer.arguments, num_samples, tokenizer) if mine else None

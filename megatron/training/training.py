@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.core.config import DataConfig, ModelConfig
-from megatron.core.datasets.blended_dataset import blend_summary, source_table
+from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tokenizers import build_tokenizer
@@ -28,6 +27,7 @@ from megatron.training.dry_run_report import print_dry_run
 from megatron.training.ending import Ending
 from megatron.training.evaluation import evaluate
 from megatron.training.folder_lock import FolderLock
+from megatron.training.garbage import GarbageCollection
 from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
     Environment,
@@ -61,6 +61,7 @@ from megatron.training.setup import (
 )
 from megatron.training.signals import StopSignal
 from megatron.training.step_monitor import StepMonitor
+from megatron.training.summary import data_tables, summary
 from megatron.training.warm_up import warm_up
 
 
@@ -134,9 +135,13 @@ def _start_and_train(
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
     trainer = replace(settle_resumed_schedule(trainer, progress), monitor=monitor)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
-    print_once(groups, f"{_summary(trainer)}\n{_data_tables(trainer.arguments.data, datasets)}{loaded}")
+    print_once(groups, f"{summary(trainer)}\n{data_tables(trainer.arguments.data, datasets)}{loaded}")
     settle_grouped_gemm(trainer, progress)
-    train(trainer, datasets, progress, stop_signal, lock.check if lock is not None else lambda: None)
+    if arguments.training.skip_train:
+        evaluate_only(trainer, datasets, progress, stop_signal)
+        return
+    with GarbageCollection(arguments.training).running():
+        train(trainer, datasets, progress, stop_signal, lock.check if lock is not None else lambda: None)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -148,32 +153,6 @@ def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
             "tokenizer the model was made with, or a larger --vocab-size"
         )
     return model
-
-
-def _summary(trainer: Trainer) -> str:
-    groups, model = trainer.groups, trainer.arguments.model
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    context = f"context {groups.cp.size} x " if groups.cp.size > 1 else ""
-    return (
-        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
-        f"{model.ffn_hidden_size}, top {model.moe_router_topk}, vocabulary {model.vocab_size}, {model.params_dtype}\n"
-        f"{groups.world.size} {trainer.device.type} process(es): tensor {groups.tp.size} x pipeline {groups.pp.size} x "
-        f"{context}data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "
-        f"{parameters:,} parameters on the first rank; batch {trainer.batch_size} = {groups.dp.size} x "
-        f"{trainer.num_microbatches} microbatches of {trainer.arguments.training.micro_batch_size}"
-    )
-
-
-def _data_tables(config: DataConfig, datasets: tuple[Any, Any, Any]) -> str:
-    """What the run reads of every source: for training, and for evaluations where they have data of their own."""
-    own = bool(config.train_data_path or config.per_split_data_args_path)
-    purposes = ("training", "a validation", "the test at the end")
-    tables = [
-        f"data for {purpose}: {len(dataset):,} samples of {config.seq_length:,} tokens\n{source_table(rows)}\n"
-        for purpose, dataset in zip(purposes if own else purposes[:1], datasets, strict=False)
-        if (rows := blend_summary(dataset))
-    ]
-    return "".join(tables)
 
 
 def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
@@ -244,6 +223,21 @@ def train_step(
     return record, averages.stop
 
 
+def evaluate_only(
+    trainer: Trainer, datasets: tuple[Any, Any, Any], progress: Progress, stop_signal: StopSignal
+) -> None:
+    """Evaluates on the validation and the test split, for --skip-train."""
+    log = _open_log(trainer, progress.iteration, None)  # the run itself may be going on, and write there too
+    print_once(trainer.groups, f"--skip-train: iteration {progress.iteration} is evaluated, not trained")
+    for split, dataset in zip(("validation", "test"), datasets[1:], strict=True):
+        if dataset is None:
+            print_once(trainer.groups, f"there are no documents for the {split} split, so no evaluation: see --split")
+        elif not _evaluate_and_log(trainer, split, dataset, progress, log, stop_signal):
+            break
+    if log is not None:
+        log.close()
+
+
 def train(
     trainer: Trainer,
     datasets: tuple[Any, Any, Any],
@@ -267,6 +261,7 @@ def train(
     if validation_set is None and training.eval_interval and training.eval_iters:
         print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
     saver = CheckpointSaver(arguments, trainer.groups, check_lock) if arguments.checkpoint.save else None
+    garbage = GarbageCollection(training)
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
@@ -287,6 +282,7 @@ def train(
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.blames_scale else 0
         _check_skipped(training, record, skipped_in_a_row, saver)
         iteration = progress.iteration
+        garbage.step(iteration)
         interval = arguments.checkpoint.save_interval
         if saver is not None and interval and iteration % interval == 0:
             _save(saver, trainer, progress)
@@ -335,7 +331,8 @@ def _evaluate_and_log(
     trainer: Trainer, split: str, dataset: Any, progress: Progress, log: MetricsLog | None, stop_signal: StopSignal
 ) -> bool:
     """Whether the evaluation was carried through: a signal cuts it short."""
-    loss = evaluate(trainer, dataset, split, stop_signal)
+    with GarbageCollection(trainer.arguments.training).evaluation():
+        loss = evaluate(trainer, dataset, split, stop_signal)
     if loss is None:
         print_once(trainer.groups, f"the evaluation on the {split} split was cut short, as asked by a signal")
     elif log is not None:
@@ -354,7 +351,7 @@ def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, 
         )
 
 
-def _open_log(trainer: Trainer, last: int, resumed_at: int) -> MetricsLog | None:
+def _open_log(trainer: Trainer, last: int, resumed_at: int | None) -> MetricsLog | None:
     """The log on the first rank, None on the others."""
     length = trainer.arguments.data.seq_length
     model, logging = trainer.arguments.model, trainer.arguments.logging

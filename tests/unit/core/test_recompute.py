@@ -28,6 +28,8 @@ CASES = {
     "moe_act": SELECTIVE | {"recompute_modules": ("moe_act",)},
     "layernorm": SELECTIVE | {"recompute_modules": ("layernorm",)},
     "moe": SELECTIVE | {"recompute_modules": ("moe",)},
+    "moe_layer_recompute": {"moe_layer_recompute": True},
+    "moe_layer_recompute, layernorm": {"moe_layer_recompute": True, "recompute_modules": ("layernorm",)},
     "core_attn, moe_act, layernorm": SELECTIVE | {"recompute_modules": ("core_attn", "moe_act", "layernorm")},
     "core_attn, moe, layernorm": SELECTIVE | {"recompute_modules": ("core_attn", "moe", "layernorm")},
     "uniform 1": FULL,
@@ -105,7 +107,8 @@ def test_every_bit_is_the_same(case: str, dtype: str) -> None:
     expected, _ = step(RecomputeConfig(), dtype)
     actual, routings = step(RecomputeConfig(**CASES[case]), dtype)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    again = {"moe": 4, "core_attn, moe, layernorm": 4, "uniform 1": 4, "uniform 3": 4, "block 2": 2}
+    again = {"moe_layer_recompute": 4, "moe_layer_recompute, layernorm": 4}
+    again |= {"moe": 4, "core_attn, moe, layernorm": 4, "uniform 1": 4, "uniform 3": 4, "block 2": 2}
     assert routings == 4 + again.get(case, 0)
 
 
@@ -163,7 +166,9 @@ def test_what_is_not_kept_is_computed_once_for_all_its_uses() -> None:
     [
         (SELECTIVE | {"recompute_modules": ("mlp",)}, "every layer of a Mixtral has experts"),
         (SELECTIVE | {"recompute_modules": ("core_atn",)}, "core_atn is unknown: choose of core_attn"),
-        (SELECTIVE | {"recompute_modules": ("moe", "moe_act")}, "moe contains moe_act"),
+        (SELECTIVE | {"recompute_modules": ("moe", "moe_act")}, "contains moe_act"),
+        ({"moe_layer_recompute": True, "recompute_modules": ("moe_act",)}, "contains moe_act"),
+        (FULL | {"moe_layer_recompute": True}, "--moe-layer-recompute is selective and contradicts"),
         ({"recompute_modules": ("moe",)}, "needs --recompute-granularity selective"),
         (FULL | {"recompute_modules": ("moe",)}, "needs --recompute-granularity selective"),
         (FULL | {"recompute_activations": True}, "contradicts"),
@@ -175,6 +180,18 @@ def test_what_is_not_kept_is_computed_once_for_all_its_uses() -> None:
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RecomputeConfig(**settings)
+
+
+def test_the_short_flag_covers_the_experts_and_what_else_is_asked_for() -> None:
+    def covered(**settings: Any) -> set[str]:
+        config = RecomputeConfig(**settings)
+        return {name for name in ("core_attn", "moe_act", "layernorm", "moe") if config.includes(name)}
+
+    assert covered(moe_layer_recompute=True) == {"moe"}
+    assert covered(moe_layer_recompute=True, **SELECTIVE) == {"moe", "core_attn"}
+    assert covered(moe_layer_recompute=True, recompute_modules=("layernorm",)) == {"moe", "layernorm"}
+    assert covered(recompute_activations=True) == {"core_attn"}
+    assert covered() == set()
 
 
 def test_layers_of_a_stage_are_divided_into_units() -> None:

@@ -136,6 +136,31 @@ def test_a_new_run_does_not_erase_another_runs_metrics(monkeypatch: pytest.Monke
     assert len(metrics(log)) == 1 and len(metrics(tmp_path / "metrics.jsonl.1")) == 2
 
 
+def test_without_training_the_loaded_weights_are_evaluated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "metrics.jsonl"
+    flags = f"--data-path {three_splits} --split 60,20,20 --global-batch-size 4 --train-iters 5 --lr 0.05".split()
+    flags += ["--save", str(run), "--load", str(run), "--metrics-path", str(log), "--eval-interval"]
+    pretrain(monkeypatch, *flags, "5")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    trained = log.read_text().splitlines()
+    with log.open("a") as file:  # a run that goes on meanwhile is further than its newest checkpoint
+        file.write(later := '{"iteration": 9}\n')
+    capsys.readouterr()
+    pretrain(monkeypatch, *flags, "0", "--skip-train")
+    said, lines = capsys.readouterr().out, log.read_text().splitlines()
+    assert "--skip-train: iteration 5 is evaluated, not trained" in said and "| lm loss:" not in said
+    assert lines[:-2] == [*trained, later.strip()] and lines[-2:] == trained[-2:]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    pretrain(
+        monkeypatch, *flags[:2], *"--train-iters 1 --skip-train --split 80,20,0 --save".split(), str(tmp_path / "no")
+    )
+    said = capsys.readouterr().out
+    assert "iteration 0 is evaluated" in said and "no documents for the test split" in said
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "world_size", "message"),
     [
