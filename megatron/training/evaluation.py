@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from megatron.training.initialize import print_once
 from megatron.training.metrics import average_over_ranks
 from megatron.training.microbatches import run_microbatches
 from megatron.training.setup import Trainer, batches
@@ -35,17 +36,12 @@ def evaluate(trainer: Trainer, dataset: Any, split: str = "", stop_signal: StopS
         if stop:
             break
         now = time.monotonic()
-        if split and trainer.groups.world.is_first and now - told > _PROGRESS_INTERVAL and number < iterations:
+        if split and now - told > _PROGRESS_INTERVAL and number < iterations:
             told = now
             left = (now - started) / number * (iterations - number)
-            say(f"evaluating on the {split} split: {number} of {iterations} batches, about {left:.0f} s left")
+            print_once(
+                trainer.groups,
+                f"evaluating on the {split} split: {number} of {iterations} batches, about {left:.0f} s left",
+            )
     trainer.model.train()
     return None if stop else total / iterations
-
-
-def say(text: str) -> None:
-    """Prints what may be lost."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        return

@@ -197,7 +197,8 @@ def start_monitor(
     ending.join(store.clone())
 
     def report(text: str) -> None:
-        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # which would end the watch
+            print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
     return StepMonitor(
         store.clone(),

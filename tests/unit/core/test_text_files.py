@@ -55,6 +55,13 @@ def test_a_reader_that_leaves_ends_a_tool_quietly(lines: int) -> None:
         assert tool.stderr.read() == b"" and tool.wait() == 141
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_stream_that_the_caller_closed_is_none(monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
+    monkeypatch.setattr(sys, closed, None)
+    with terminal_output():
+        print("nothing", file=getattr(sys, closed))
+
+
 def test_text_and_json(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "ä"}).encode())

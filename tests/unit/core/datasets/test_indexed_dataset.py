@@ -1,6 +1,7 @@
 """The indexed format: our files parsed by hand, files made by hand read by us, torn files refused, aborts clean."""
 
 import copy
+import errno
 import os
 import struct
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.core.atomic_files import atomic_writer, sync_folder
 from megatron.core.datasets.indexed_dataset import IndexedDataset, optimal_dtype
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 
@@ -240,3 +242,24 @@ def test_many_sequences_cross_the_block_size(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "a.idx").write_bytes(raw[:-72] + struct.pack("<q", 1) + raw[-64:])
     with pytest.raises(ValueError, match="do not rise"):
         IndexedDataset(tmp_path / "a")
+
+
+def test_a_disk_that_is_found_full_when_syncing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = IndexedDatasetWriter(tmp_path / "data", np.uint16)
+    writer.add_document([1, 2])
+    monkeypatch.setattr(os, "fsync", full)
+    for name, write in {
+        "data.bin.tmp": writer.checkpoint,
+        "data.bin": writer.finalize,
+        "": lambda: sync_folder(tmp_path),
+    }.items():
+        with pytest.raises(OSError) as raised:
+            write()
+        assert str(raised.value.filename).startswith(str(tmp_path / name)), name
+    with pytest.raises(OSError) as raised, atomic_writer(tmp_path / "whole") as file:
+        file.write(b"x")
+    assert raised.value.filename == str(tmp_path / "whole")
+    writer.abort()
