@@ -6,6 +6,7 @@ import heapq
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,13 +70,34 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return train, valid, test
 
 
+# What separates words in other programs' lists, but not here.
+_SEPARATOR = re.compile(r"[\s,;]|^[\d.]+[:=]")
+
+
+def _prefix(word: str) -> str:
+    return word.removesuffix(".bin").removesuffix(".idx")
+
+
+def _check_words(flag: str, arguments: Sequence[str]) -> None:
+    """Raises ValueError if a word looks like several, unless that is the name of a data set."""
+    if not all(arguments):
+        raise ValueError(f"{flag} has an empty word: name a data set (is a variable of the script not set?)")
+    joined = next((word for word in arguments if _SEPARATOR.search(word)), None)
+    if joined is not None and not os.path.exists(f"{_prefix(joined)}.idx"):
+        raise ValueError(
+            f"{flag} {joined!r} is no data set; give every weight and every data set as a word of its own, without "
+            "quotes around several and without commas, for example 0.6 a_text_document 0.4 b_text_document"
+        )
+
+
 def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
     """Sources from the values of a flag: prefixes, or each behind its weight; weights are made to sum to 1.
 
     Without weights every source is taken in proportion to its tokens in the split, so that all of them are read equally
-    often. Raises ValueError for a list that mixes the two forms, weights that are negative, not finite or all zero, and
-    a source named twice.
+    often. Raises ValueError for a list that mixes the two forms, weights that are negative, not finite or all zero, a
+    source named twice, and words that look like several.
     """
+    _check_words(flag, arguments)
     text = shortened(" ".join(arguments))
     if not any(_number(part) is not None for part in arguments):
         weights: list[float | None] = [None] * len(arguments)
@@ -92,7 +114,7 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
         _check_shares(flag, numbers, text)
         total = sum(numbers)
         weights = [weight / total for weight in numbers]
-    prefixes = [prefix.removesuffix(".bin").removesuffix(".idx") for prefix in prefixes]
+    prefixes = [_prefix(prefix) for prefix in prefixes]
     seen: dict[str, str] = {}
     for prefix in prefixes:
         _check_name(flag, prefix)

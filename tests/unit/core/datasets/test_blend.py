@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,49 @@ def test_the_order_is_this_one_in_every_version() -> None:
     """A changed order would make a resumed run read other samples than it should."""
     order = BlendOrder([0.5, 0.3, 0.2])
     assert [order.locate(sample)[0] for sample in range(10)] == [1, 0, 2, 0, 1, 0, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["0.6 a 0.4 b"], "'0.6 a 0.4 b'"),
+        (["0.6 a", "0.4 b"], "'0.6 a'"),
+        (["a b"], "'a b'"),
+        (["0.6", "a,", "0.4", "b"], "'a,'"),
+        (["0.6,a,0.4,b"], "'0.6,a,0.4,b'"),
+        (["a", "b,c"], "'b,c'"),
+        (["0,6", "a", "0,4", "b"], "'0,6'"),
+        (["0.6:a", "0.4:b"], "'0.6:a'"),
+        (["0.6", "a;0.4", "b"], "'a;0.4'"),
+        (["[0.6,", "a]"], "'[0.6,'"),
+        (["0.6\n  a"], r"'0.6\n  a'"),
+    ],
+)
+def test_words_run_together_get_a_hint(words: list[str], named: str, tmp_path: Path) -> None:
+    hint = f"{re.escape(named)} is no data set; give every weight and every data set"
+    with pytest.raises(ValueError, match=f"^--data-path {hint}"):
+        split_blends(DataConfig(data_path=tuple(words)))
+    with pytest.raises(ValueError, match=f"^--valid-data-path {hint}"):
+        split_blends(DataConfig(train_data_path=("a",), valid_data_path=tuple(words)))
+    path = tmp_path / "blend.json"
+    path.write_text(json.dumps({"train": words}))
+    with pytest.raises(ValueError, match=f"^--per-split-data-args-path {path}: train {hint}"):
+        split_blends(DataConfig(per_split_data_args_path=str(path)))
+
+
+def test_a_file_of_words_with_commas_gets_the_hint_too(tmp_path: Path) -> None:
+    path = tmp_path / "blend.txt"
+    path.write_text("0.6 a,\n0.4 b\n")
+    with pytest.raises(ValueError, match=f"^--data-args-path {path}: 'a,' is no data set; give every weight"):
+        split_blends(DataConfig(data_args_path=str(path)))
+
+
+def test_names_with_spaces_and_commas_are_data_sets_if_they_are_there(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "1,5 million; of 2_text_document")
+    Path(f"{prefix}.idx").touch()
+    assert [source.prefix for source in parse_blend("--data-path", ["3", f"{prefix}.bin", "1", "b"])] == [prefix, "b"]
+
+
+def test_an_empty_word_is_said_to_be_one() -> None:
+    with pytest.raises(ValueError, match="--data-path has an empty word.*variable"):
+        parse_blend("--data-path", ["0.6", "a", "0.4", ""])
