@@ -230,5 +230,5 @@ def test_names_with_spaces_and_commas_are_data_sets_if_they_are_there(tmp_path: 
 
 
 def test_an_empty_word_is_said_to_be_one() -> None:
-    with pytest.raises(ValueError, match="--data-path has an empty word.*variable"):
+    with pytest.raises(ValueError, match=r"--data-path has an empty word.*variable"):
         parse_blend("--data-path", ["0.6", "a", "0.4", ""])
