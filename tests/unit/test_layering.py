@@ -1,6 +1,7 @@
 """Who may import whom: the layers of docs/architecture.md, checked on the syntax tree of every source file."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,3 +202,11 @@ def test_what_is_allowed_stays_allowed(tmp_path: Path, file: str, source: str) -
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source + "\n", encoding="utf-8")
     assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_pages_name_are_there(page: str) -> None:
+    named = set(re.findall(r"`((?:[\w.]+/)+[\w.]+)`", (ROOT / page).read_text()))
+    starts = [ROOT, ROOT / "megatron", ROOT / "megatron" / "core", ROOT / "megatron" / "core" / "fusions"]
+    missing = sorted(name for name in named if not any((start / name).exists() for start in starts))
+    assert named and not missing
