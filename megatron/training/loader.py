@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.gpt_dataset import Sample
@@ -35,8 +35,24 @@ class _Reported:
         return len(self._dataset)
 
 
+_REMEDY = "give the container more with --shm-size, or read in the training process with --num-workers 0"
+
+
 def _collate_reported(samples: Sequence[Sample | Exception]) -> Batch | Exception:
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)  # type: ignore[arg-type]
+    failed = next((sample for sample in samples if isinstance(sample, Exception)), None)
+    if failed is not None:
+        return failed
+    batch = collate(samples)  # type: ignore[arg-type]
+    if get_worker_info() is not None:
+        # torch would do this in a thread that only prints what goes wrong, and the batch would be waited for for ever
+        try:
+            for tensor in batch.values():
+                tensor.share_memory_()
+        except RuntimeError as error:
+            return ValueError(
+                f"the shared memory of this machine (/dev/shm) is too small for batches ({error}): {_REMEDY}"
+            )
+    return batch
 
 
 def worker_killed(error: Exception) -> str | None:
@@ -46,7 +62,7 @@ def worker_killed(error: Exception) -> str | None:
         return None
     return (
         f"a process that reads data ahead was lost ({found[1].rstrip('.')}): memory or shared memory (/dev/shm) may be "
-        "short; give the container more with --shm-size, or read in the training process with --num-workers 0"
+        f"short; {_REMEDY}"
     )
 
 
@@ -70,7 +86,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def load_batches(dataset: Any, sampler: PretrainingSampler, num_workers: int, device: torch.device) -> Iterator[Batch]:
     """The sampler's microbatches, on `device` but for `document_bounds`, which the host needs to know.
 
-    Raises ValueError with the sentence of a sample that cannot be read.
+    Raises ValueError with the sentence of a sample that cannot be read, or if there is no room to hand batches over.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Reported(dataset),  # type: ignore[arg-type]
@@ -82,7 +98,11 @@ def load_batches(dataset: Any, sampler: PretrainingSampler, num_workers: int, de
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
     )
-    for batch in loader:
+    try:
+        loaded = iter(loader)
+    except OSError as error:
+        raise ValueError(f"no process that reads data ahead can be started ({error}): {_REMEDY}") from error
+    for batch in loaded:
         if isinstance(batch, Exception):
             raise ValueError(error_sentence(batch)) from batch  # type: ignore[arg-type]
         yield {

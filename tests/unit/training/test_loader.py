@@ -77,3 +77,22 @@ def test_a_lost_process_is_said_with_what_helps() -> None:
     sentence = worker_killed(caught.value)
     assert sentence is not None and "--num-workers 0" in sentence and "Caught" not in sentence
     assert worker_killed(RuntimeError("CUDA out of memory")) is None
+
+
+def test_too_little_shared_memory_is_said_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # in loader processes too, which are forked
+    batches_of = [[0, 1], [4, 5]]
+    spoiled = _Spoiled(None)
+    with pytest.raises(ValueError, match=r"/dev/shm\) is too small .*No space left.*--shm-size.*--num-workers 0"):
+        list(load_batches(spoiled, batches_of, 1, torch.device("cpu")))  # type: ignore[arg-type]
+    assert len(list(load_batches(spoiled, batches_of, 0, torch.device("cpu")))) == 2  # type: ignore[arg-type]
+
+    def none(loader: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", none)
+    with pytest.raises(ValueError, match=r"No space left on device.*--num-workers 0"):
+        list(load_batches(spoiled, batches_of, 1, torch.device("cpu")))  # type: ignore[arg-type]
