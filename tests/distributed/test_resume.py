@@ -84,7 +84,7 @@ CASES = {
     "ep2_async": f"{EP2} --ckpt-format torch_dist --async-save --save-interval 1",
     "zero2_async": f"{ZERO} --ckpt-format torch_dist --async-save --save-interval 2",
 }
-QUICK = {"tp2_bf16", "pp2_v2_rank_files"}
+QUICK = {"pp2_v2_rank_files"}
 
 
 @pytest.mark.parametrize(
