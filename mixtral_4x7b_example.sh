@@ -137,9 +137,14 @@ if [[ $DEVICE != cpu && -z $dry_run ]]; then
     # Collectives start in the order they were given, before the kernels that come after them.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     # Segments that grow: with expert parallelism sizes differ from step to step, and fixed ones would break up memory.
-    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-    # Compiled kernels on a disk of this machine: a shared home would have all ranks write into one folder.
-    export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}"
+    [[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+    # Compiled kernels on a disk of this machine: a shared home would have all ranks write into one folder. It must be one
+    # that nobody else can have filled.
+    if [[ -z ${TRITON_CACHE_DIR:-} ]]; then
+        cache="${TMPDIR:-/tmp}/triton-$(id -u)"
+        mkdir -m 700 "$cache" 2>/dev/null || true
+        [[ ! -O $cache || -L $cache ]] || export TRITON_CACHE_DIR="$cache"
+    fi
 fi
 [[ -n $torchrun ]] || fail "there is no torchrun here: run 'make install' in $here, or activate an environment that has torch"
 

@@ -228,5 +228,12 @@ def test_gpus_get_settings_that_the_user_can_override(machine: dict[str, str], t
     settings = dict(line.split("=", 1) for line in run(machine).stdout.splitlines() if "=" in line)
     assert settings["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert settings["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and settings["TRITON_CACHE_DIR"] == "/mine"
+    del machine["TRITON_CACHE_DIR"]
+    cache = tmp_path / f"triton-{os.getuid()}"
+    assert f"TRITON_CACHE_DIR={cache}\n" in run(machine | {"TMPDIR": str(tmp_path)}).stdout
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.rmdir()
+    cache.symlink_to(tmp_path / "programs")
+    assert "TRITON_CACHE_DIR" not in run(machine | {"TMPDIR": str(tmp_path)}).stdout, "somebody's link"
     on_cpu = run(machine | {"DEVICE": "cpu"}).stdout
     assert "PYTORCH_ALLOC_CONF" not in on_cpu
