@@ -60,7 +60,8 @@ def read_environment() -> Environment:
         rank=int(os.environ.get("RANK", 0)),
         world_size=int(os.environ.get("WORLD_SIZE", 1)),
         local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        # some launchers give the first alone
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1)),
         restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         machines=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         launched="TORCHELASTIC_RUN_ID" in os.environ,
