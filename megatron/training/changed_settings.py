@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.training.arguments import SHAPE_FIELDS
+
 # Settings that leave the numbers of a run as they are, or that are compared elsewhere; every other one is named if it
-# has changed, so that a new flag is named unless it is written here.
+# has changed, so that a new flag is named unless it is written here. Sections that are not here (what is saved, logged
+# and computed again) change no number.
 WITHOUT_EFFECT = {
     "model": (
         # compared with the weights, when they are read
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "rotary_base", "norm_epsilon", "vocab_size", "make_vocab_size_divisible_by", "num_experts", "moe_router_topk",
+        *SHAPE_FIELDS, "make_vocab_size_divisible_by",
         # how, not what
-        "max_position_embeddings", "init_method_std", "moe_token_dispatcher_type", "moe_grouped_gemm_backend",
+        "init_method_std", "moe_token_dispatcher_type", "moe_grouped_gemm_backend",
     ),
     "parallel": (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
@@ -38,8 +40,6 @@ WITHOUT_EFFECT = {
         "no_manual_gc_eval",
     ),
 }  # fmt: skip
-COMPARED = ("model", "parallel", "optimizer", "tokenizer", "data", "training")
-"""Sections of the arguments that are compared; what is saved, logged and computed again changes no number."""
 
 
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -50,9 +50,9 @@ def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Mapping[str, An
     """
     return [
         f"--{name.replace('_', '-')} was {_said(saved[name])}, is {_said(value)}"
-        for section in COMPARED
+        for section, unimportant in WITHOUT_EFFECT.items()
         for name, value in now[section].items()
-        if name not in WITHOUT_EFFECT[section] and name in saved and _plain(saved[name]) != _plain(value)
+        if name not in unimportant and name in saved and _plain(saved[name]) != _plain(value)
     ]
 
 

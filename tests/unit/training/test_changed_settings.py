@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron.training.arguments import parse_arguments
-from megatron.training.changed_settings import COMPARED, WITHOUT_EFFECT, changed_settings
+from megatron.training.changed_settings import WITHOUT_EFFECT, changed_settings
 from megatron.training.checkpointing import Progress, checkpoint_namespace
 
 FLAGS = """--num-layers 2 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --num-experts 2 --vocab-size 64
@@ -50,13 +50,13 @@ def test_what_changes_nothing_is_not_named() -> None:
 
 def test_every_setting_is_named_or_known_to_be_without_effect() -> None:
     now = settings()
-    for section in COMPARED:
+    for section in WITHOUT_EFFECT:
         unknown = set(WITHOUT_EFFECT[section]) - now[section].keys()
         assert not unknown, f"{section} has no {unknown}"
         named = changed_settings(
-            dict.fromkeys(now[section], "another"), {**{s: {} for s in COMPARED}, section: now[section]}
+            dict.fromkeys(now[section], "another"), {**{s: {} for s in WITHOUT_EFFECT}, section: now[section]}
         )
         assert len(named) == len(now[section]) - len(WITHOUT_EFFECT[section])
     known = stored()
-    missing = [name for section in COMPARED for name in now[section] if name not in known]
+    missing = [name for section in WITHOUT_EFFECT for name in now[section] if name not in known]
     assert not missing, "not in a checkpoint, so never compared"
