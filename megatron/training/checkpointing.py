@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from megatron.training.checkpoint_source import CheckpointSource, LoadedState, c
 from megatron.training.checkpoint_steps import remove_leftovers, remove_old_steps
 from megatron.training.config import Arguments
 from megatron.training.global_checkpoints import checkpoint_shards, load_state, plain_state, rng_shards
-from megatron.training.initialize import SharedError, print_once, together
+from megatron.training.initialize import SharedError, largest, print_once, together
 from megatron.training.progress import Progress
 from megatron.training.rank_checkpoints import interchange_layout, load_rank_file, rank_file_writer
 
@@ -119,7 +118,7 @@ class CheckpointSaver:
         if self._writer is None:
             return
         # asked after every step: two numbers, and only what has failed is told in words
-        writing, failed = _largest((self._writer.is_alive(), self._writer.error is not None), self.groups)
+        writing, failed = largest((self._writer.is_alive(), self._writer.error is not None), self.groups)
         if failed or not writing:
             writer, self._writer = self._writer, None
             try:
@@ -187,14 +186,6 @@ class CheckpointSaver:
         self._writer = None
         if self.groups.world.is_first:
             interchange.abandon_step(self._root, self._iteration)
-
-
-def _largest(values: tuple[float, ...], groups: ProcessGroups) -> list[float]:
-    """The largest of each value over all ranks, on every rank."""
-    largest = torch.tensor(values, dtype=torch.float64)
-    if groups.control.size > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=groups.control.handle)
-    return largest.tolist()  # type: ignore[no-any-return]
 
 
 def _gather_to_first(value: T, groups: ProcessGroups) -> list[T]:

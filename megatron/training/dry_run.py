@@ -78,10 +78,13 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             changed = replace(arguments, parallel=parallel)
             return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False)
 
-        optimizer, sharded = (_optimizer_bytes(build(distributed)) for distributed in (False, True))
+        distributed = arguments.parallel.use_distributed_optimizer
         with LiveMemory(META.type) as memory:
-            trainer = build(arguments.parallel.use_distributed_optimizer)
+            trainer = build(distributed)
             step = step_memory(trainer, memory)
+        optimizer, sharded = (
+            _optimizer_bytes(trainer if either == distributed else build(either)) for either in (False, True)
+        )
         single = replace(arguments, parallel=ParallelConfig())
         assert arguments.model.vocab_size is not None
         whole = model_provider(single, ProcessGroups(), META, whole_model(arguments.model.num_layers))

@@ -253,6 +253,14 @@ def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
     return result  # type: ignore[return-value]
 
 
+def largest(values: tuple[float, ...], groups: ProcessGroups) -> list[float]:
+    """The largest of each value over all ranks, on every rank; collective."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    if groups.control.size > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=groups.control.handle)
+    return numbers.tolist()  # type: ignore[no-any-return]
+
+
 def print_once(groups: ProcessGroups, text: str) -> None:
     """Prints on the first rank; what cannot be printed, on a disk that is full for example, stops nothing."""
     if groups.world.is_first:

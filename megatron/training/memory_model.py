@@ -6,14 +6,14 @@ allocator take besides is estimated by a rule.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron.core.microbatch import GradientFactors, Microbatch
+from megatron.core.microbatch import Microbatch
+from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import CHANNEL_CTAS, Group, ProcessGroups
-from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.transformer.moe.exchange import gather_counts
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -21,6 +21,7 @@ from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
 from megatron.training.loader import Batch
 from megatron.training.metrics import MicrobatchResult, average_over_ranks
+from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.setup import Trainer
 
 MIB, GIB = 2**20, 2**30
@@ -109,38 +110,26 @@ def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
     `memory` is active, and was when the trainer was built.
     """
     spread_evenly(trainer)
-    groups, arguments, chunks = trainer.groups, trainer.arguments, list(trainer.model)
-    number = enough_microbatches(trainer.pipeline, groups.pp.rank, trainer.num_microbatches)
-    factors = GradientFactors(
-        loss_scale=trainer.optimizer.scaler.scale, num_microbatches=number, dp=groups.dp.size, cp=groups.cp.size
-    )
-    source = batches_without_values(arguments, trainer.device)
-    held: dict[int, Batch] = {}
+    chunks = list(trainer.model)
+    number = enough_microbatches(trainer.pipeline, trainer.groups.pp.rank, trainer.num_microbatches)
     kept = [0] * len(chunks)
 
-    def run_chunk(microbatch: int, chunk: int, hidden: Tensor | None) -> tuple[Tensor, MicrobatchResult]:
-        if chunk == 0:
-            held[microbatch] = next(source)
-        batch = held[microbatch] if chunk < len(chunks) - 1 else held.pop(microbatch)
+    def watched(
+        model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
+    ) -> tuple[Tensor, MicrobatchResult]:
         before = memory.live
-        result = trainer.forward_step(chunks[chunk], batch, hidden, Microbatch(factors=factors))
-        kept[chunk] = memory.live - before
+        result = trainer.forward_step(model, batch, hidden, microbatch)
+        kept[chunks.index(model)] = memory.live - before
         return result
 
     state = memory.peak = memory.live
     trainer.buffers.start_step(number)
-    results = forward_backward(
-        run_chunk,
-        pipeline=trainer.pipeline,
-        rank=groups.pp.rank,
-        num_microbatches=number,
-        link=trainer.link,
-        overlap=not arguments.parallel.no_overlap_p2p_communication,
-    )
+    source = batches_without_values(trainer.arguments, trainer.device)
+    scale = trainer.optimizer.scaler.scale
+    results = run_microbatches(replace(trainer, forward_step=watched), source, number, loss_scale=scale)
     trainer.buffers.finalize()
-    losses = [result.loss for result in results if result.loss is not None]
-    trainer.optimizer.step(trainer.schedule.rates(0), torch.stack(losses).sum() if losses else None)
-    average_over_ranks(results, number, groups, arguments.model, trainer.device)
+    trainer.optimizer.step(trainer.schedule.rates(0), sum_of_losses(results))
+    average_over_ranks(results, number, trainer.groups, trainer.arguments.model, trainer.device)
     trainer.buffers.wait_for_parameters()
     return StepMemory(state=state, peak=memory.peak, kept=tuple(kept))
 

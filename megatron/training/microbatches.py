@@ -47,3 +47,9 @@ def run_microbatches(
         forward_only=forward_only,
         overlap=not trainer.arguments.parallel.no_overlap_p2p_communication,
     )
+
+
+def sum_of_losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
+    """A number that is finite if the losses of this rank's microbatches are; None on a rank without losses."""
+    losses = [result.loss for result in results if result.loss is not None]
+    return torch.stack(losses).sum() if losses else None

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.flops import training_flops_per_token
@@ -34,6 +33,7 @@ from megatron.training.initialize import (
     SharedError,
     check_kernels,
     choose_device,
+    largest,
     on_first,
     print_once,
     run,
@@ -42,8 +42,8 @@ from megatron.training.initialize import (
     time_to_save,
     together,
 )
-from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks
-from megatron.training.microbatches import run_microbatches
+from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
+from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.peak import peak_tflops
 from megatron.training.save_folder import check_log_files, open_save_folder
 from megatron.training.setup import (
@@ -155,12 +155,6 @@ def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
     return model
 
 
-def _losses(results: list[MicrobatchResult]) -> torch.Tensor | None:
-    """A number that is finite if the losses of this rank's microbatches are."""
-    losses = [result.loss for result in results if result.loss is not None]
-    return torch.stack(losses).sum() if losses else None
-
-
 def _set_expert_share(trainer: Trainer, progress: Progress) -> None:
     """Tells routers with `global_aux_loss` how the last step's tokens were shared out."""
     if progress.tokens_per_expert is None:
@@ -188,7 +182,7 @@ def train_step(
     results = run_microbatches(trainer, source, num_microbatches, progress.consumed_samples, scale)
     trainer.buffers.finalize()
     rates = trainer.schedule.rates(progress.scheduled_samples)
-    update = trainer.optimizer.step(rates, _losses(results))
+    update = trainer.optimizer.step(rates, sum_of_losses(results))
     model = trainer.arguments.model
     busy = trainer.monitor.busy_seconds() if trainer.monitor is not None else 0.0
     averages = average_over_ranks(results, num_microbatches, trainer.groups, model, trainer.device, wants_stop(), busy)
@@ -287,7 +281,7 @@ def train(
         if saver is not None and interval and iteration % interval == 0:
             _save(saver, trainer, progress)
             saved_at = iteration
-            stop = stop or _any_rank(stop_signal.received, trainer.groups)
+            stop = stop or largest((stop_signal.received,), trainer.groups)[0] > 0
         # who asked to stop may not wait for an evaluation
         due = training.eval_interval and iteration % training.eval_interval == 0 and not stop
         if validation_set is not None and due:
@@ -308,14 +302,6 @@ def train(
         print_once(trainer.groups, stop_signal.farewell)
     if log is not None:
         log.close()
-
-
-def _any_rank(wanted: bool, groups: ProcessGroups) -> bool:
-    """Whether any rank wants it; collective."""
-    wishes = torch.tensor(float(wanted))
-    if groups.control.size > 1:
-        dist.all_reduce(wishes, group=groups.control.handle)
-    return wishes.item() > 0
 
 
 def _farewell(arguments: Arguments, iteration: int, last: int, stop_signal: StopSignal) -> str:
