@@ -11,28 +11,17 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
-from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
-from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.recompute import RecomputeConfig
+from megatron.core.config import ModelConfig
 from megatron.training.compatibility import (
     COMPATIBILITY_FLAGS,
     check_compatibility,
     take_expert_width,
     with_values_of_ours,
 )
-from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
+from megatron.training.config import Arguments
 
-_SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "parallel": ParallelConfig,
-    "recompute": RecomputeConfig,
-    "optimizer": OptimizerConfig,
-    "tokenizer": TokenizerConfig,
-    "data": DataConfig,
-    "training": TrainingConfig,
-    "checkpoint": CheckpointConfig,
-    "logging": LoggingConfig,
-}
+SECTIONS: dict[str, type] = typing.get_type_hints(Arguments)
+"""The groups of flags, each a dataclass."""
 
 # Fields that describe the weights themselves, which --use-checkpoint-args takes from the checkpoint.
 SHAPE_FIELDS = (
@@ -76,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for section, config_class in _SECTIONS.items():
+    for section, config_class in SECTIONS.items():
         group = parser.add_argument_group(section, config_class.__doc__)
         sentences = field_help(config_class)
         for field in dataclasses.fields(config_class):
@@ -154,7 +143,7 @@ def parse_arguments(
                 if field.name in given
             }
         )
-        for section, config_class in _SECTIONS.items()
+        for section, config_class in SECTIONS.items()
     }
     arguments = Arguments(**sections)
     _check_together(arguments)
