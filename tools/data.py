@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.blended_dataset import blend_summary, build_train_valid_test_datasets, source_table
 from megatron.core.datasets.description import DatasetDescription, description_path, file_sha256, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -174,7 +176,8 @@ def show(args: argparse.Namespace) -> None:
         raise ValueError(f"{indexed.prefix} has documents 0 to {count - 1}: there is no document {args.first}")
     tokenizer: Tokenizer | None = None
     if args.tokenizer_model or args.vocab_file or args.tokenizer_type == "NullTokenizer":
-        tokenizer = build_tokenizer(args, args.vocab_size)
+        flags = {field.name: getattr(args, field.name) for field in fields(TokenizerConfig)}
+        tokenizer = build_tokenizer(TokenizerConfig(**flags), args.vocab_size)
         description = read_description(indexed.prefix)
         differences = description.tokenizer_differences(tokenizer.identity) if description else []
         if differences:

@@ -274,13 +274,14 @@ class ParallelConfig:
             )
 
 
+TokenizerType = Literal["PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Which tokenizer, and where its files are."""
 
-    tokenizer_type: Literal["PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer"] = (
-        "PretrainedTokenizerFromHF"
-    )
+    tokenizer_type: TokenizerType = "PretrainedTokenizerFromHF"
     """Hugging Face folder, sentencepiece model, GPT-2 vocabulary and merges, or none (text is numbers)."""
     tokenizer_model: str | None = None
     """Folder of a Hugging Face tokenizer (or a file in it), or a sentencepiece tokenizer.model."""

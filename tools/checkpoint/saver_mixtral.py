@@ -26,6 +26,7 @@ from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import abandon_step
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
+from megatron.core.tokenizers import TOKENIZER_TYPES
 from tools.checkpoint.model_folder import Target, open_target, usable_file
 from tools.checkpoint.stream import (
     CheckedSource,
@@ -39,8 +40,6 @@ from tools.checkpoint.stream import (
 )
 from tools.checkpoint.torch_writer import TorchFile
 from tools.checkpoint.writers import TensorPlan
-
-TOKENIZER_TYPES = ("PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
 
 
 def layer_counts(text: str) -> list[int]:

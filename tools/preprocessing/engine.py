@@ -149,8 +149,8 @@ class TokenizersEngine:
 
 def reference_name(tokenizer: Tokenizer) -> str:
     """The backend that the tokenizer itself is, or "reference" for one of our own."""
-    names = {"TokenizerFromJson": "hf", "TransformersTokenizer": "hf", "SentencePieceTokenizer": "sentencepiece"}
-    return names.get(type(tokenizer).__name__, "reference")
+    names = {"tokenizer.json": "hf", "transformers": "hf", "tokenizer.model": "sentencepiece"}
+    return names.get(tokenizer.file_format, "reference")
 
 
 def make_engine(name: str, reference: Tokenizer, source: str | None) -> Engine:
@@ -172,25 +172,25 @@ def engine_source(name: str, reference: Tokenizer) -> str | None:
     if name == reference_name(reference):
         return None
     paths = [Path(path) for path in getattr(reference, "paths", ())]
-    kind = type(reference).__name__
+    kind = reference.file_format
     if name == "sentencepiece":
         model = paths[0].parent / "tokenizer.model" if paths else None
         if model is None or not model.is_file():
             raise EngineUnavailable("there is no tokenizer.model for sentencepiece")
         return str(model)
-    if kind == "GPT2BPETokenizer":
+    if kind == "gpt2":
         return _gpt2_json(*paths)
-    if name == "hf" and kind == "SentencePieceTokenizer":
+    if name == "hf" and kind == "tokenizer.model":
         raise EngineUnavailable(
             "there is no tokenizer.json, and what `tokenizers` makes of a tokenizer.model gives other ids"
         )
-    if name == "gigatoken" and kind == "TokenizerFromJson":
+    if name == "gigatoken" and kind == "tokenizer.json":
         return read_text(paths[0])
-    if name == "gigatoken" and kind == "TransformersTokenizer":
+    if name == "gigatoken" and kind == "transformers":
         return _transformers_json(reference)
-    if name == "gigatoken" and kind == "SentencePieceTokenizer":
+    if name == "gigatoken" and kind == "tokenizer.model":
         return _sentencepiece_json(paths[0])
-    raise EngineUnavailable(f"{name} cannot run a tokenizer of type {kind}")
+    raise EngineUnavailable(f"{name} cannot run a tokenizer of type {type(reference).__name__}")
 
 
 def _transformers_json(tokenizer: Any) -> str:

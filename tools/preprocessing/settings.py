@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.description import Origin
 from megatron.core.datasets.indexed_dataset import optimal_dtype
 from megatron.core.tokenizers import Tokenizer
@@ -14,15 +15,10 @@ from tools.preprocessing.inputs import Input
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFlags:
+class TokenizerFlags(TokenizerConfig):
     """What `build_tokenizer` needs."""
 
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    vocab_file: str | None = None
-    merge_file: str | None = None
     vocab_size: int | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

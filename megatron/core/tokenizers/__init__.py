@@ -1,11 +1,17 @@
 """Tokenizers behind one small interface; each is imported only when it is asked for."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
+
+from megatron.core.config import TokenizerConfig, TokenizerType
+from megatron.core.tokenizers.identity import FileFormat
 
 
 class Tokenizer(Protocol):
     """What training and preprocessing need from a tokenizer. No token is ever added to a text by itself."""
+
+    file_format: FileFormat
+    """What it is made from, for tools that run the same files with another library."""
 
     @property
     def vocab_size(self) -> int:
@@ -37,22 +43,7 @@ class Tokenizer(Protocol):
         """Text of token ids."""
 
 
-class TokenizerSettings(Protocol):
-    """The fields of `TokenizerConfig`, which is not imported here because it needs torch."""
-
-    @property
-    def tokenizer_type(self) -> str: ...
-    @property
-    def tokenizer_model(self) -> str | None: ...
-    @property
-    def vocab_file(self) -> str | None: ...
-    @property
-    def merge_file(self) -> str | None: ...
-    @property
-    def trust_remote_code(self) -> bool: ...
-
-
-TOKENIZER_TYPES = ("PretrainedTokenizerFromHF", "Llama2Tokenizer", "GPT2BPETokenizer", "NullTokenizer")
+TOKENIZER_TYPES: tuple[str, ...] = get_args(TokenizerType)
 
 
 def _required(kind: str, flag: str, value: str | None) -> str:
@@ -61,7 +52,7 @@ def _required(kind: str, flag: str, value: str | None) -> str:
     return value
 
 
-def build_tokenizer(config: TokenizerSettings, vocab_size: int | None = None) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer that `config` asks for; `vocab_size` is for NullTokenizer, which has no files to take it from.
 
     Raises ValueError or FileNotFoundError, naming the flag or the file, if it cannot be built.

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from megatron.core.text_files import read_object, read_text
-from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 from megatron.core.tokenizers.settings import checked_size
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +29,8 @@ def bytes_to_characters() -> dict[int, str]:
 
 class GPT2BPETokenizer:
     """GPT-2's tokenizer; `<|endoftext|>` ends documents and is never read out of a text."""
+
+    file_format: FileFormat = "gpt2"
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         self.paths = [Path(vocab_file), Path(merge_file)]

@@ -3,7 +3,10 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+FileFormat = Literal["tokenizer.json", "transformers", "tokenizer.model", "gpt2", "none"]
+"""What a tokenizer is made from."""
 
 
 def tokenizer_identity(kind: str, vocab_size: int, eod: int, files: Iterable[Path] = ()) -> dict[str, Any]:

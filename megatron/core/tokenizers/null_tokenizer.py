@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 
 
 class NullTokenizer:
@@ -11,6 +11,7 @@ class NullTokenizer:
 
     bos = None
     added_tokens = ()
+    file_format: FileFormat = "none"
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 1:

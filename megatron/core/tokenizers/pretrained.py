@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
-from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 from megatron.core.tokenizers.settings import FLAGS, added_tokens, checked_size, content, named_tokens, read_settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -132,6 +132,8 @@ def _transformers_tokenizer(folder: Path, trust_remote_code: bool) -> Tokenizer:
 
 class TokenizerFromJson:
     """A tokenizer.json, run by the `tokenizers` library."""
+
+    file_format: FileFormat = "tokenizer.json"
 
     def __init__(self, path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
         self.paths = [path]

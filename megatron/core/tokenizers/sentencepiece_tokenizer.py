@@ -7,7 +7,7 @@ from typing import Any
 
 import sentencepiece
 
-from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 
 
 def _load(path: Path) -> Any:
@@ -36,6 +36,8 @@ class SentencePieceTokenizer:
     `eos_token` and `bos_token` name the pieces where the folder's configuration does; else the model's own are taken.
     Special tokens written out in a text ("</s>") are ordinary text.
     """
+
+    file_format: FileFormat = "tokenizer.model"
 
     def __init__(self, model_file: str | Path, eos_token: str | None = None, bos_token: str | None = None) -> None:
         self.paths = [Path(model_file)]

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron.core.text_files import read_text
-from megatron.core.tokenizers.identity import tokenizer_identity
+from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 from megatron.core.tokenizers.settings import checked_size
 
 _FILES = (
@@ -36,6 +36,8 @@ def _without_marks(folder: Path) -> Iterator[Path]:
 
 class TransformersTokenizer:
     """transformers' AutoTokenizer on a local folder; slow to start, for folders that need its code."""
+
+    file_format: FileFormat = "transformers"
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         self._folder = folder
