@@ -5,7 +5,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -104,6 +105,19 @@ def read_text(path: str | os.PathLike[str], largest: int | None = None) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+class DuplicateNameError(Exception):
+    """A name that a JSON object has twice; its text may be printed."""
+
+
+def without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of json.loads. Raises DuplicateNameError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise DuplicateNameError(ascii(shortened(next(name for name in found if counts[name] > 1))))
+    return found
 
 
 def read_json(path: str | os.PathLike[str], largest: int | None = None) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.interchange.element_types import STORED_AS
 from megatron.core.interchange.stored_tensor import StoredTensor
+from megatron.core.text_files import DuplicateNameError, without_duplicates
 
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {theirs: ours for ours, theirs in DTYPE_NAMES.items()}
@@ -47,7 +48,9 @@ def _read(path: Path) -> dict[str, StoredTensor]:
     if text.count(b"[") + text.count(b"{") > length // _BYTES_A_BRACKET + 100:
         raise _DamageError("its header holds other things than tensors")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except DuplicateNameError as error:
+        raise _DamageError(f"its header names {error} twice") from None
     except ValueError as error:
         raise _DamageError(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -65,15 +68,6 @@ def _read(path: Path) -> dict[str, StoredTensor]:
         position = end
     if position != size - 8 - length:
         raise _DamageError(f"its tensors are {position} bytes, but the file has {size - 8 - length} after the header")
-    return found
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise _DamageError(f"its header names {reprlib.repr(twice)} twice")
     return found
 
 

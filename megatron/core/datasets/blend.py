@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.core.atomic_files import error_sentence
-from megatron.core.text_files import LARGEST_LIST, read_text, shortened
+from megatron.core.text_files import LARGEST_LIST, DuplicateNameError, read_text, shortened, without_duplicates
 
 if TYPE_CHECKING:
     from megatron.core.config import DataConfig
@@ -143,26 +143,13 @@ def _read_text(flag: str, path: str) -> str:
         raise ValueError(f"{flag} {path} cannot be read: {error_sentence(error)}") from error
 
 
-class _TwiceError(Exception):
-    """A key that an object has twice."""
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for number, (key, _) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:number]):
-            raise _TwiceError(ascii(shortened(key)))
-        if number >= len(SPLITS):  # it is refused anyway
-            break
-    return dict(pairs)
-
-
 def _per_split_file(path: str) -> list[Sequence[str]]:
     """Data path arguments of train, valid and test from a JSON object with these keys."""
     try:
-        content = json.loads(_read_text("--per-split-data-args-path", path), object_pairs_hook=_each_once)
+        content = json.loads(_read_text("--per-split-data-args-path", path), object_pairs_hook=without_duplicates)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--per-split-data-args-path {path} is not JSON: {error}") from error
-    except _TwiceError as error:
+    except DuplicateNameError as error:
         raise ValueError(f"--per-split-data-args-path {path} has {error} twice: put all of it in one list") from None
     known = isinstance(content, dict) and any(content.values()) and content.keys() <= set(SPLITS)
     lists = list(content.values()) if known else []
