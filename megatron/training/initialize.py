@@ -32,6 +32,8 @@ from megatron.training.step_monitor import StepMonitor
 T = TypeVar("T")
 # How long a rank that has lost a connection waits for the word of the one that ended, in seconds.
 _WORD_PATIENCE = 2.0
+# How long a rank with an error that all share waits for the first one to report it, in seconds.
+_SPEAKER_PATIENCE = 30.0
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,8 @@ def _run(
         if alone or speaker:
             who = f"rank {environment.rank}: " if alone and environment.world_size > 1 else ""
             ending.leave(1, f"error: {who}{sentence}", reason=sentence)
-        time.sleep(1)  # torchrun ends all ranks when one is gone, and the first must have spoken by then
-        ending.leave(1, tell=False)
+        _await_speaker(ending, stop_signal)
+        ending.leave(1, f"error: rank {environment.rank}: {sentence}", reason=sentence)
     except KeyboardInterrupt:
         ending.leave(130, INTERRUPTED if environment.local_rank == 0 else "", reason="interrupted")
     except StoppedAtStart:
@@ -316,6 +318,19 @@ def _run(
         raise
     except Exception as error:
         _leave_after(error, environment, ending)
+
+
+def _await_speaker(ending: Ending, stop_signal: StopSignal) -> None:
+    """Ends this rank when the first one has spoken and torchrun or its word ends the others; returns if it does not.
+
+    torchrun ends all ranks when one is gone, and the first one may still be importing its libraries.
+    """
+    if stop_signal.release():
+        ending.leave(1, tell=False)
+    deadline = time.monotonic() + _SPEAKER_PATIENCE
+    while time.monotonic() < deadline:
+        ending.follow()
+        time.sleep(0.1)
 
 
 def _leave_words(environment: Environment, stop_signal: StopSignal) -> None:

@@ -96,6 +96,13 @@ class StopSignal:
             for number in STOPS:
                 signal.signal(number, signal.SIG_IGN)
 
+    def release(self) -> bool:
+        """Lets the signals end the process at once, as they do by default; whether one has come already."""
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        return self.received or bool(_early)
+
     def join(self) -> None:
         """Says that the ranks know of each other: until the first step a signal ends all of them at once."""
         self._joined = True

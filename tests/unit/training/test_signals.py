@@ -147,6 +147,44 @@ def test_a_main_thread_that_hangs_in_a_library_is_ended(flags: list[str], number
     assert process.returncode == status and words in output
 
 
+WAITING = """
+import sys, time
+from megatron.training import initialize
+from megatron.training.signals import remember_signals
+remember_signals(sys.argv)
+def sleep(seconds, sleep=time.sleep):
+    print("waits", flush=True)
+    sleep(seconds)
+time.sleep = sleep
+if "alone" in sys.argv:
+    initialize._SPEAKER_PATIENCE = 0.5
+def main(environment, ending, stop_signal):
+    raise ValueError("--lr is wrong")
+initialize.run(main)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--exit-signal-handler"], ["alone"]])
+def test_an_error_that_all_share_is_left_to_the_first_rank_as_long_as_that_starts(flags: list[str]) -> None:
+    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *flags],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "waits\n"
+    if "alone" not in flags:  # as torchrun does once the first rank has spoken
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    if "alone" in flags:
+        assert (process.returncode, errors) == (1, "error: rank 1: --lr is wrong\n")
+    else:
+        assert (process.returncode, errors) == (-signal.SIGTERM, "")
+
+
 @pytest.mark.parametrize(
     ("version", "waits", "words"),
     [("2.11.0+cu128", True, "install torch 2.12"), ("2.13.0", False, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900")],
