@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.fusions.swiglu import swiglu
 from megatron.core.host_memory import keep_freed_memory
-from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, grid_sizes, network_error
+from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, network_error
 from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments
 from megatron.training.ending import Ending
@@ -136,9 +136,7 @@ def check_kernels(device: torch.device) -> None:
 
 
 def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
-    """Joins the job and builds this process's groups. Raises ValueError if the layout does not fit the world size."""
-    dense, _ = grid_sizes(arguments.parallel, environment.world_size)
-    arguments.training.batches(dense["dp"])
+    """Joins the job and builds this process's groups."""
     if arguments.training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # sums inside the network switches come in any order

@@ -27,6 +27,7 @@ from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
+from megatron.training.run_plan import RunPlan, plan_run
 from megatron.training.step_monitor import StepMonitor
 
 
@@ -123,37 +124,6 @@ def _same_data(saved: dict[str, str], found: dict[str, str]) -> dict[str, str]:
     return found
 
 
-def build_schedule(arguments: Arguments, batches: BatchSchedule) -> LearningRateSchedule:
-    """Learning rate and weight decay by samples. Raises ValueError if warm-up and decay do not fit together."""
-    config = arguments.optimizer
-    total = arguments.training.total_samples(batches)
-    decay = config.lr_decay_samples or batches.samples_after(config.lr_decay_iters or 0) or total
-    warmup = config.lr_warmup_samples or batches.samples_after(config.lr_warmup_iters)
-    if config.lr_warmup_fraction is not None:
-        warmup = int(config.lr_warmup_fraction * decay)
-    last_phase = config.lr_wsd_decay_samples or 0
-    if config.lr_wsd_decay_iters:
-        # the last so many of the iterations up to the end of the decay
-        iterations = config.lr_decay_iters or arguments.training.train_iters or 0
-        last_phase = decay - batches.samples_after(max(0, iterations - config.lr_wsd_decay_iters))
-    return LearningRateSchedule.from_config(
-        config,
-        warmup_samples=warmup,
-        decay_samples=decay,
-        wsd_decay_samples=last_phase,
-        weight_decay_samples=total,
-    )
-
-
-def build_pipeline(arguments: Arguments, batches: BatchSchedule) -> Pipeline:
-    """The shape of the pipeline. Raises ValueError if it cannot take the microbatches of some step."""
-    ranks = arguments.parallel.stages(arguments.model.num_layers)
-    pipeline = Pipeline(len(ranks), len(ranks[0]))
-    for batch_size in batches.sizes:
-        pipeline.check_microbatches(batch_size // batches.unit)
-    return pipeline
-
-
 def build_trainer(
     arguments: Arguments,
     groups: ProcessGroups,
@@ -161,14 +131,14 @@ def build_trainer(
     model_provider: ModelProvider,
     forward_step: ForwardStep,
     initialize: bool = True,
+    plan: RunPlan | None = None,
 ) -> Trainer:
-    """Model, gradient buffers, optimizer, schedule and pipeline link of this rank.
+    """Model, gradient buffers, optimizer and pipeline link of this rank, for the `plan` if there is one already.
 
     Without `initialize` the weights are left as they come, for a checkpoint to be loaded into.
     """
     training = arguments.training
-    batches = training.batches(groups.dp.size)
-    pipeline = build_pipeline(arguments, batches)
+    plan = plan or plan_run(arguments, groups.dp.size)
     stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
     model = ModelChunks(model_provider(arguments, groups, device, stage) for stage in stages)
     if initialize:
@@ -191,11 +161,11 @@ def build_trainer(
         model=model,
         buffers=buffers,
         optimizer=MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, groups),
-        schedule=build_schedule(arguments, batches),
+        schedule=plan.schedule,
         forward_step=forward_step,
-        pipeline=pipeline,
+        pipeline=plan.pipeline,
         link=link,
-        batches=batches,
+        batches=plan.batches,
     )
 
 

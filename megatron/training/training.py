@@ -11,7 +11,7 @@ import torch
 
 from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.flops import training_flops_per_token
-from megatron.core.parallel_state import ProcessGroups
+from megatron.core.parallel_state import ProcessGroups, grid_sizes
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
@@ -45,6 +45,7 @@ from megatron.training.initialize import (
 from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
 from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.peak import peak_tflops
+from megatron.training.run_plan import RunPlan, plan_run
 from megatron.training.save_folder import check_log_files, open_save_folder
 from megatron.training.setup import (
     Batch,
@@ -54,8 +55,6 @@ from megatron.training.setup import (
     Trainer,
     batches,
     build_datasets,
-    build_pipeline,
-    build_schedule,
     build_trainer,
     settle_resumed_schedule,
 )
@@ -94,6 +93,8 @@ def _pretrain(
         )
     stop_signal = stop_signal or StopSignal()
     device = choose_device(arguments.training.device, environment)
+    dense, _ = grid_sizes(arguments.parallel, environment.world_size)
+    plan = plan_run(arguments, dense["dp"])
     groups = start_distributed(arguments, environment, device)
     monitor = start_monitor(arguments, groups, ending, stop_signal)
     stop_signal.join()
@@ -104,9 +105,8 @@ def _pretrain(
         for remark in (*remarks, time_to_save(arguments, environment, torch.__version__)):
             if remark is not None:
                 print_once(groups, f"note: {remark}")
-        _start_and_train(
-            arguments, groups, device, (model_provider, datasets_provider, forward_step), monitor, stop_signal, lock
-        )
+        providers = (model_provider, datasets_provider, forward_step)
+        _start_and_train(arguments, plan, groups, device, providers, monitor, stop_signal, lock)
     finally:
         if lock is not None:
             lock.release()
@@ -116,6 +116,7 @@ def _pretrain(
 
 def _start_and_train(
     arguments: Arguments,
+    plan: RunPlan,
     groups: ProcessGroups,
     device: torch.device,
     providers: tuple[ModelProvider, DatasetsProvider, ForwardStep],
@@ -126,12 +127,10 @@ def _start_and_train(
     model_provider, datasets_provider, forward_step = providers
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
     model = together(lambda: _with_vocabulary(arguments.model, tokenizer.vocab_size), groups)
-    together(lambda: build_schedule(arguments, arguments.training.batches(groups.dp.size)), groups)
-    together(lambda: build_pipeline(arguments, arguments.training.batches(groups.dp.size)), groups)
     arguments = replace(arguments, model=model)
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
-    trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
+    trainer = build_trainer(arguments, groups, device, model_provider, forward_step, source is None, plan)
     progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
     trainer = replace(settle_resumed_schedule(trainer, progress), monitor=monitor)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)

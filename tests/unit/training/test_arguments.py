@@ -3,13 +3,12 @@
 import dataclasses
 
 import pytest
-import torch
 
 from megatron.core.config import ModelConfig
+from megatron.core.parallel_state import grid_sizes
 from megatron.training.arguments import SECTIONS, build_parser, field_help, parse_arguments
 from megatron.training.compatibility import COMPATIBILITY_FLAGS
 from megatron.training.config import TrainingConfig
-from megatron.training.initialize import Environment, start_distributed
 
 # The arguments of the official Megatron-LM example for Mixtral 8x7B, at the layout of 16 GPUs.
 OFFICIAL_SCRIPT = """
@@ -143,4 +142,4 @@ def test_one_process_does_not_take_the_experts_of_four() -> None:
     layout = "--expert-model-parallel-size 4 --micro-batch-size 1 --global-batch-size 4"
     arguments, _ = parse_arguments(f"{model} {layout}".split())
     with pytest.raises(ValueError, match=r"world size 1 is not divisible by .*expert \(4\)"):
-        start_distributed(arguments, Environment(0, 1, 0, 1), torch.device("cpu"))
+        grid_sizes(arguments.parallel, 1)
