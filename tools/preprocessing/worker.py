@@ -130,11 +130,6 @@ class Encoder:
         self._blocks = 0
         self._memory_limit = _MEMORY_OF_WORKER + _MEMORY_OF_ALL // settings.workers
 
-    @property
-    def engine_name(self) -> str:
-        """The backend that encodes."""
-        return self._engine.name
-
     def encode(self, block: Block) -> Result:
         """The documents of a block for each key, and the lines that are none."""
         if block.broken:
