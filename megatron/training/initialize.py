@@ -22,10 +22,10 @@ from megatron.core.fusions.swiglu import swiglu
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, network_error
 from megatron.core.text_files import terminal_output
-from megatron.training.config import Arguments
+from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.ending import Ending
 from megatron.training.loader import worker_killed
-from megatron.training.restarts import agree_on_round
+from megatron.training.restarts import agree_on_round, all_or_none
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
 from megatron.training.step_monitor import StepMonitor
 
@@ -100,25 +100,22 @@ def choose_device(setting: str, environment: Environment) -> torch.device:
     if gpus == 1:
         return torch.device("cuda", 0)
     if gpus < environment.local_world_size:
-        raise ValueError(_too_few_gpus(gpus, environment))
+        raise ValueError(
+            f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
+            "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
+        )
     return torch.device("cuda", environment.local_rank)
 
 
-def _too_few_gpus(gpus: int, environment: Environment) -> str:
-    return (
-        f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
-        "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
-    )
-
-
-def check_own_gpu(store: dist.Store, environment: Environment, identity: str) -> None:
-    """Raises ValueError on every rank of a machine if two of them have the GPU of one `identity`."""
-    first = environment.rank - environment.local_rank
-    keys = [f"gpu {environment.restarts}.{first + place}" for place in range(environment.local_world_size)]
-    store.set(keys[environment.local_rank], identity)
-    identities = {store.get(key) for key in keys}
-    if len(identities) < environment.local_world_size:
-        raise ValueError(_too_few_gpus(len(identities), environment))
+def claim_gpu(store: dist.Store, rank: int, identity: str) -> None:
+    """Raises ValueError if another rank, of whatever machine, has claimed the GPU of this `identity` before."""
+    owner = int(store.compare_set(f"gpu/{identity}", "", str(rank)))
+    if owner != rank:
+        raise ValueError(
+            f"ranks {owner} and {rank} have the same GPU ({identity}): start at most one process for each GPU "
+            "(torchrun --nproc-per-node; under other launchers LOCAL_RANK or CUDA_VISIBLE_DEVICES must tell each "
+            "process its own), or add --device cpu"
+        )
 
 
 def check_kernels(device: torch.device) -> None:
@@ -135,9 +132,10 @@ def check_kernels(device: torch.device) -> None:
         ) from error
 
 
-def start_distributed(arguments: Arguments, environment: Environment, device: torch.device) -> ProcessGroups:
-    """Joins the job and builds this process's groups."""
-    if arguments.training.deterministic_mode:
+def _take_device(training: TrainingConfig, environment: Environment, store: dist.Store | None) -> torch.device:
+    """Chooses this process's device and sets the libraries up for it. Raises ValueError if there is none for it."""
+    device = choose_device(training.device, environment)
+    if training.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # sums inside the network switches come in any order
         algorithm = os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
@@ -148,30 +146,42 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
         torch.use_deterministic_algorithms(True)
         # it would write NaN into every buffer and message before use, and what is read here has been written
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.manual_seed(arguments.training.seed)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # the control group of many ranks cannot connect each to all others. Not on the CPU, where stages exchange their
-        # messages over gloo too: a rank would begin its first one only when the other side does
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        # it is about messages in groups that also have collectives; channels of the pipeline have none
-        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
-    else:
+    if device.type == "cpu":
         keep_freed_memory()
+        return device
+    torch.cuda.set_device(device)
+    if store is not None:
+        claim_gpu(store, environment.rank, str(torch.cuda.get_device_properties(device).uuid))
+    # the control group of many ranks cannot connect each to all others. Not on the CPU, where stages exchange their
+    # messages over gloo too: a rank would begin its first one only when the other side does
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # it is about messages in groups that also have collectives; channels of the pipeline have none
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
+    return device
+
+
+def start_distributed(arguments: Arguments, environment: Environment) -> tuple[torch.device, ProcessGroups]:
+    """Takes a device, joins the job and builds this process's groups.
+
+    Raises ValueError on every rank if one of them gets no device.
+    """
+    torch.manual_seed(arguments.training.seed)
     if environment.world_size == 1:
-        return ProcessGroups()
+        return _take_device(arguments.training, environment, None), ProcessGroups()
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
-    # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
     store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
-    if device.type == "cuda" and torch.cuda.device_count() < environment.local_world_size:
-        check_own_gpu(store, environment, str(torch.cuda.get_device_properties(device).uuid))
+    # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
     start = f"restart {environment.restarts}"
     if environment.machines > 1:  # each machine counts its own restarts
         start = agree_on_round(store, environment.rank, environment.world_size, timeout)
+    store = dist.PrefixStore(start, store)
+    device = all_or_none(
+        lambda: _take_device(arguments.training, environment, store), store, environment.rank, environment.world_size
+    )
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(start, store),
+            store=store,
             rank=environment.rank,
             world_size=environment.world_size,
             timeout=timeout,
@@ -183,7 +193,7 @@ def start_distributed(arguments: Arguments, environment: Environment, device: to
         raise network_error(error) from error
     groups = build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
     connect_control(groups.control)
-    return groups
+    return device, groups
 
 
 def start_monitor(

@@ -1,13 +1,20 @@
-"""What the processes of several machines call the same start of a job."""
+"""What the processes of a job agree on in its store, before they can send each other messages."""
 
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron.core.atomic_files import error_sentence
+
+T = TypeVar("T")
+
 # Time between two looks of the first rank at who has come, in seconds.
 _INTERVAL = 0.1
+_GO = "go"
 
 
 def agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
@@ -44,6 +51,35 @@ def agree_on_round(store: dist.Store, rank: int, world_size: int, timeout: timed
     name = store.get(answer).decode()
     store.set(f"{name}/{rank}", "")
     return name
+
+
+def all_or_none(action: Callable[[], T], store: dist.Store, rank: int, world_size: int) -> T:
+    """Runs `action` on every rank; what it raises on any ends the start of all of them at once. Collective.
+
+    A rank on which it went well raises ValueError with the word of the first that failed. `store` is this start's own,
+    and its timeout bounds the wait for the others.
+    """
+    try:
+        result = action()
+    except Exception as error:
+        if isinstance(error, ValueError | OSError):
+            word = error_sentence(error)
+        else:
+            word = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        store.compare_set("start", "", f"rank {rank}: {word}")
+        raise
+    if store.add("ready", 1) == world_size:
+        store.compare_set("start", "", _GO)
+    try:
+        verdict = store.get("start").decode()
+    except dist.DistStoreError as error:
+        raise ValueError(
+            f"of {world_size} ranks only {store.add('ready', 0)} came to the start of the job: look at the output of "
+            "the machines of the others"
+        ) from error
+    if verdict != _GO:
+        raise ValueError(verdict)
+    return result
 
 
 def _not_there(who: str) -> str:

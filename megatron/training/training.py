@@ -32,7 +32,6 @@ from megatron.training.initialize import (
     Environment,
     SharedError,
     check_kernels,
-    choose_device,
     largest,
     on_first,
     print_once,
@@ -92,10 +91,9 @@ def _pretrain(
             launched=environment.launched,
         )
     stop_signal = stop_signal or StopSignal()
-    device = choose_device(arguments.training.device, environment)
     dense, _ = grid_sizes(arguments.parallel, environment.world_size)
     plan = plan_run(arguments, dense["dp"])
-    groups = start_distributed(arguments, environment, device)
+    device, groups = start_distributed(arguments, environment)
     monitor = start_monitor(arguments, groups, ending, stop_signal)
     stop_signal.join()
     lock = open_save_folder(arguments, groups, ending)

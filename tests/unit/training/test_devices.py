@@ -1,13 +1,17 @@
 """Which GPU a process takes, and what it says if there is none for it or nothing can be compiled."""
 
+import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron.training import initialize
-from megatron.training.initialize import Environment, check_kernels, check_own_gpu, choose_device
+from megatron.training.initialize import Environment, check_kernels, choose_device, claim_gpu
+from megatron.training.restarts import all_or_none
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "cuda:0"), (2, None), (4, "cuda:2"), (8, "cuda:2")])
@@ -25,22 +29,50 @@ def test_a_process_takes_its_own_gpu_or_the_only_one(
 
 
 @pytest.mark.parametrize("identities", ["abcd", "aaaa", "abca"])
-def test_processes_that_see_one_gpu_must_see_different_ones(identities: str) -> None:
-    store = dist.HashStore()
+def test_two_ranks_with_one_gpu_end_the_start_of_all(identities: str) -> None:
+    """Whatever machines they are on, each rank is told, and the ranks that have the GPU are named."""
+    answers = _start([lambda store, rank=rank: claim_gpu(store, rank, identities[rank]) for rank in range(4)])
+    if len(set(identities)) == 4:
+        assert answers == [""] * 4
+    else:
+        assert all(re.search(r"ranks \d and \d have the same GPU \(a\): start at most one", text) for text in answers)
+        named = set(re.findall(r"\d", answers[0].partition("have")[0]))
+        assert {identities[int(rank)] for rank in named} == {"a"}
 
-    def check(place: int) -> str:
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no GPU here"), RuntimeError("no GPU here\nC++ stack"), OSError("no GPU here")]
+)
+def test_a_rank_without_a_device_ends_the_start_of_all(error: Exception) -> None:
+    def fail(store: dist.Store) -> None:
+        raise error
+
+    answers = _start([lambda store: None, lambda store: None, fail])
+    assert answers[2] == str(error)
+    assert {text.replace("RuntimeError: ", "") for text in answers[:2]} == {"rank 2: no GPU here"}
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.3))
+    with pytest.raises(ValueError, match="of 2 ranks only 1 came to the start"):
+        all_or_none(lambda: None, store, 0, 2)
+
+
+def _start(actions: list[Callable[[dist.Store], None]]) -> list[str]:
+    """What each rank, in a thread, raises at the start; empty for none."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=20))
+
+    def rank(number: int) -> str:
         try:
-            check_own_gpu(store, Environment(4 + place, 8, place, 4), identities[place])
-        except ValueError as error:
+            all_or_none(lambda: actions[number](store), store, number, len(actions))
+        except Exception as error:
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(4) as pool:
-        answers = set(pool.map(check, range(4)))
-    assert len(answers) == 1  # all of them fail, or none
-    found = len(set(identities))
-    assert (answers == {""}) is (found == 4)
-    assert found == 4 or f"{found} GPU(s) for 4 processes" in answers.pop()
+    with ThreadPoolExecutor(len(actions)) as pool:
+        return list(pool.map(rank, range(len(actions))))
 
 
 def test_a_missing_compiler_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
