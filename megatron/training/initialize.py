@@ -24,6 +24,7 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups, co
 from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.ending import Ending
+from megatron.training.heartbeat import Heartbeat
 from megatron.training.loader import worker_killed
 from megatron.training.restarts import agree_on_round, all_or_none
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
@@ -221,6 +222,23 @@ def start_monitor(
         lost=lambda sentence: ending.leave(1, f"error: {sentence}"),
         look=ending.follow,
     )
+
+
+def start_heartbeat(environment: Environment, groups: ProcessGroups, ending: Ending) -> Heartbeat | None:
+    """Finds machines that are gone, in a job on several; of one machine its launcher watches the processes."""
+    several = environment.machines > 1 or not environment.launched
+    if groups.world.size == 1 or not several:
+        return None
+    speaks = environment.local_rank == 0
+    store: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    heartbeat = Heartbeat(
+        store.clone(),
+        groups.world.rank,
+        groups.world.size,
+        lambda sentence: ending.leave(1, f"error: {sentence}" if speaks else "", reason=sentence),
+    )
+    heartbeat.start()
+    return heartbeat
 
 
 class SharedError(ValueError):

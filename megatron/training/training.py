@@ -37,6 +37,7 @@ from megatron.training.initialize import (
     print_once,
     run,
     start_distributed,
+    start_heartbeat,
     start_monitor,
     time_to_save,
     together,
@@ -95,6 +96,7 @@ def _pretrain(
     plan = plan_run(arguments, dense["dp"])
     device, groups = start_distributed(arguments, environment)
     monitor = start_monitor(arguments, groups, ending, stop_signal)
+    heartbeat = start_heartbeat(environment, groups, ending)
     stop_signal.join()
     lock = open_save_folder(arguments, groups, ending)
     try:
@@ -108,8 +110,9 @@ def _pretrain(
     finally:
         if lock is not None:
             lock.release()
-    if monitor is not None:
-        monitor.stop()
+    for watch in (heartbeat, monitor):
+        if watch is not None:
+            watch.stop()
 
 
 def _start_and_train(
