@@ -61,7 +61,7 @@ from megatron.training.setup import (
 from megatron.training.signals import StopSignal
 from megatron.training.step_monitor import StepMonitor
 from megatron.training.summary import data_tables, summary
-from megatron.training.warm_up import warm_up
+from megatron.training.warm_up import warm_up, warms_up
 
 
 def pretrain(model_provider: ModelProvider, datasets_provider: DatasetsProvider, forward_step: ForwardStep) -> None:
@@ -223,6 +223,9 @@ def evaluate_only(
     """Evaluates on the validation and the test split, for --skip-train."""
     log = _open_log(trainer, progress.iteration, None)  # the run itself may be going on, and write there too
     print_once(trainer.groups, f"--skip-train: iteration {progress.iteration} is evaluated, not trained")
+    sets = [dataset for dataset in datasets[1:] if dataset is not None]
+    if warms_up(trainer) and sets:
+        warm_up(trainer, batches(trainer, sets[0], 0), trains=False, evaluates=True)
     for split, dataset in zip(("validation", "test"), datasets[1:], strict=True):
         if dataset is None:
             print_once(trainer.groups, f"there are no documents for the {split} split, so no evaluation: see --split")
@@ -259,8 +262,8 @@ def train(
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
     source = batches(trainer, train_set, progress.consumed_samples) if progress.iteration < last else iter(())
-    if trainer.device.type == "cuda" and trainer.pipeline.ranks > 1 and progress.iteration < last:
-        source = warm_up(trainer, source)
+    if warms_up(trainer) and progress.iteration < last:
+        source = warm_up(trainer, source, evaluates=validation_set is not None or test_set is not None)
     stop = False
     while progress.iteration < last and not stop:
         stop_signal.begin()

@@ -16,6 +16,7 @@ import pretrain_gpt
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.metrics import StepRecord
+from megatron.training.microbatches import run_microbatches
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
@@ -89,7 +90,7 @@ def _two_steps(groups: ProcessGroups, settings: dict[str, Any], dtype: str, warm
         if warm and step == 0:
             weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
             with CommunicationCounter(groups) as counter, _Memory() as memory:
-                source = warm_up(trainer, source)
+                source = warm_up(trainer, source, evaluates=True)
             left |= {"traffic": sorted(counter.bytes), "warm_peak": memory.peak}
             pairs = zip(weights, trainer.model.parameters(), strict=True)
             left["weights_kept"] = all(torch.equal(before, after) for before, after in pairs)
@@ -144,7 +145,8 @@ def test_no_trace_is_left_in_a_pipeline(layouts: list[tuple[dict[str, Any], str]
 def test_the_first_microbatch_is_not_used_up() -> None:
     trainer = _trainer(ProcessGroups(), {}, "float64")
     expected = step_batches(0, 0, 1)
-    source = warm_up(trainer, iter(expected))
+    source = warm_up(trainer, iter(expected), evaluates=True)
+    assert trainer.model.training
     assert [next(source) is batch for batch in expected] == [True] * len(expected)
     assert next(source, None) is None
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -156,3 +158,51 @@ def test_gradients_that_overflow_are_forgotten() -> None:
     plain, warmed = (_two_steps(ProcessGroups(), {"initial_loss_scale": 2.0**32}, "float16", w) for w in (False, True))
     assert [record["skipped"] for record in plain["records"]] == [True, True]
     _assert_same_bits(plain, warmed)
+
+
+class _Operations(TorchDispatchMode):
+    """What was computed: operations with the types of their tensors and the numbers that decide which kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[Any, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        kinds = [
+            leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves if isinstance(leaf, (Tensor, bool))
+        ]
+        self.seen.add((str(func), *map(str, kinds), (kwargs or {}).get("beta")))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, NOISY | CAPACITY, FULL])
+def test_steps_and_evaluations_compute_nothing_for_the_first_time(settings: dict[str, Any]) -> None:
+    trainer = _trainer(ProcessGroups(), settings, "float32")
+    modes = set()
+
+    def forward_step(chunk: Any, *rest: Any) -> Any:
+        modes.add((chunk.training, torch.is_grad_enabled()))
+        return pretrain_gpt.forward_step(chunk, *rest)
+
+    watched, batches = replace(trainer, forward_step=forward_step), [step_batches(step, 0, 1) for step in range(2)]
+    with _Operations() as before:
+        source = warm_up(watched, iter(batches[0]), evaluates=True)
+    assert modes == {(True, True), (False, False)}
+    with _Operations() as later:
+        trainer.buffers.start_step(len(batches[0]))
+        run_microbatches(trainer, source, len(batches[0]))
+        trainer.model.eval()
+        run_microbatches(trainer, iter(batches[1]), len(batches[1]), forward_only=True)
+    assert later.seen <= before.seen
+
+
+def test_what_only_evaluates_leaves_no_gradient() -> None:
+    trainer, modes = _trainer(ProcessGroups(), {}, "float64"), []
+
+    def forward_step(chunk: Any, *rest: Any) -> Any:
+        modes.append((chunk.training, torch.is_grad_enabled()))
+        return pretrain_gpt.forward_step(chunk, *rest)
+
+    warm_up(replace(trainer, forward_step=forward_step), iter(step_batches(0, 0, 1)), trains=False, evaluates=True)
+    assert modes == [(False, False)]
