@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_
 from megatron.training.batch_schedule import BatchSchedule
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
-from megatron.training.initialize import together
+from megatron.training.initialize import on_first, together
 from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
 from megatron.training.run_plan import RunPlan, plan_run
@@ -91,7 +91,8 @@ def build_datasets(
 ) -> tuple[Any, Any, Any]:
     """The three data sets, indexed by the first rank before the others look; their fingerprints go into `progress`.
 
-    Raises ValueError on every rank if a resumed run would train on other data under the same name.
+    Raises ValueError on every rank if they do not all read the same data, or if a resumed run would train on other data
+    under the same name.
     """
     training, groups = trainer.arguments.training, trainer.groups
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
@@ -106,10 +107,21 @@ def build_datasets(
     others = together(lambda: build(not groups.world.is_first), groups)
     datasets = first or others
     assert datasets is not None
-    progress.data_fingerprints = together(
-        lambda: _same_data(progress.data_fingerprints, fingerprints(datasets[0])), groups
-    )
+    found = fingerprints(datasets[0])
+    of_first = on_first(lambda: found, groups)
+    together(lambda: _same_everywhere(of_first, found), groups)
+    progress.data_fingerprints = together(lambda: _same_data(progress.data_fingerprints, found), groups)
     return datasets
+
+
+def _same_everywhere(of_first: dict[str, str], found: dict[str, str]) -> None:
+    """Raises ValueError if this machine has other data than the first rank's, under whatever path."""
+    different = [path for (path, ours), theirs in zip(found.items(), of_first.values(), strict=False) if ours != theirs]
+    if different or len(found) != len(of_first):
+        raise ValueError(
+            f"{(different or list(found))[0]} is not the same on all machines: copy the data set there again, with all "
+            "its files, or put it where all machines see the same"
+        )
 
 
 def _same_data(saved: dict[str, str], found: dict[str, str]) -> dict[str, str]:
