@@ -25,6 +25,9 @@ from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
 from megatron.training.expert_load import layer_load, model_load
 
+# Ranks that a warning names; more of them are counted.
+_MOST_NAMED = 8
+
 
 class MicrobatchResult(NamedTuple):
     """What is kept of one microbatch on one stage, without gradient."""
@@ -95,16 +98,16 @@ def average_over_ranks(
 def slow_ranks(records: Sequence["StepRecord"]) -> str:
     """A sentence about ranks that worked several times longer than the others in these steps; empty without any."""
     totals = [sum(seconds) for seconds in zip(*(record.busy_seconds for record in records), strict=True)]
-    sentences = []
-    for rank, seconds in enumerate(totals):
-        others = totals[:rank] + totals[rank + 1 :]
-        typical = statistics.median(others) if others else seconds
-        if seconds > 3 * typical and seconds - typical > 0.2:
-            sentences.append(
-                f"rank {rank} is slow: it works {seconds / len(records):.2f} s in a step, the others typically "
-                f"{typical / len(records):.2f} s"
-            )
-    return "; ".join(sentences)
+    # without the longest, so that of two ranks one can be slow; for who is slow it is the median of all others
+    typical = statistics.median(sorted(totals)[:-1] or totals)
+    sentences = [
+        f"rank {rank} is slow: it works {seconds / len(records):.2f} s in a step, the others typically "
+        f"{typical / len(records):.2f} s"
+        for rank, seconds in enumerate(totals)
+        if seconds > 3 * typical and seconds - typical > 0.2
+    ]
+    more = f"; and {len(sentences) - _MOST_NAMED} more" if len(sentences) > _MOST_NAMED else ""
+    return "; ".join(sentences[:_MOST_NAMED]) + more
 
 
 @dataclass(frozen=True, kw_only=True)

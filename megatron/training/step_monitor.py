@@ -25,6 +25,9 @@ _ASK_INTERVAL, _PATIENCE = 1.0, 5.0
 # A rank can be silent for a while without being gone, when a library holds the interpreter.
 _SIGNAL_DELAY, _SIGNAL_INTERVAL, _SIGNAL_PATIENCE = 4.0, 20.0, 15.0
 
+# Ranks that a sentence names; more of them are counted.
+_MOST_NAMED = 8
+
 
 class StepMonitor:
     """Samples, during each step, whether this rank waits in a collective or works.
@@ -135,6 +138,8 @@ class StepMonitor:
         if places is None:
             return
         found = [f"rank {rank} is {place or 'not answering'}" for rank, place in places.items() if place != ""]
+        if len(found) > _MOST_NAMED:
+            found[_MOST_NAMED:] = [f"{len(found) - _MOST_NAMED} more do not wait either"]
         self._report(
             f"step {step} has taken {self._limit:.0f} s; "
             + ("; ".join(found) + "; all others wait" if found else "every rank waits in a collective")
@@ -145,7 +150,7 @@ class StepMonitor:
         silent = [rank for rank, place in (places or {}).items() if place is None]
         silent = [rank for rank in silent if not self._store.check([f"done/{rank}"])]
         if silent:
-            shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+            shown = ", ".join(map(str, silent[:_MOST_NAMED])) + (", ..." if len(silent) > _MOST_NAMED else "")
             self._lost(
                 f"rank {shown} does not answer and may have been killed (by the system if memory ran out, for "
                 "example): nothing was saved since the last checkpoint"

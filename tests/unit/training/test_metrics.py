@@ -4,10 +4,12 @@ import errno
 import json
 import math
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from model_testing import TINY_MODEL
@@ -27,6 +29,8 @@ LINE = re.compile(
     r"number of skipped iterations: +(\d+) \| number of nan iterations: +(\d+) \| "
     r"max expert load: 2.50 \| dead experts:   1 \|$"
 )
+
+_SLOW = re.compile(r"rank (\d+) is slow: it works [\d.]+ s in a step, the others typically ([\d.]+) s")
 
 
 def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list[float] | None = None) -> StepRecord:
@@ -150,6 +154,23 @@ def test_slow_ranks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert slow_ranks([_record(1, busy=[0.5, 0.1])]).startswith("rank 0 is slow")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert warnings == ["WARNING: rank 1 is slow: it works 0.40 s in a step, the others typically 0.12 s"]
+
+
+def test_the_others_median_is_that_of_each_rank_without_it() -> None:
+    random = np.random.default_rng(0)
+    for ranks in (2, 3, 4, 5, 8, 33):
+        busy = random.integers(0, 4, ranks).astype(float).tolist()  # with equal ones
+        busy[ranks // 2] += 20
+        found = {int(rank): float(typical) for rank, typical in _SLOW.findall(slow_ranks([_record(1, busy=busy)]))}
+        typical = [statistics.median(busy[:rank] + busy[rank + 1 :]) for rank in range(ranks)]
+        slow = [rank for rank in range(ranks) if busy[rank] > 3 * typical[rank] and busy[rank] > typical[rank] + 0.2]
+        assert found == {rank: typical[rank] for rank in slow[:8]} and slow
+
+
+def test_a_job_of_thousands_is_judged_in_one_line() -> None:
+    busy = [1.0] * 4000 + [9.0] * 96
+    sentence = slow_ranks([_record(1, busy=busy)])
+    assert len(_SLOW.findall(sentence)) == 8 and sentence.endswith("; and 88 more")
 
 
 class _Disk:
