@@ -28,6 +28,7 @@ set -euo pipefail
 : "${MASTER_ADDR:=localhost}"
 : "${MASTER_PORT:=}" # 6000 if not given, on one machine any free port
 : "${MAX_RESTARTS:=0}"
+: "${NUMA_BINDING:=}" # node, socket, exclusive or core-complex: keeps each process on cores near its GPU (needs numactl)
 
 # The model.
 : "${NUM_LAYERS:=32}"
@@ -116,6 +117,8 @@ PretrainedTokenizerFromHF | Llama2Tokenizer)
 esac
 [[ $DEVICE =~ ^(auto|cpu|cuda)$ ]] || fail "DEVICE must be auto, cuda or cpu, got '$DEVICE'"
 [[ $PRECISION =~ ^(bf16|fp16|fp32)$ ]] || fail "PRECISION must be bf16, fp16 or fp32, got '$PRECISION'"
+[[ $NUMA_BINDING =~ ^(|node|socket|exclusive|core-complex)$ ]] ||
+    fail "NUMA_BINDING must be node, socket, exclusive or core-complex, got '$NUMA_BINDING'"
 require_whole_numbers TP PP NNODES NODE_RANK MAX_RESTARTS
 if [[ -z $GPUS_PER_NODE ]]; then
     GPUS_PER_NODE=$((TP * PP))
@@ -125,6 +128,7 @@ require_whole_numbers GPUS_PER_NODE
 # NCCL and gloo choose a network by themselves; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name another (docs/clusters.md).
 [[ $NNODES == 1 || -n $dry_run || ! $MASTER_ADDR =~ ^(localhost|127\..*|::1)$ ]] ||
     fail "MASTER_ADDR=$MASTER_ADDR is every machine's own name for itself: set it to the address of the first of the $NNODES machines"
+((10#$NODE_RANK < 10#$NNODES)) || fail "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES: machines are numbered from 0"
 ((NNODES * GPUS_PER_NODE % (TP * PP) == 0)) ||
     fail "NNODES x GPUS_PER_NODE = $((NNODES * GPUS_PER_NODE)) processes cannot be divided by TP x PP = $((TP * PP)): change NNODES, GPUS_PER_NODE, TP or PP"
 
@@ -134,6 +138,8 @@ if [[ $DEVICE != cpu && -z $dry_run ]]; then
     gpus="$(count_gpus)"
     ((gpus >= GPUS_PER_NODE)) ||
         fail "this machine has $gpus GPUs, but $GPUS_PER_NODE processes are to run on it (TP=$TP PP=$PP NNODES=$NNODES GPUS_PER_NODE=$GPUS_PER_NODE): set smaller TP, PP or GPUS_PER_NODE (several machines: NNODES), or train a small model on the CPU with DEVICE=cpu and smaller sizes (NUM_LAYERS, HIDDEN_SIZE, ...)"
+    [[ -z $NUMA_BINDING ]] || command -v numactl >/dev/null ||
+        fail "NUMA_BINDING=$NUMA_BINDING needs the program numactl: install it, or leave NUMA_BINDING empty"
     # Collectives start in the order they were given, before the kernels that come after them.
     export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
     # Segments that grow: with expert parallelism sizes differ from step to step, and fixed ones would break up memory.
@@ -148,7 +154,8 @@ if [[ $DEVICE != cpu && -z $dry_run ]]; then
 fi
 [[ -n $torchrun ]] || fail "there is no torchrun here: run 'make install' in $here, or activate an environment that has torch"
 
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
+# Of a shared machine a scheduler may have given this job some only.
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
 threads=$((cores / GPUS_PER_NODE))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 # After SIGTERM the ranks finish their step and save; torchrun's own 30 seconds are too few for a large checkpoint.
@@ -189,6 +196,9 @@ else
     [[ $NNODES == 1 || $MAX_RESTARTS == 0 ]] ||
         hosts+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-6000}" --rdzv-id mixtral)
 fi
+
+# Near which GPU a process is, torchrun asks CUDA.
+[[ -z $NUMA_BINDING || $DEVICE == cpu ]] || hosts+=(--numa-binding "$NUMA_BINDING")
 
 flags=(
     --device "$DEVICE"

@@ -179,6 +179,8 @@ def test_gpus_are_counted_with_nvidia_smi(machine: dict[str, str]) -> None:
         ({"PRECISION": "fp8"}, "PRECISION must be bf16, fp16 or fp32, got 'fp8'"),
         ({"TP": "two"}, "TP must be a whole number, got 'two'"),
         ({"PP": "0"}, "PP must be at least 1"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 is not below NNODES=2: machines are num"),
+        ({"NUMA_BINDING": "core"}, "NUMA_BINDING must be node, socket, exclusive or core-complex, got 'core'"),
         ({"GPUS_PER_NODE": "6"}, "6 processes cannot be divided by TP x PP = 8"),
     ],
 )
@@ -214,6 +216,24 @@ def test_a_dry_run_is_one_process_without_gpus_data_or_folders(machine: dict[str
     assert parse_arguments(words[2:])[0].training.dry_run == "0/8"
     missing = run({"PATH": machine["PATH"]}, "--dry-run=0/8")
     assert missing.returncode == 2 and "nor VOCAB_SIZE" in missing.stderr
+
+
+def test_processes_keep_near_their_gpus_if_asked(machine: dict[str, str], tmp_path: Path) -> None:
+    machine["NUMA_BINDING"] = "node"
+    if shutil.which("numactl", path=machine["PATH"]) is None:
+        missing = run(machine)
+        assert missing.returncode == 2 and "needs the program numactl: install it" in missing.stderr
+    add_program(tmp_path / "programs", "numactl", "exit 0")
+    words = command(machine)
+    of_torchrun = words[: words.index(str(SCRIPT.parent / "pretrain_gpt.py"))]
+    assert of_torchrun[-2:] == ["--numa-binding", "node"]
+    assert "--numa-binding" not in command(machine | {"DEVICE": "cpu"})
+
+
+def test_threads_are_those_of_the_cores_that_the_job_has(machine: dict[str, str], tmp_path: Path) -> None:
+    add_program(tmp_path / "programs", "torchrun", "env")
+    add_program(tmp_path / "programs", "nproc", "echo 24")
+    assert "OMP_NUM_THREADS=3\n" in run(machine | {"DRY_RUN": "0"}).stdout
 
 
 @pytest.mark.parametrize("address", ["localhost", "127.0.0.1"])
