@@ -47,6 +47,17 @@ class Ran:
         return shlex.join(words)
 
     @property
+    def name(self) -> str:
+        """The program and what it is to do, for a sentence; `line` has all of the command."""
+        program = next((Path(word).name for word in self.words if word.endswith((".py", ".sh"))), self.words[0])
+        if program == sys.executable and "-m" in self.words:  # the last module: that before it starts the ranks
+            program = [word for before, word in itertools.pairwise(self.words) if before == "-m"][-1]
+        for option in ("--dry-run", "--nproc-per-node"):
+            if option in self.words:
+                program += f" {option} {self.words[self.words.index(option) + 1]}"
+        return f"`{program}`"
+
+    @property
     def ending(self) -> str:
         """In words."""
         if self.status is None:
@@ -133,7 +144,7 @@ def run_together(
                 said = now
                 waiting = next(one for number, one in enumerate(running) if number not in ended)
                 lines = waiting.output().strip().splitlines()
-                print(f"    {now - start:4.0f} s  {lines[-1].strip()[:100] if lines else ''}", flush=True)
+                print(f"    {now - start:4.0f} s  {lines[-1].strip()[:100] if lines else 'no output yet'}", flush=True)
             time.sleep(_POLL_SECONDS)
     finally:
         for one in running:

@@ -59,17 +59,20 @@ def check_kernels(session: Session) -> str:
         for test, message in failures[:_MOST_FAILURES]:
             failed.add(test, message)
     total = sum((results.outcomes for results in found.values()), Counter[str]())
-    session.part.note(f"Triton's kernels by class: {dict(classes) or 'none loaded'}.")
+    kinds = ", ".join(f"{count} as {name}" for name, count in sorted(classes.items()))
+    session.part.note(f"Triton's kernels: {kinds or 'none loaded'}.")
+    if total["skipped"]:
+        session.part.note("A test is skipped where no kernel of its form takes part in the operation.")
     sentence = ", ".join(f"{total[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
     if total["failed"]:
         raise PartEnded("failed", sentence)
     broken = [ran for ran in done if ran.status not in (0, None)]
     if broken:
         raise PartEnded("failed", f"{sentence}; pytest {broken[0].ending}: {broken[0].last_words}")
+    if any(ran.status is None for ran in done):
+        raise PartEnded("unfinished", f"{sentence} when the time was over")
     if session.device == "cuda":
         check_device_ran(found, classes)
-    if any(ran.status is None for ran in done):
-        raise PartEnded("stopped", f"{sentence} when the time for this part was over")
     return sentence
 
 

@@ -120,15 +120,16 @@ def _tell(session: Session, layers: int, speed: Speed, predicted: float, ran: Ra
     )
     table.add("tokens a second", f"{speed.tokens_per_second:,.0f}")
     table.add("seconds a step", f"{speed.step_seconds:.3f}")
+    if session.device == "cpu":  # too small for any of it to be compared
+        for name, size in peak.items():
+            table.add(f"peak {name}, with Python and torch", f"{size:.2f} GiB")
+        return f"{layers} layer(s) of small size trained at {speed.tokens_per_second:,.0f} tokens/s"
     table.add("TFLOP/s", f"{speed.tflops:.1f}")
     table.add("goal on an H200", f"{GOAL:.0f} TFLOP/s, {'reached' if speed.tflops >= GOAL else 'not reached'}")
     table.add("memory by the dry run", f"{predicted:.2f} GiB")
     for name, size in peak.items():
         table.add(f"peak {name}", f"{size:.2f} GiB, {100 * size / predicted:.0f} % of the dry run's")
-    if session.device == "cpu":
-        session.part.note("Resident memory includes Python and torch, which are most of it at this size.")
-    most = max(peak.values()) if session.device == "cpu" else peak["allocated"]
     return (
         f"{layers} layer(s): {speed.tokens_per_second:,.0f} tokens/s, {speed.tflops:.1f} TFLOP/s (goal {GOAL:.0f}), "
-        f"peak {most:.1f} GiB = {100 * most / predicted:.0f} % of the dry run's"
+        f"peak {peak['allocated']:.1f} GiB = {100 * peak['allocated'] / predicted:.0f} % of the dry run's"
     )

@@ -11,7 +11,8 @@ from megatron.core.atomic_files import atomic_writer
 from megatron.core.text_files import printable
 from tools.gpu_checks.commands import Ran
 
-Status = Literal["waiting", "running", "passed", "failed", "stopped", "skipped"]
+Status = Literal["waiting", "running", "passed", "failed", "unfinished", "interrupted", "skipped"]
+_WORDS = {"waiting": "not run yet", "running": "not run yet", "unfinished": "not finished in its share"}
 MARKDOWN, JSON = "report.md", "report.json"
 _TAIL = 3_000
 _MOST_CELL = 300
@@ -58,11 +59,18 @@ class Part:
     sentence: str = ""
     """The result."""
     seconds: float = 0.0
+    share: float = 0.0
+    """Seconds it had."""
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     listings: dict[str, str] = field(default_factory=dict)
     """Output of other programs, by title."""
     commands: list[Command] = field(default_factory=list)
+
+    @property
+    def words(self) -> str:
+        """The status, as it is told."""
+        return _WORDS.get(self.status, self.status)
 
     def table(self, title: str, *heads: str) -> Table:
         """Begins a table."""
@@ -93,39 +101,51 @@ class Report:
     machine: str
     """Device and versions in a line."""
     parts: list[Part]
+    minutes: float = 0.0
+    """For all parts together."""
     started: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
     interrupted: str = ""
 
     @property
-    def failed(self) -> bool:
-        """Whether a part failed, or did not come to its end."""
-        return any(part.status in ("failed", "stopped") for part in self.parts)
+    def status(self) -> int:
+        """Of the program: 1 if a part failed, else 3 if one did not come to its end, else 0."""
+        found = {part.status for part in self.parts}
+        return 1 if "failed" in found else 3 if found & {"unfinished", "interrupted"} or self.interrupted else 0
 
     @property
     def verdict(self) -> str:
         """One line: what is right and what is not."""
         names: dict[str, list[str]] = {}
         for part in self.parts:
-            status = "not run yet" if part.status in ("waiting", "running") else part.status
-            names.setdefault(status, []).append(part.name)
-        passed, bad = len(names.pop("passed", ())), self.failed or bool(self.interrupted)
+            names.setdefault(part.words, []).append(part.name)
+        passed = len(names.pop("passed", ()))
         others = "; ".join(f"{status}: {', '.join(parts)}" for status, parts in names.items())
-        word = "FAILED" if bad else ("running" if "not run yet" in names else "PASSED")
+        word = {0: "PASSED", 1: "FAILED", 3: "NOT FINISHED"}[self.status]
+        if self.status == 0 and "not run yet" in names:
+            word = "running"
         line = f"{word}: {passed} of {len(self.parts)} parts passed" + (f"; {others}" if others else "")
+        if any(part.status == "unfinished" for part in self.parts):
+            line += f" (give it more than {self.minutes:g} minutes with --minutes)"
         return line + (f"; {self.interrupted}" if self.interrupted else "")
+
+    @property
+    def _when(self) -> str:
+        return f"{self.machine}. Started {self.started}, with {self.minutes:g} minutes for all parts."
 
     def markdown(self) -> str:
         """For readers."""
-        lines = ["# GPU check", "", f"**{self.verdict}**", "", f"{self.machine}. Started {self.started}."]
+        lines = ["# GPU check", "", f"**{self.verdict}**", "", self._when]
         if self.device == "cpu":
             lines += ["", "This was a trial of the check itself on a CPU (`--device cpu`), small: **no GPU was used**."]
-        rows = [(p.name, p.status, f"{p.seconds:.0f}", p.sentence) for p in self.parts]
-        lines += ["", *_markdown_table(("part", "result", "seconds", "what was found"), rows)]
+        rows = [
+            (p.name, p.words, f"{p.seconds:.0f} of {p.share:.0f}" if p.share else "", p.sentence) for p in self.parts
+        ]
+        lines += ["", *_markdown_table(("part", "result", "seconds of its share", "what was found"), rows)]
         for part in self.parts:
             if part.status == "waiting":
                 continue
-            lines += ["", f"## {part.title}", "", f"*{part.meaning}*", "", f"**{part.status}**: {part.sentence}"]
-            for table in part.tables:
+            lines += ["", f"## {part.title}", "", f"*{part.meaning}*", "", f"**{part.words}**: {part.sentence}"]
+            for table in (table for table in part.tables if table.rows):
                 lines += ["", f"{table.title}:", "", *_markdown_table(table.heads, table.rows)]
             lines += ["", *(f"- {note}" for note in part.notes)] if part.notes else []
             for title, text in part.listings.items():
@@ -135,7 +155,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Replaces both files in `folder`."""
-        values = {"verdict": self.verdict, "failed": self.failed, **asdict(self)}
+        values = {"verdict": self.verdict, "status": self.status, **asdict(self)}
         with atomic_writer(folder / JSON) as file:
             file.write(json.dumps(values, indent=1, ensure_ascii=False).encode())
         with atomic_writer(folder / MARKDOWN) as file:

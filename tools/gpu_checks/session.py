@@ -86,7 +86,7 @@ class Session:
         Raises PartEnded if the part has no time left.
         """
         if self.seconds_left < 1:
-            raise PartEnded("stopped", "the time for this part was over before all of it had run")
+            raise PartEnded("unfinished", "the time was over before all of it had run")
         variables = {"OMP_NUM_THREADS": str(self._threads), **(environment or {})}
         done = run_together(commands, min(at_most, self.seconds_left), variables)
         for ran in done:
@@ -113,7 +113,7 @@ class Session:
 def must_end_well(ran: Ran) -> Ran:
     """Raises PartEnded if a command was stopped or failed."""
     if ran.status is None:
-        raise PartEnded("stopped", f"`{ran.line[:100]}` was {ran.ending}")
+        raise PartEnded("unfinished", f"{ran.name} was {ran.ending}")
     if ran.status != 0:
-        raise PartEnded("failed", f"`{ran.line[:100]}` {ran.ending}: {ran.last_words}")
+        raise PartEnded("failed", f"{ran.name} {ran.ending}: {ran.last_words}")
     return ran

@@ -92,7 +92,7 @@ def read_steps(ran: Ran, metrics: Path) -> list[Step]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     steps = [Step(line["lm_loss"], line["grad_norm"]) for line in lines if "lm_loss" in line]
     if len(steps) != STEPS:
-        raise PartEnded("failed", f"`{ran.line[:100]}` recorded {len(steps)} steps of {STEPS}")
+        raise PartEnded("failed", f"{ran.name} recorded {len(steps)} steps of {STEPS}")
     return steps
 
 
@@ -117,7 +117,8 @@ def check_numerics(session: Session) -> str:
         for dtype in BOUNDS
         for device, flags in (("cpu", ()), (session.device, other))
     ]
-    who, bad = "GPU" if session.device == "cuda" else "grouped_mm on the CPU", []
+    who, usual = ("GPU", "CPU") if session.device == "cuda" else ("grouped_mm", "usual products")
+    bad = []
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{number}.jsonl") for number in range(len(runs))]
         commands = [
@@ -127,9 +128,9 @@ def check_numerics(session: Session) -> str:
         for number, (dtype, bounds) in enumerate(BOUNDS.items()):
             reference, ours = (read_steps(done[n], files[n]) for n in (2 * number, 2 * number + 1))
             table = session.part.table(
-                f"{dtype}, {who} against CPU; differences are |a - b| / |b|, at most {bounds.loss:.0e} for the loss "
-                f"and {bounds.grad_norm:.0e} for the gradient norm",
-                "step", "loss", "loss on the CPU", "difference", "gradient norm", "on the CPU", "its difference",
+                f"{dtype}, {who} against {usual}; differences are |a - b| / |b|, at most {bounds.loss:.0e} for the "
+                f"loss and {bounds.grad_norm:.0e} for the gradient norm",
+                "step", "loss", f"loss, {usual}", "difference", "gradient norm", usual, "its difference",
             )  # fmt: skip
             losses, norms = differences(ours, reference)
             for step, (a, b) in enumerate(zip(ours, reference, strict=True)):
@@ -141,8 +142,8 @@ def check_numerics(session: Session) -> str:
                 bad.append(dtype)
     session.part.note("TF32 is off (torch's default, and NVIDIA_TF32_OVERRIDE=0).")
     if bad:
-        raise PartEnded("failed", f"{who} and CPU differ by more than the bounds in {', '.join(bad)}")
-    return f"{who} and CPU agree in {' and '.join(BOUNDS)}"
+        raise PartEnded("failed", f"{who} and {usual} differ by more than the bounds in {', '.join(bad)}")
+    return f"{who} and {usual} agree in {' and '.join(BOUNDS)}"
 
 
 def check_layouts(session: Session) -> str:
@@ -153,10 +154,12 @@ def check_layouts(session: Session) -> str:
             session.python("tools.gpu_checks.collectives", session.device, ranks=ranks),
             at_most=session.seconds_left / 2,
         )
-        table = session.part.table(f"Collectives, {ranks} rank(s)", "operation", "MiB a rank", "milliseconds", "GB/s")
-        for line in ran.output.splitlines():
-            if line.startswith("collective\t"):
-                table.add(*line.split("\t")[1:])
+        rows = [line.split("\t")[1:] for line in ran.output.splitlines() if line.startswith("collective\t")]
+        heads = ("operation", "MiB a rank", "milliseconds", "GB/s")
+        if rows:
+            table = session.part.table(f"Collectives, {ranks} rank(s)", *heads)
+            for row in rows:
+                table.add(*row)
         must_end_well(ran)
     wanted = [layout for layout in LAYOUTS if session.device == "cuda" or not layout.on_gpus_only]
     fitting = [layout for layout in wanted if layout.ranks <= most]
@@ -192,7 +195,7 @@ def _compare_layouts(session: Session, layouts: list[Layout]) -> list[str]:
                 result = "equal" if within(bounds, losses, norms) else "differs"
             except PartEnded:
                 if ran.status is None and session.seconds_left < 1:
-                    raise PartEnded("stopped", f"{layout.name} was {ran.ending}") from None
+                    raise PartEnded("unfinished", f"{layout.name} was {ran.ending}") from None
                 result = f"{ran.ending}: {ran.last_words[:150]}"
             table.add(layout.name, layout.ranks, *cells, result, f"{ran.seconds:.0f}")
             bad += [] if result == "equal" else [layout.name]

@@ -18,7 +18,7 @@ from distributed_testing import run_distributed
 from tools import gpu_check
 from tools.gpu_checks import conformance, example, speed, training
 from tools.gpu_checks.collectives import operations
-from tools.gpu_checks.commands import ROOT, Ran, run_together
+from tools.gpu_checks.commands import ROOT, TORCHRUN, Ran, run_together
 from tools.gpu_checks.report import JSON, MARKDOWN, Part, Report
 from tools.gpu_checks.session import Machine, PartEnded, Session, must_end_well
 
@@ -62,13 +62,15 @@ def test_commands_run_without_an_outer_torchrun(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(PartEnded, match=r"ended with status 3: error: no"):
         must_end_well(second)
     assert Ran(("a",), -signal.SIGSEGV, "", 1.0).ending == "ended by SIGSEGV"
+    assert Ran((*TORCHRUN, "--nproc-per-node", "2", "-m", "a.b"), 0, "", 1.0).name == "`a.b --nproc-per-node 2`"
+    assert Ran((sys.executable, "-m", "a.b", f"{ROOT}/c.py", "--d"), 0, "", 1.0).name == "`c.py`"
 
 
 def test_a_part_without_time_stops() -> None:
     session = Session("cpu", MACHINE, _part(), 0.0)
     with pytest.raises(PartEnded) as ended:
         session.run([sys.executable, "-c", ""])
-    assert ended.value.status == "stopped"
+    assert ended.value.status == "unfinished"
 
 
 def _fakes(monkeypatch: pytest.MonkeyPatch, **runs: object) -> None:
@@ -89,7 +91,7 @@ def test_a_failed_part_does_not_end_the_others(tmp_path: Path, monkeypatch: pyte
         raise ZeroDivisionError("by nothing")
 
     def slow(session: Session) -> str:
-        raise PartEnded("stopped", "too long")
+        raise PartEnded("unfinished", "too long")
 
     def without(session: Session) -> str:
         session.needs("pytest")
@@ -99,13 +101,19 @@ def test_a_failed_part_does_not_end_the_others(tmp_path: Path, monkeypatch: pyte
     assert gpu_check.main(["--device", "cpu", "--output", str(folder)]) == 1
     assert [part["status"] for part in seen[0]["parts"]] == ["passed", "waiting", "waiting", "waiting"]
     values = json.loads((folder / JSON).read_text())
-    assert values["verdict"] == "FAILED: 1 of 4 parts passed; failed: wrong; stopped: slow; skipped: without"
+    advice = " (give it more than 8 minutes with --minutes)"
+    slow_part = "not finished in its share: slow"
+    assert values["verdict"] == f"FAILED: 1 of 4 parts passed; failed: wrong; {slow_part}; skipped: without{advice}"
     text = (folder / MARKDOWN).read_text()
     assert f"**{values['verdict']}**" in text.splitlines()[2]
     assert "**failed**: ZeroDivisionError: by nothing" in text and "pytest is not installed" in text
     assert "| 1 | x \\| y\\x1b]0;z |" in text and "\x1b" not in text
     assert sorted(path.name for path in folder.iterdir()) == [JSON, MARKDOWN]
     assert gpu_check.main(["--device", "cpu", "--output", str(folder), "--parts", "right", "without"]) == 0
+    assert gpu_check.main(["--device", "cpu", "--output", str(folder), "--parts", "right", "slow"]) == 3
+    text = (folder / MARKDOWN).read_text()
+    assert f"**NOT FINISHED: 1 of 2 parts passed; {slow_part}{advice}**" in text
+    assert "| slow | not finished in its share | 0 of " in text
 
 
 def test_a_check_that_is_ended_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +128,7 @@ def test_a_check_that_is_ended_keeps_what_it_found(tmp_path: Path, monkeypatch: 
     finally:
         signal.signal(signal.SIGTERM, before)
     values = json.loads((tmp_path / JSON).read_text())
-    assert values["verdict"].startswith("FAILED: 1 of 3 parts passed; stopped: ended; not run yet: never; interrupted")
+    assert values["verdict"].startswith("NOT FINISHED: 1 of 3 parts passed; interrupted: ended; not run yet: never")
     assert values["parts"][0]["sentence"] == "fine"
 
 
