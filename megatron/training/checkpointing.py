@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -113,12 +114,15 @@ class CheckpointSaver:
             self._abandon()
             raise
 
-    def poll(self) -> None:
-        """Puts a step in its place if all ranks have written their part of it in the background."""
+    def poll(self, device: torch.device | None = None) -> None:
+        """Puts a step in its place if all ranks have written their part of it in the background.
+
+        With the `device` of a run between two of its steps, see `largest`.
+        """
         if self._writer is None:
             return
         # asked after every step: two numbers, and only what has failed is told in words
-        writing, failed = largest((self._writer.is_alive(), self._writer.error is not None), self.groups)
+        writing, failed = largest((self._writer.is_alive(), self._writer.error is not None), self.groups, device)
         if failed or not writing:
             writer, self._writer = self._writer, None
             try:

@@ -281,11 +281,16 @@ def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
     return result  # type: ignore[return-value]
 
 
-def largest(values: tuple[float, ...], groups: ProcessGroups) -> list[float]:
-    """The largest of each value over all ranks, on every rank; collective."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    if groups.control.size > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=groups.control.handle)
+def largest(values: tuple[float, ...], groups: ProcessGroups, device: torch.device | None = None) -> list[float]:
+    """The largest of each value over all ranks, on every rank; collective.
+
+    With a `device`, by the communicator that training itself uses there: for what is asked in steps, where gloo's
+    messages from rank to rank would take long among thousands, and where no rank may keep the others waiting.
+    """
+    group = groups.control if device is None else groups.world
+    numbers = torch.tensor(values, dtype=torch.float64, device=device)
+    if group.size > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group.handle)
     return numbers.tolist()  # type: ignore[no-any-return]
 
 

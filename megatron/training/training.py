@@ -274,7 +274,7 @@ def train(
         if log is not None:
             log.step(record)
         if saver is not None:
-            saver.poll()
+            saver.poll(trainer.device)
         # steps that look for the right loss scale are no sign of trouble
         skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.blames_scale else 0
         _check_skipped(training, record, skipped_in_a_row, saver)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from checkpoint_testing import (
     assert_same_tensors,
     checkpoint_arguments,
@@ -27,7 +29,7 @@ from distributed_testing import run_distributed
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import writer
-from megatron.core.parallel_state import ProcessGroups
+from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.training.checkpointing import CheckpointSaver, Progress
 from megatron.training.global_checkpoints import rng_shards
 from megatron.training.rank_checkpoints import _rng_state
@@ -187,6 +189,25 @@ def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeyp
     with pytest.raises(ValueError, match="iteration 2 could not be saved: the disk is on fire"):
         saver.poll()
     assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", TRACKER]
+    saver.finish()
+
+
+def test_only_who_may_wait_long_asks_over_gloo(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step the communicator of training asks, whose timeout is too short for the end of a save."""
+    _, trainer, progress = saved
+    disk, asked = _SlowDisk(monkeypatch), list[Any]()
+    arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
+    saver = CheckpointSaver(arguments, trainer.groups)
+    saver.save(trainer.model, trainer.optimizer, progress)
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda numbers, op, group: asked.append((group, op)))
+        names: dict[str, Any] = {name: Group((0, 1), 0, name) for name in ("world", "control")}  # type: ignore[arg-type]
+        saver.groups = replace(trainer.groups, **names)
+        saver.poll(torch.device("cpu"))
+        saver.poll()
+    assert asked == [("world", dist.ReduceOp.MAX), ("control", dist.ReduceOp.MAX)]
+    saver.groups = trainer.groups
+    disk.go.set()
     saver.finish()
 
 
