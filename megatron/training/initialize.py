@@ -26,7 +26,7 @@ from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.ending import Ending
 from megatron.training.heartbeat import Heartbeat
 from megatron.training.loader import worker_killed
-from megatron.training.restarts import agree_on_round, all_or_none
+from megatron.training.restarts import agree_on_round, all_or_none, refuse
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
 from megatron.training.step_monitor import StepMonitor
 
@@ -35,6 +35,8 @@ T = TypeVar("T")
 _WORD_PATIENCE = 2.0
 # How long a rank with an error that all share waits for the first one to report it, in seconds.
 _SPEAKER_PATIENCE = 30.0
+# How long one that cannot start tries to tell the other machines.
+_REFUSAL_PATIENCE = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,21 @@ def start_distributed(arguments: Arguments, environment: Environment) -> tuple[t
     groups = build_process_groups(arguments.parallel, environment.rank, environment.world_size, timeout)
     connect_control(groups.control)
     return device, groups
+
+
+def refuse_start(environment: Environment, error: Exception) -> None:
+    """Tells ranks of other machines, which wait in `start_distributed`, that this one has not come so far.
+
+    Without a word they would wait for the whole timeout, where the other machines have what this one lacks. Those of
+    the first machine need none: the store ends with them.
+    """
+    if environment.machines == 1 or environment.rank < environment.local_world_size:
+        return
+    rank, world_size = environment.rank, environment.world_size
+    with contextlib.suppress(Exception):  # they may not be there, for the same reason as this one
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=_REFUSAL_PATIENCE))
+        start = agree_on_round(store, rank, world_size, _REFUSAL_PATIENCE)
+        refuse(error, dist.PrefixStore(start, store), rank)
 
 
 def start_monitor(

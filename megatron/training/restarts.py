@@ -62,11 +62,7 @@ def all_or_none(action: Callable[[], T], store: dist.Store, rank: int, world_siz
     try:
         result = action()
     except Exception as error:
-        if isinstance(error, ValueError | OSError):
-            word = error_sentence(error)
-        else:
-            word = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        store.compare_set("start", "", f"rank {rank}: {word}")
+        refuse(error, store, rank)
         raise
     if store.add("ready", 1) == world_size:
         store.compare_set("start", "", _GO)
@@ -82,8 +78,17 @@ def all_or_none(action: Callable[[], T], store: dist.Store, rank: int, world_siz
     return result
 
 
+def refuse(error: Exception, store: dist.Store, rank: int) -> None:
+    """Ends the start of all ranks that take part in `all_or_none`, unless another has done so."""
+    if isinstance(error, ValueError | OSError):
+        word = error_sentence(error)
+    else:
+        word = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    store.compare_set("start", "", f"rank {rank}: {word}")
+
+
 def _not_there(who: str) -> str:
     return (
-        f"{who} did not come: if one machine was started again, the others must be as well, which torchrun does only "
-        "with --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        f"{who} did not come: look at the output of that machine's torchrun; if one machine was started again, the "
+        "others must be as well, which torchrun does only with --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
     )

@@ -35,6 +35,7 @@ from megatron.training.initialize import (
     largest,
     on_first,
     print_once,
+    refuse_start,
     run,
     start_distributed,
     start_heartbeat,
@@ -79,7 +80,11 @@ def _pretrain(
     stop_signal: StopSignal | None = None,
 ) -> None:
     """`ending` and `stop_signal` are those of the process, for a run that is all it does."""
-    arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
+    try:
+        arguments, remarks = parse_arguments(sys.argv[1:], checkpoint_model)
+    except (ValueError, OSError) as error:  # the checkpoint may be missing on this machine alone
+        refuse_start(environment, error)
+        raise
     if arguments.training.dry_run is not None:
         print_dry_run(arguments, remarks, environment.world_size, model_provider, forward_step)
         return
