@@ -97,8 +97,10 @@ def choose_device(setting: str, environment: Environment) -> torch.device:
 
     A single GPU is taken by every process, since some launchers show each one its own; `start_distributed` checks that.
     """
+    if setting == "cpu":  # CUDA is not even asked
+        return torch.device("cpu")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "cpu" or (setting == "auto" and gpus == 0):
+    if setting == "auto" and gpus == 0:
         return torch.device("cpu")
     if gpus == 1:
         return torch.device("cuda", 0)
