@@ -22,11 +22,11 @@ from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
 from megatron.training.batch_schedule import BatchSchedule
-from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
+from megatron.training.progress import Progress
 from megatron.training.step_monitor import StepMonitor
 
 

@@ -14,18 +14,14 @@ from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import (
-    CheckpointSaver,
-    Progress,
-    checkpoint_model,
-    load_checkpoint,
-    locate_checkpoint,
-)
+from megatron.training.checkpoints.folder_lock import FolderLock
+from megatron.training.checkpoints.save_folder import check_log_files, open_save_folder
+from megatron.training.checkpoints.saver import CheckpointSaver
+from megatron.training.checkpoints.source import checkpoint_model, load_checkpoint, locate_checkpoint
 from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.dry_run_report import print_dry_run
 from megatron.training.ending import Ending
 from megatron.training.evaluation import evaluate
-from megatron.training.folder_lock import FolderLock
 from megatron.training.garbage import GarbageCollection
 from megatron.training.grouped_gemm import settle_grouped_gemm
 from megatron.training.initialize import (
@@ -45,7 +41,7 @@ from megatron.training.initialize import (
 from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
 from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.peak import peak_tflops
-from megatron.training.save_folder import check_log_files, open_save_folder
+from megatron.training.progress import Progress
 from megatron.training.setup import (
     Batch,
     DatasetsProvider,
@@ -132,7 +128,7 @@ def _start_and_train(
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, initialize=source is None)
-    progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
+    progress, loaded = load_checkpoint(source, trainer)
     trainer = replace(settle_resumed_schedule(trainer, progress), monitor=monitor)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
     print_once(groups, f"{summary(trainer)}\n{data_tables(trainer.arguments.data, datasets)}{loaded}")
@@ -254,7 +250,7 @@ def train(
         print_once(trainer.groups, f"nothing to train: iteration {progress.iteration} of {last} is already reached")
     if validation_set is None and training.eval_interval and training.eval_iters:
         print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
-    saver = CheckpointSaver(arguments, trainer.groups, check_lock) if arguments.checkpoint.save else None
+    saver = CheckpointSaver(trainer, check_lock) if arguments.checkpoint.save else None
     garbage = GarbageCollection(training)
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
@@ -359,4 +355,4 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int | None) -> MetricsLog
 
 def _save(saver: CheckpointSaver, trainer: Trainer, progress: Progress) -> None:
     trainer.buffers.wait_for_parameters()
-    saver.save(trainer.model, trainer.optimizer, progress)
+    saver.save(progress)

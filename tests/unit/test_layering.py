@@ -26,7 +26,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "datasets": LEAVES,
     "tokenizers": LEAVES,
     "interchange": PARALLEL | {"tensor_parallel", "models"},
-    "dist_checkpointing": PARALLEL,
+    "dist_checkpointing": PARALLEL | {"interchange.folder_kind"},
     "tensor_parallel": PARALLEL | {"fusions"},
     "context_parallel": PARALLEL | {"fusions"},
     "pipeline_parallel": {"parallel_state"},

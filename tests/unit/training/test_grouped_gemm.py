@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_testing import load, save
 from distributed_testing import run_distributed
 from model_testing import step_batches, tiny_arguments
 
@@ -12,8 +13,8 @@ from megatron.core.config import ParallelConfig
 from megatron.core.fusions.linear import Backend
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.transformer.moe.experts import Experts
-from megatron.training.checkpointing import Progress, load_checkpoint, locate_checkpoint, save_checkpoint
 from megatron.training.grouped_gemm import choose, rows_per_expert, settle_grouped_gemm
+from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
 
@@ -55,12 +56,11 @@ def test_a_resumed_run_computes_as_before(tmp_path: Path, ckpt_format: str) -> N
     whole, progress = _trainer(settings), Progress()
     assert _choose(whole, progress, {"grouped_mm": 1.0, "loop": 2.0})[0] == {"grouped_mm"}
     steps(whole, progress, 1)
-    save_checkpoint(whole.arguments, whole.groups, whole.model, whole.optimizer, progress)
+    save(whole, progress)
     steps(whole, progress, 2)
 
     resumed = _trainer(settings)
-    source = locate_checkpoint(resumed.arguments, resumed.groups)
-    progress, _ = load_checkpoint(source, resumed.arguments, resumed.groups, resumed.model, resumed.optimizer)
+    progress, _ = load(resumed)
     backends, line = _choose(resumed, progress, {"grouped_mm": 2.0, "loop": 1.0})
     assert backends == {"grouped_mm"} and line.endswith("grouped_mm, as measured when the run began")
     steps(resumed, progress, 2)

@@ -28,9 +28,10 @@ from distributed_testing import run_distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import writer
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpointing import CheckpointSaver, Progress
-from megatron.training.global_checkpoints import rng_shards
-from megatron.training.rank_checkpoints import _rng_state
+from megatron.training.checkpoints.random_states import random_states
+from megatron.training.checkpoints.saver import CheckpointSaver, checkpoint_namespace
+from megatron.training.checkpoints.sharded import checkpoint_shards, rng_shards
+from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
@@ -111,14 +112,10 @@ def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path)
 
 
 def _shards(trainer: Trainer) -> list[Any]:
-    from megatron.training.global_checkpoints import checkpoint_shards
-
     return checkpoint_shards(trainer.model, trainer.optimizer, trainer.groups)
 
 
 def _namespace(trainer: Trainer) -> Any:
-    from megatron.training.checkpointing import checkpoint_namespace
-
     return checkpoint_namespace(trainer.arguments, Progress())
 
 
@@ -157,14 +154,14 @@ def test_a_background_save_holds_what_was_there_when_it_began(saved: Saved, monk
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(arguments, trainer.groups)
-    saver.save(trainer.model, trainer.optimizer, progress)
+    saver = CheckpointSaver(replace(trainer, arguments=arguments))
+    saver.save(progress)
     train(trainer, progress, 1)
     saver.poll()
     assert not (root / "iter_0000002").exists()
     before = saved_tensors(root / "iter_0000001")
     disk.go.set()
-    saver.save(trainer.model, trainer.optimizer, progress)  # waits for the one before
+    saver.save(progress)  # waits for the one before
     again = saved_tensors(root / "iter_0000001")
     assert all(again[key].equal(before[key]) for key in before)
     saver.finish()
@@ -177,8 +174,8 @@ def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeyp
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(arguments, trainer.groups)
-    saver.save(trainer.model, trainer.optimizer, replace(progress, iteration=2))
+    saver = CheckpointSaver(replace(trainer, arguments=arguments))
+    saver.save(replace(progress, iteration=2))
     saver.poll()
     disk.error = "the disk is on fire"
     disk.go.set()
@@ -231,12 +228,12 @@ def _run(folder: str, operation: int, async_save: bool) -> None:
     progress, _ = load(trainer)
     if operation:
         _die_at(folder, operation)
-    saver = CheckpointSaver(trainer.arguments, trainer.groups)
+    saver = CheckpointSaver(trainer)
     while progress.iteration < 3:
         train(trainer, progress, 1)
-        saver.save(trainer.model, trainer.optimizer, progress)
+        saver.save(progress)
         if progress.iteration == 2:
-            saver.save(trainer.model, trainer.optimizer, progress)
+            saver.save(progress)
         saver.poll()
     saver.finish()
 
@@ -301,4 +298,4 @@ def test_a_run_on_a_cpu_does_not_touch_a_gpu_that_is_there(monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_rng_state", lambda: pytest.fail("a state of the GPU was asked for"))
     assert [shard.name for shard in rng_shards(ProcessGroups())] == ["cpu"]
-    assert list(_rng_state()) == ["cpu"]
+    assert list(random_states()) == ["cpu"]

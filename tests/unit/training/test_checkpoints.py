@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from checkpoint_testing import (
     train,
 )
 
-from megatron.training.checkpointing import Progress, checkpoint_model
+from megatron.training.checkpoints.formats import FORMATS, format_of, is_complete
+from megatron.training.checkpoints.source import checkpoint_model
+from megatron.training.config import CheckpointConfig
+from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
 
 
-@pytest.fixture(params=["torch_dist", "torch"])
+@pytest.fixture(params=list(FORMATS))
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     """A checkpoint after three steps, the trainer that made it, and its progress."""
     trainer = tiny_trainer(checkpoint_arguments(save=str(tmp_path / "run"), ckpt_format=request.param))
@@ -29,6 +33,22 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     train(trainer, progress, 3)
     save(trainer, progress)
     return tmp_path / "run", trainer, progress
+
+
+def test_every_value_of_the_flag_has_a_format() -> None:
+    assert get_args(get_type_hints(CheckpointConfig)["ckpt_format"]) == tuple(FORMATS)
+
+
+def test_a_step_belongs_to_one_format_whole_or_torn(saved: Saved) -> None:
+    root, trainer, _ = saved
+    step, flag = root / "iter_0000003", trainer.arguments.checkpoint.ckpt_format
+    assert format_of(step) is FORMATS[flag] and is_complete(step)
+    assert FORMATS[flag].arguments(step).hidden_size == trainer.arguments.model.hidden_size
+    for file in [path for path in step.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.unlink()
+        assert [name for name, row in FORMATS.items() if row.is_mine(step)] == [flag] and not is_complete(step)
+        file.write_bytes(content)
 
 
 def test_a_resumed_run_continues_with_the_same_bits(saved: Saved) -> None:
