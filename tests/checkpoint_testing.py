@@ -17,7 +17,7 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.checkpoints.saver import CheckpointSaver
 from megatron.training.checkpoints.source import load_checkpoint, locate_checkpoint
 from megatron.training.config import Arguments, CheckpointConfig
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
 
@@ -52,12 +52,13 @@ def train(trainer: Trainer, progress: Progress, steps: int) -> list[float]:
 def load(trainer: Trainer) -> tuple[Progress, str]:
     """Loads what the trainer's arguments say."""
     source = locate_checkpoint(trainer.arguments, trainer.groups)
-    return load_checkpoint(source, trainer)
+    progress, _, remark = load_checkpoint(source, trainer)
+    return progress, remark
 
 
-def save(trainer: Trainer, progress: Progress) -> None:
+def save(trainer: Trainer, progress: Progress, record: RunRecord | None = None) -> None:
     """Saves to the folder of the trainer's arguments, and waits until the step is in its place."""
-    saver = CheckpointSaver(trainer)
+    saver = CheckpointSaver(trainer, record or RunRecord())
     saver.save(progress)
     saver.finish()
 

@@ -1,7 +1,7 @@
 """Building what a run needs on this rank: data sets, model, optimizer, and the stream of microbatches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
-from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
+from megatron.core.optimizer.param_scheduler import LearningRateSchedule, resolve_schedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.schedules import Pipeline
@@ -88,10 +88,7 @@ class Trainer:
 def build_datasets(
     trainer: Trainer, progress: Progress, tokenizer: Any, provider: DatasetsProvider
 ) -> tuple[Any, Any, Any]:
-    """The three data sets, indexed by the first rank before the others look; their fingerprints go into `progress`.
-
-    Raises ValueError on every rank if a resumed run would train on other data under the same name.
-    """
+    """The three data sets, indexed by the first rank before the others look."""
     training, groups = trainer.arguments.training, trainer.groups
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
     evaluated = training.eval_iters * trainer.batch_size if training.eval_interval or training.skip_train else 0
@@ -105,14 +102,12 @@ def build_datasets(
     others = together(lambda: build(not groups.world.is_first), groups)
     datasets = first or others
     assert datasets is not None
-    progress.data_fingerprints = together(
-        lambda: _same_data(progress.data_fingerprints, fingerprints(datasets[0])), groups
-    )
     return datasets
 
 
-def _same_data(saved: dict[str, str], found: dict[str, str]) -> dict[str, str]:
-    """`found`. Raises ValueError if a file is in both with another fingerprint."""
+def data_fingerprints(dataset: Any, saved: dict[str, str]) -> dict[str, str]:
+    """Those of the training set's files. Raises ValueError if one is another than the `saved` one under its name."""
+    found = fingerprints(dataset)
     changed = [path for path in saved.keys() & found.keys() if saved[path] != found[path]]
     if changed:
         raise ValueError(
@@ -199,17 +194,17 @@ def build_trainer(
     )
 
 
-def settle_resumed_schedule(trainer: Trainer, progress: Progress) -> Trainer:
-    """The trainer with the schedule to go on with, which `progress` remembers; raises SharedError if it has changed."""
-    schedule, config = trainer.schedule, trainer.arguments.optimizer
-    if progress.schedule:
-        override, saved = config.override_opt_param_scheduler, config.use_checkpoint_opt_param_scheduler
-        schedule = together(
-            lambda: settle_schedule(trainer.schedule, progress.schedule, override=override, use_checkpoint=saved),
-            trainer.groups,
-        )
-    progress.schedule = schedule.settings()
-    return replace(trainer, schedule=schedule)
+def resolve_resumed_schedule(trainer: Trainer, saved: dict[str, Any]) -> LearningRateSchedule:
+    """The schedule of a run that began with the settings `saved`, if any; raises ValueError if they have changed."""
+    config = trainer.arguments.optimizer
+    if not saved:
+        return trainer.schedule
+    return resolve_schedule(
+        trainer.schedule,
+        saved,
+        override=config.override_opt_param_scheduler,
+        use_checkpoint=config.use_checkpoint_opt_param_scheduler,
+    )
 
 
 def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:

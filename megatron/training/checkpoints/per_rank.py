@@ -1,7 +1,6 @@
 """The per-rank format (`--ckpt-format torch`): a file for each rank of a model replica, resumed at the same layout."""
 
 import re
-from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ from megatron.training.checkpoints.random_states import random_states, set_rando
 from megatron.training.checkpoints.same_model import check_same_model, check_same_type, refuse
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord, to_saved
 from megatron.training.setup import Trainer
 
 
@@ -71,7 +70,7 @@ class PerRank:
                 "args": step.namespace,
                 "checkpoint_version": interchange.CHECKPOINT_VERSION,
                 "iteration": step.progress.iteration,
-                "opt_param_scheduler": asdict(step.progress),
+                "opt_param_scheduler": to_saved(step.progress, step.record),
                 "rng_state": random_states(),
             }
             for key, chunk in step.trainer.model.checkpoint_keys():
@@ -126,7 +125,7 @@ def _read(source: CheckpointSource, trainer: Trainer) -> dict[str, Any]:
     if source.weights_only:
         return content
     progress = content.get("opt_param_scheduler")
-    if not isinstance(progress, dict) or set(progress) != {field.name for field in fields(Progress)}:
+    if not isinstance(progress, dict) or progress.keys() != to_saved(Progress(), RunRecord()).keys():
         raise ValueError(f"{path} was not saved by this program: add --finetune to start a new run from its weights")
     if source.with_optimizer:
         if "optimizer" not in content:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.training.config import Arguments
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer
 
 
@@ -23,6 +23,7 @@ class StepToSave:
     """The hidden folder that the step is written to before it is moved to its place."""
     trainer: Trainer
     progress: Progress
+    record: RunRecord
     namespace: Any
     """Every setting of the run as attributes, plain values all of them."""
     host_memory: list[Tensor]
@@ -49,7 +50,7 @@ class LoadedState(NamedTuple):
     arguments: Any
     """Every setting of the run that saved it, as attributes."""
     progress: dict[str, Any]
-    """How far that run had come."""
+    """What `to_saved` made of how far that run had come."""
 
 
 class CheckpointFormat(Protocol):

@@ -17,7 +17,7 @@ from megatron.training.checkpoints.protocol import StepToSave
 from megatron.training.checkpoints.steps import remove_leftovers, remove_old_steps
 from megatron.training.config import Arguments
 from megatron.training.initialize import SharedError, largest, print_once, together
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer
 
 T = TypeVar("T")
@@ -65,10 +65,10 @@ class CheckpointSaver:
     may not save any more.
     """
 
-    def __init__(self, trainer: Trainer, check_lock: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, trainer: Trainer, record: RunRecord, check_lock: Callable[[], None] = lambda: None) -> None:
         assert trainer.arguments.checkpoint.save is not None
         self.trainer, self.groups, self.settings = trainer, trainer.groups, trainer.arguments.checkpoint
-        self._check_lock = check_lock
+        self._record, self._check_lock = record, check_lock
         self._root = Path(trainer.arguments.checkpoint.save)
         self._writer: _BackgroundWriter | None = None
         self._iteration = 0
@@ -90,6 +90,7 @@ class CheckpointSaver:
                 folder=folder,
                 trainer=self.trainer,
                 progress=replace(progress),  # which goes on while a step is written in the background
+                record=self._record,
                 namespace=checkpoint_namespace(self.trainer.arguments, progress),
                 host_memory=self._host_memory,
             )

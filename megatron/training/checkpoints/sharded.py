@@ -6,7 +6,6 @@ the parts it needs. Weights and the optimizer's state are pieces of the model's 
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +26,7 @@ from megatron.training.checkpoints.random_states import random_states, set_rando
 from megatron.training.checkpoints.same_model import check_same_model, check_same_type, refuse
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
+from megatron.training.progress import to_saved
 from megatron.training.setup import Trainer
 
 
@@ -144,7 +144,7 @@ class Sharded:
 
     def prepare(self, step: StepToSave) -> PreparedStep:
         """The shards that this rank owns; with --async-save copies of them."""
-        arguments, state = vars(step.namespace), {"progress": asdict(step.progress)}
+        arguments, state = vars(step.namespace), {"progress": to_saved(step.progress, step.record)}
         if step.optimizer is not None:
             state["optimizer"] = step.optimizer.scalars()
         groups, iteration = step.trainer.groups, step.progress.iteration

@@ -13,7 +13,7 @@ from megatron.training.checkpoints.protocol import CheckpointSource
 from megatron.training.checkpoints.steps import newest_complete_step
 from megatron.training.config import Arguments, CheckpointConfig
 from megatron.training.initialize import on_first
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord, from_saved
 from megatron.training.setup import Trainer
 
 
@@ -77,18 +77,20 @@ def checkpoint_model(load: str) -> ModelConfig:
     return interchange.model_config_from_args(format_of(folder).arguments(folder))
 
 
-def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[Progress, str]:
+def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[Progress, RunRecord, str]:
     """Loads what `locate_checkpoint` found, and says what was loaded and what was not; collective.
 
     Nothing is changed unless all of it fits. Raises SharedError on every rank otherwise.
     """
     if source is None:
         load = trainer.arguments.checkpoint.load
-        return Progress(), (f"no checkpoint in {load} yet: " if load else "") + "starting from freshly drawn weights"
+        where = f"no checkpoint in {load} yet: " if load else ""
+        return Progress(), RunRecord(), f"{where}starting from freshly drawn weights"
     loaded = source.format.load(source, trainer)
     if source.weights_only:
-        return Progress(), f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
-    progress = Progress(**loaded.progress)
+        remark = f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
+        return Progress(), RunRecord(), remark
+    progress, record = from_saved(loaded.progress)
     taken = ["weights", "schedule and data position"]
     left: list[str] = []
     (taken if source.with_optimizer else left).insert(1, "optimizer (masters and moments)")
@@ -100,4 +102,4 @@ def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[
     changed = changed_settings(vars(loaded.arguments), asdict(trainer.arguments))
     if changed:
         lines.append(f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}")
-    return progress, "\n".join(line for line in lines if line)
+    return progress, record, "\n".join(line for line in lines if line)

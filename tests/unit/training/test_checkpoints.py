@@ -17,9 +17,9 @@ from checkpoint_testing import (
 )
 
 from megatron.training.checkpoints.formats import FORMATS, format_of, is_complete
-from megatron.training.checkpoints.source import checkpoint_model
+from megatron.training.checkpoints.source import checkpoint_model, load_checkpoint, locate_checkpoint
 from megatron.training.config import CheckpointConfig
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord, from_saved, to_saved
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
@@ -49,6 +49,30 @@ def test_a_step_belongs_to_one_format_whole_or_torn(saved: Saved) -> None:
         file.unlink()
         assert [name for name, row in FORMATS.items() if row.is_mine(step)] == [flag] and not is_complete(step)
         file.write_bytes(content)
+
+
+def test_what_earlier_programs_saved_of_a_run_is_read_as_it_was() -> None:
+    saved = {
+        "iteration": 3, "consumed_samples": 24, "scheduled_samples": 16, "skipped_iterations": 1,
+        "tokens_per_expert": [[1, 3], [2, 2]], "schedule": {"lr": 0.1}, "data_fingerprints": {"a": "f"},
+        "grouped_gemm": {"shape": "loop"},
+    }  # fmt: skip
+    progress, record = from_saved(saved)
+    assert progress == Progress(3, 24, 16, 1, [[1, 3], [2, 2]])
+    assert record == RunRecord(schedule={"lr": 0.1}, data_fingerprints={"a": "f"}, grouped_gemm={"shape": "loop"})
+    assert list(to_saved(progress, record).items()) == list(saved.items())
+    older = {name: value for name, value in saved.items() if name != "grouped_gemm"}
+    assert from_saved(older) == (progress, replace(record, grouped_gemm={}))
+
+
+def test_a_run_record_comes_back(saved: Saved) -> None:
+    root, trainer, progress = saved
+    record = RunRecord(schedule={"lr": 0.1}, data_fingerprints={"a": "f"}, grouped_gemm={"shape": "loop"})
+    save(trainer, progress, record)
+    for finetune in (False, True):
+        resumed = tiny_trainer(checkpoint_arguments(load=str(root), finetune=finetune))
+        _, found, _ = load_checkpoint(locate_checkpoint(resumed.arguments, resumed.groups), resumed)
+        assert found == (RunRecord() if finetune else record)
 
 
 def test_a_resumed_run_continues_with_the_same_bits(saved: Saved) -> None:

@@ -31,7 +31,7 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpoints.random_states import random_states
 from megatron.training.checkpoints.saver import CheckpointSaver, checkpoint_namespace
 from megatron.training.checkpoints.sharded import checkpoint_shards, rng_shards
-from megatron.training.progress import Progress
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
@@ -154,7 +154,7 @@ def test_a_background_save_holds_what_was_there_when_it_began(saved: Saved, monk
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(replace(trainer, arguments=arguments))
+    saver = CheckpointSaver(replace(trainer, arguments=arguments), RunRecord())
     saver.save(progress)
     train(trainer, progress, 1)
     saver.poll()
@@ -174,7 +174,7 @@ def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeyp
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(replace(trainer, arguments=arguments))
+    saver = CheckpointSaver(replace(trainer, arguments=arguments), RunRecord())
     saver.save(replace(progress, iteration=2))
     saver.poll()
     disk.error = "the disk is on fire"
@@ -228,7 +228,7 @@ def _run(folder: str, operation: int, async_save: bool) -> None:
     progress, _ = load(trainer)
     if operation:
         _die_at(folder, operation)
-    saver = CheckpointSaver(trainer)
+    saver = CheckpointSaver(trainer, RunRecord())
     while progress.iteration < 3:
         train(trainer, progress, 1)
         saver.save(progress)
