@@ -48,7 +48,14 @@ def is_model_folder(folder: Path) -> bool:
 
 def is_sharded(folder: Path) -> bool:
     """Whether a step's folder is in the sharded format (`--ckpt-format torch_dist`), whole or damaged."""
-    return (folder / METADATA_FILE).is_file() or any(folder.glob("rank_*.safetensors"))
+    if any(folder.glob("rank_*.safetensors")):
+        return True
+    return (folder / METADATA_FILE).is_file() and not is_pickled(folder)  # which has a file of that name, too
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a step's folder is in the torch_dist format of Megatron-LM, whose description is a pickle."""
+    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
 
 
 def is_per_rank(folder: Path) -> bool:

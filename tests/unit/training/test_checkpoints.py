@@ -51,6 +51,17 @@ def test_a_step_belongs_to_one_format_whole_or_torn(saved: Saved) -> None:
         file.write_bytes(content)
 
 
+@pytest.mark.parametrize("names", [(".metadata",), ("__0_0.distcp",), (".metadata", "__0_0.distcp", "common.pt")])
+def test_megatrons_own_torch_dist_is_named_though_it_has_a_metadata_file(tmp_path: Path, names: list[str]) -> None:
+    step = tmp_path / "iter_0000001"
+    step.mkdir()
+    (step / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    for name in names:
+        (step / name).touch()
+    with pytest.raises(ValueError, match=r"torch_dist checkpoint of Megatron-LM.*--ckpt-convert-format torch"):
+        load(tiny_trainer(checkpoint_arguments(load=str(step))))
+
+
 def test_what_earlier_programs_saved_of_a_run_is_read_as_it_was() -> None:
     saved = {
         "iteration": 3, "consumed_samples": 24, "scheduled_samples": 16, "skipped_iterations": 1,
