@@ -147,12 +147,13 @@ class Sharded:
         arguments, state = vars(step.namespace), {"progress": to_saved(step.progress, step.record)}
         if step.optimizer is not None:
             state["optimizer"] = step.optimizer.scalars()
-        groups, iteration = step.trainer.groups, step.progress.iteration
+        groups = step.trainer.groups
         shards = checkpoint_shards(step.trainer.model, step.optimizer, groups) + rng_shards(groups)
         if step.trainer.arguments.checkpoint.async_save:
             shards = dist_checkpointing.snapshot(shards, step.host_memory)
 
         def commit(written: list[Any]) -> None:
+            iteration = step.progress.iteration
             metadata = dist_checkpointing.write_metadata(
                 step.folder, written, iteration=iteration, arguments=arguments, state=state
             )
