@@ -26,7 +26,7 @@ from megatron.training.checkpoints.random_states import random_states, set_rando
 from megatron.training.checkpoints.same_model import check_same_model, check_same_type, refuse
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
-from megatron.training.progress import to_saved
+from megatron.training.progress import Progress, RunRecord, to_saved
 from megatron.training.setup import Trainer
 
 
@@ -194,6 +194,12 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
             "--finetune to start a new run from its weights"
         )
     check_same_type(source, stored, arguments)
+    unknown = sorted(reader.state["progress"].keys() - to_saved(Progress(), RunRecord()).keys())
+    if unknown and not source.weights_only:
+        raise ValueError(
+            f"{source.folder} was saved by another version, which also kept {', '.join(unknown)}: resume it with that "
+            "one, or add --finetune to start a new run from its weights"
+        )
     problems = []
     for kind in kinds:
         found = reader.tensors(kind).keys()

@@ -89,7 +89,7 @@ def test_damage_is_refused_and_nothing_changes(saved: Saved) -> None:
 def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path) -> None:
     _, trainer, _ = saved
     shards = dist_checkpointing.snapshot(_shards(trainer))
-    state = {"progress": {}, "optimizer": {}}
+    state: dict[str, dict[str, Any]] = {"progress": {}, "optimizer": {}}
     arguments = vars(_namespace(trainer))
     dropped = next(shard for shard in shards if shard.kind == "exp_avg" and "router" in shard.name)
     others = [shard for shard in shards if shard is not dropped]
@@ -107,6 +107,10 @@ def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path)
         load(fresh)
     write([shard for shard in shards if shard.kind == "weight"])
     with pytest.raises(ValueError, match="holds no optimizer state: add --no-load-optim"):
+        load(fresh)
+    state["progress"]["newcomer"] = 1
+    write(shards)
+    with pytest.raises(ValueError, match="saved by another version, which also kept newcomer"):
         load(fresh)
     load(tiny_trainer(checkpoint_arguments(load=str(step), finetune=True)))
 
