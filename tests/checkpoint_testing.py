@@ -14,8 +14,10 @@ from torch import Tensor
 import pretrain_gpt
 from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.training.checkpointing import Progress, load_checkpoint, locate_checkpoint, save_checkpoint
+from megatron.training.checkpoints.saver import CheckpointSaver
+from megatron.training.checkpoints.source import load_checkpoint, locate_checkpoint
 from megatron.training.config import Arguments, CheckpointConfig
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
 
@@ -50,12 +52,15 @@ def train(trainer: Trainer, progress: Progress, steps: int) -> list[float]:
 def load(trainer: Trainer) -> tuple[Progress, str]:
     """Loads what the trainer's arguments say."""
     source = locate_checkpoint(trainer.arguments, trainer.groups)
-    return load_checkpoint(source, trainer.arguments, trainer.groups, trainer.model, trainer.optimizer)
+    progress, _, remark = load_checkpoint(source, trainer)
+    return progress, remark
 
 
-def save(trainer: Trainer, progress: Progress) -> None:
-    """Saves to the folder of the trainer's arguments."""
-    save_checkpoint(trainer.arguments, trainer.groups, trainer.model, trainer.optimizer, progress)
+def save(trainer: Trainer, progress: Progress, record: RunRecord | None = None) -> None:
+    """Saves to the folder of the trainer's arguments, and waits until the step is in its place."""
+    saver = CheckpointSaver(trainer, record or RunRecord())
+    saver.save(progress)
+    saver.finish()
 
 
 def state_of(trainer: Trainer) -> list[Tensor]:

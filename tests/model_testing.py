@@ -18,9 +18,9 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import NamedShard
 from megatron.core.tensor_parallel.partition import join_from_tp
-from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron.training.loader import collate
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 

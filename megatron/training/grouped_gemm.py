@@ -14,7 +14,6 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.config import Arguments
 from megatron.training.initialize import on_first, print_once
-from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
 ADVANTAGE = 0.85
@@ -82,8 +81,8 @@ def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> flo
     return longest.item()
 
 
-def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure = _measure) -> None:
-    """Sets the backend of all experts, prints it, and remembers it in `progress`; collective.
+def resolve_grouped_gemm(trainer: Trainer, known: dict[str, str], measure: Measure = _measure) -> dict[str, str]:
+    """Sets the backend of all experts, prints it, and returns it with those `known`, for those who resume; collective.
 
     There is nothing to choose if a flag says what to use, on a CPU, and where grouped_mm does not take the operands or
     is a loop itself. With --deterministic-mode nothing may depend on a measurement: then it is grouped_mm.
@@ -92,25 +91,28 @@ def settle_grouped_gemm(trainer: Trainer, progress: Progress, measure: Measure =
     arguments = trainer.arguments
     fixed = arguments.model.moe_grouped_gemm_backend != "auto" or arguments.training.deterministic_mode
     if fixed or not (experts[0].takes_grouped_mm and wants_grouped_mm(experts[0].linear_fc1.weight, "auto")):
-        return
-    print_once(trainer.groups, choose(trainer, progress, experts, measure))
+        return known
+    chosen, line = choose(trainer, known, experts, measure)
+    print_once(trainer.groups, line)
+    return known | chosen
 
 
-def choose(trainer: Trainer, progress: Progress, experts: list[Experts], measure: Measure) -> str:
-    """The same where there is a choice; returns the line to print."""
+def choose(
+    trainer: Trainer, known: dict[str, str], experts: list[Experts], measure: Measure
+) -> tuple[dict[str, str], str]:
+    """The same where there is a choice; returns what was chosen, and the line to print."""
     groups, device, rows = trainer.groups, trainer.device, rows_per_expert(trainer.arguments)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     local, hidden, width = experts[0].linear_fc2.weight.shape
     what = f"{local} experts of {rows} rows, {width} x {hidden}, {trainer.arguments.model.params_dtype}, on {name}"
-    key, known = on_first(lambda: (what, progress.grouped_gemm.get(what)), groups)
-    if known in ("grouped_mm", "loop"):
-        backend: Backend = "loop" if known == "loop" else "grouped_mm"
+    key, before = on_first(lambda: (what, known.get(what)), groups)
+    if before in ("grouped_mm", "loop"):
+        backend: Backend = "loop" if before == "loop" else "grouped_mm"
         line = f"products of {key}: {backend}, as measured when the run began"
     else:
         times = {backend: _slowest(measure(backend, experts[0], rows), groups, device) for backend in _CANDIDATES}
         backend = "loop" if times["loop"] < ADVANTAGE * times["grouped_mm"] else "grouped_mm"
         line = f"products of {key}: {backend}, from " + ", ".join(f"{n} {1e3 * t:.3g} ms" for n, t in times.items())
-    progress.grouped_gemm[key] = backend
     for module in experts:
         module.backend = backend
-    return line
+    return {key: backend}, line

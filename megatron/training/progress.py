@@ -1,12 +1,12 @@
-"""How far a run has come."""
+"""How far a run has come, and what it was begun with: what a checkpoint holds beside tensors and settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
 @dataclass
 class Progress:
-    """How far a run has come; saved with every checkpoint."""
+    """How far a run has come."""
 
     iteration: int = 0
     """Finished steps."""
@@ -19,6 +19,12 @@ class Progress:
     tokens_per_expert: list[list[int]] | None = None
     """How often each expert of each layer was chosen in the last step, for --moe-router-load-balancing-type
     global_aux_loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What stays the same from step to step, and what a resumed run compares itself with."""
+
     schedule: dict[str, Any] = field(default_factory=dict)
     """Settings of learning rate and weight decay over the run, which a resumed run must share."""
     data_fingerprints: dict[str, str] = field(default_factory=dict)
@@ -26,3 +32,15 @@ class Progress:
     grouped_gemm: dict[str, str] = field(default_factory=dict)
     """What was measured to make the products of the experts fastest, by device and shape, so that a resumed run
     computes as before."""
+
+
+def to_saved(progress: Progress, record: RunRecord) -> dict[str, Any]:
+    """Both as one dictionary of plain values, as every checkpoint has it."""
+    return asdict(progress) | asdict(record)
+
+
+def from_saved(saved: dict[str, Any]) -> tuple[Progress, RunRecord]:
+    """The two parts of such a dictionary; what an older one lacks is empty."""
+    names = {field.name for field in fields(Progress)}
+    progress = Progress(**{name: value for name, value in saved.items() if name in names})
+    return progress, RunRecord(**{name: value for name, value in saved.items() if name not in names})

@@ -1,7 +1,7 @@
 """Building what a run needs on this rank: data sets, model, optimizer, and the stream of microbatches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,18 +15,18 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
-from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
+from megatron.core.optimizer.param_scheduler import LearningRateSchedule, resolve_schedule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.pipeline_parallel.p2p_communication import StageLink
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import initialize_parameters, spec_of
 from megatron.training.batch_schedule import BatchSchedule
-from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import on_first, together
 from megatron.training.loader import Batch, load_batches
 from megatron.training.metrics import MicrobatchResult
+from megatron.training.progress import Progress
 from megatron.training.run_plan import RunPlan, plan_run
 from megatron.training.step_monitor import StepMonitor
 
@@ -89,10 +89,9 @@ class Trainer:
 def build_datasets(
     trainer: Trainer, progress: Progress, tokenizer: Any, provider: DatasetsProvider
 ) -> tuple[Any, Any, Any]:
-    """The three data sets, indexed by the first rank before the others look; their fingerprints go into `progress`.
+    """The three data sets, indexed by the first rank before the others look.
 
-    Raises ValueError on every rank if they do not all read the same data, or if a resumed run would train on other data
-    under the same name.
+    Raises ValueError on every rank if they do not all read the same data.
     """
     training, groups = trainer.arguments.training, trainer.groups
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
@@ -110,7 +109,6 @@ def build_datasets(
     found = fingerprints(datasets[0])
     of_first = on_first(lambda: found, groups)
     together(lambda: _same_everywhere(of_first, found), groups)
-    progress.data_fingerprints = together(lambda: _same_data(progress.data_fingerprints, found), groups)
     return datasets
 
 
@@ -124,8 +122,9 @@ def _same_everywhere(of_first: dict[str, str], found: dict[str, str]) -> None:
         )
 
 
-def _same_data(saved: dict[str, str], found: dict[str, str]) -> dict[str, str]:
-    """`found`. Raises ValueError if a file is in both with another fingerprint."""
+def data_fingerprints(dataset: Any, saved: dict[str, str]) -> dict[str, str]:
+    """Those of the training set's files. Raises ValueError if one is another than the `saved` one under its name."""
+    found = fingerprints(dataset)
     changed = [path for path in saved.keys() & found.keys() if saved[path] != found[path]]
     if changed:
         raise ValueError(
@@ -181,17 +180,17 @@ def build_trainer(
     )
 
 
-def settle_resumed_schedule(trainer: Trainer, progress: Progress) -> Trainer:
-    """The trainer with the schedule to go on with, which `progress` remembers; raises SharedError if it has changed."""
-    schedule, config = trainer.schedule, trainer.arguments.optimizer
-    if progress.schedule:
-        override, saved = config.override_opt_param_scheduler, config.use_checkpoint_opt_param_scheduler
-        schedule = together(
-            lambda: settle_schedule(trainer.schedule, progress.schedule, override=override, use_checkpoint=saved),
-            trainer.groups,
-        )
-    progress.schedule = schedule.settings()
-    return replace(trainer, schedule=schedule)
+def resolve_resumed_schedule(trainer: Trainer, saved: dict[str, Any]) -> LearningRateSchedule:
+    """The schedule of a run that began with the settings `saved`, if any; raises ValueError if they have changed."""
+    config = trainer.arguments.optimizer
+    if not saved:
+        return trainer.schedule
+    return resolve_schedule(
+        trainer.schedule,
+        saved,
+        override=config.override_opt_param_scheduler,
+        use_checkpoint=config.use_checkpoint_opt_param_scheduler,
+    )
 
 
 def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:

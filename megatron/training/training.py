@@ -14,20 +14,16 @@ from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups, grid_sizes
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import (
-    CheckpointSaver,
-    Progress,
-    checkpoint_model,
-    load_checkpoint,
-    locate_checkpoint,
-)
+from megatron.training.checkpoints.folder_lock import FolderLock
+from megatron.training.checkpoints.save_folder import check_log_files, open_save_folder
+from megatron.training.checkpoints.saver import CheckpointSaver
+from megatron.training.checkpoints.source import checkpoint_model, load_checkpoint, locate_checkpoint
 from megatron.training.config import Arguments, TrainingConfig
 from megatron.training.dry_run_report import print_dry_run
 from megatron.training.ending import Ending
 from megatron.training.evaluation import evaluate
-from megatron.training.folder_lock import FolderLock
 from megatron.training.garbage import GarbageCollection
-from megatron.training.grouped_gemm import settle_grouped_gemm
+from megatron.training.grouped_gemm import resolve_grouped_gemm
 from megatron.training.initialize import (
     Environment,
     SharedError,
@@ -46,8 +42,8 @@ from megatron.training.initialize import (
 from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
 from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.peak import peak_tflops
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.run_plan import RunPlan, plan_run
-from megatron.training.save_folder import check_log_files, open_save_folder
 from megatron.training.setup import (
     Batch,
     DatasetsProvider,
@@ -57,7 +53,8 @@ from megatron.training.setup import (
     batches,
     build_datasets,
     build_trainer,
-    settle_resumed_schedule,
+    data_fingerprints,
+    resolve_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
 from megatron.training.step_monitor import StepMonitor
@@ -137,16 +134,22 @@ def _start_and_train(
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
     trainer = build_trainer(arguments, groups, device, model_provider, forward_step, source is None, plan)
-    progress, loaded = load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
-    trainer = replace(settle_resumed_schedule(trainer, progress), monitor=monitor)
+    progress, begun, loaded = load_checkpoint(source, trainer)
+    schedule = together(lambda: resolve_resumed_schedule(trainer, begun.schedule), groups)
+    trainer = replace(trainer, schedule=schedule, monitor=monitor)
     datasets = build_datasets(trainer, progress, tokenizer, datasets_provider)
+    files = together(lambda: data_fingerprints(datasets[0], begun.data_fingerprints), groups)
     print_once(groups, f"{summary(trainer)}\n{data_tables(trainer.arguments.data, datasets)}{loaded}")
-    settle_grouped_gemm(trainer, progress)
+    grouped_gemm = resolve_grouped_gemm(trainer, begun.grouped_gemm)
     if arguments.training.skip_train:
         evaluate_only(trainer, datasets, progress, stop_signal)
         return
+    saver = None
+    if arguments.checkpoint.save:
+        record = RunRecord(schedule=schedule.settings(), data_fingerprints=files, grouped_gemm=grouped_gemm)
+        saver = CheckpointSaver(trainer, record, lock.check if lock is not None else lambda: None)
     with GarbageCollection(arguments.training).running():
-        train(trainer, datasets, progress, stop_signal, lock.check if lock is not None else lambda: None)
+        train(trainer, datasets, progress, stop_signal, saver)
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
@@ -245,12 +248,9 @@ def train(
     datasets: tuple[Any, Any, Any],
     progress: Progress,
     stop_signal: StopSignal,
-    check_lock: Callable[[], None] = lambda: None,
+    saver: CheckpointSaver | None,
 ) -> None:
-    """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end.
-
-    `check_lock` raises ValueError if this job may not save any more.
-    """
+    """Runs the loop to the end, or until a flag or a signal stops it; saves on the way and at the end."""
     arguments, training = trainer.arguments, trainer.arguments.training
     train_set, validation_set, test_set = datasets
     last = training.last_iteration(trainer.batches, progress.iteration, progress.consumed_samples)
@@ -262,7 +262,6 @@ def train(
         print_once(trainer.groups, f"nothing to train: iteration {progress.iteration} of {last} is already reached")
     if validation_set is None and training.eval_interval and training.eval_iters:
         print_once(trainer.groups, "there are no validation documents, so no evaluation: see --split")
-    saver = CheckpointSaver(arguments, trainer.groups, check_lock) if arguments.checkpoint.save else None
     garbage = GarbageCollection(training)
     saved_at = evaluated_at = progress.iteration
     skipped_in_a_row = 0
@@ -367,4 +366,4 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int | None) -> MetricsLog
 
 def _save(saver: CheckpointSaver, trainer: Trainer, progress: Progress) -> None:
     trainer.buffers.wait_for_parameters()
-    saver.save(trainer.model, trainer.optimizer, progress)
+    saver.save(progress)

@@ -10,7 +10,7 @@ from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
 from megatron.core.parallel_state import build_process_groups
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 from tools.traffic.counter import CommunicationCounter, group_labels

@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 

@@ -18,7 +18,7 @@ from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tensor_parallel.parameter import named_shards
-from megatron.training.checkpointing import load_checkpoint, locate_checkpoint
+from megatron.training.checkpoints.source import load_checkpoint, locate_checkpoint
 from megatron.training.config import CheckpointConfig
 from megatron.training.setup import build_trainer
 from tools.checkpoint import util
@@ -64,7 +64,7 @@ def _logits(rank: int, world_size: int, load: str, hf: str, layout: tuple[int, i
         arguments, groups, torch.device("cpu"), pretrain_gpt.model_provider, pretrain_gpt.forward_step
     )
     source = locate_checkpoint(arguments, groups)
-    load_checkpoint(source, arguments, groups, trainer.model, trainer.optimizer)
+    load_checkpoint(source, trainer)
 
     def forward(_microbatch: int, _chunk: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
         output = trainer.model[0](_tokens() if hidden is None else hidden).tensor

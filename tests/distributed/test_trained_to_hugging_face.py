@@ -15,7 +15,7 @@ from test_layouts import EP2, ETP1, PP2, SP, TP2
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.parameter import named_shards
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util, verify
 
 LAYOUTS: dict[str, tuple[int, dict]] = {

@@ -26,7 +26,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "datasets": LEAVES,
     "tokenizers": LEAVES,
     "interchange": PARALLEL | {"tensor_parallel", "models"},
-    "dist_checkpointing": PARALLEL,
+    "dist_checkpointing": PARALLEL | {"interchange.folder_kind"},
     "tensor_parallel": PARALLEL | {"fusions"},
     "context_parallel": PARALLEL | {"fusions"},
     "pipeline_parallel": {"parallel_state"},
@@ -202,6 +202,35 @@ def test_what_is_allowed_stays_allowed(tmp_path: Path, file: str, source: str) -
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source + "\n", encoding="utf-8")
     assert violations(tmp_path) == []
+
+
+def asks_for_a_format(tree: ast.Module) -> list[int]:
+    """Lines that compare something with a value of --ckpt-format, or look for the files of a format."""
+    values = {"torch", "torch_dist", "mp_rank_*", "rank_*.safetensors", "metadata.json", "*.distcp"}
+    asking = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) or (isinstance(node, ast.Call) and "glob" in ast.unparse(node.func))
+    )
+    return sorted({
+        part.lineno
+        for node in asking
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and part.value in values
+    })  # fmt: skip
+
+
+def test_only_the_table_tells_checkpoint_formats_apart() -> None:
+    files = [*ROOT.glob("megatron/training/**/*.py"), *ROOT.glob("tools/checkpoint/*.py")]
+    asking = [path.name for path in files if asks_for_a_format(ast.parse(path.read_text(encoding="utf-8")))]
+    assert asking == ["config.py"], "how a folder is told is in folder_kind.py; that --async-save needs one, in config"
+
+
+@pytest.mark.parametrize(
+    "source", ["x = flag == 'torch'", "x = y if 'torch_dist' in flag else z", "x = any(folder.glob('mp_rank_*'))"]
+)
+def test_a_question_for_the_format_is_found(source: str) -> None:
+    assert asks_for_a_format(ast.parse(source)) == [1] and not asks_for_a_format(ast.parse("x = {'torch': 1}"))
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])

@@ -19,6 +19,7 @@ from megatron.core.interchange import (
     model_config_from_args,
 )
 from megatron.core.interchange.element_types import Array
+from megatron.core.interchange.folder_kind import is_sharded
 from megatron.core.interchange.stored_tensor import bytes_of, open_torch, stored_tensor
 from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
 from megatron.core.stages import Stage
@@ -34,7 +35,7 @@ from tools.checkpoint.stream import (
 )
 
 if TYPE_CHECKING:
-    from tools.checkpoint.training_source import TrainingSource
+    from tools.checkpoint.sharded_source import ShardedSource
 
 
 def step(text: str) -> Step:
@@ -74,22 +75,20 @@ def open_megatron(
     fallback_vocab_size: int | None = None,
     params_dtype: str | None = None,
     layout: tuple[int | None, int | None, int | None] = (None, None, None),
-) -> "MegatronSource | TrainingSource":
-    """The step that `path` and `iteration` name, of either format; see `MegatronSource` for the rest.
+) -> "PerRankSource | ShardedSource":
+    """The step that `path` and `iteration` name, of either format; see `PerRankSource` for the rest.
 
-    A training checkpoint (`torch_dist`) knows its vocabulary size and is read at any layout; sizes in `layout` are
+    A sharded checkpoint (`torch_dist`) knows its vocabulary size and is read at any layout; sizes in `layout` are
     compared with those of the run that saved it.
     """
     folder, found = find_checkpoint(path, iteration)
-    if not any(folder.glob("mp_rank_*")):
-        from megatron.core.dist_checkpointing import is_distributed_checkpoint
-        from tools.checkpoint.training_source import TrainingSource  # needs torch, which the other format does not
+    if is_sharded(folder):
+        from tools.checkpoint.sharded_source import ShardedSource  # needs torch, which the other format does not
 
-        if is_distributed_checkpoint(folder):
-            source = TrainingSource(folder, iteration=found, params_dtype=params_dtype)
-            _check_layout(folder, layout, source.saved_sizes)
-            return source
-    return MegatronSource(
+        source = ShardedSource(folder, iteration=found, params_dtype=params_dtype)
+        _check_layout(folder, layout, source.saved_sizes)
+        return source
+    return PerRankSource(
         path,
         iteration=iteration,
         true_vocab_size=true_vocab_size,
@@ -127,7 +126,7 @@ class _RankFile(NamedTuple):
     """The weights of each virtual stage, as they are named in the file."""
 
 
-class MegatronSource:
+class PerRankSource:
     """A step's folder whose files hold the parts of every weight, and nothing else.
 
     `layout` is the (tensor, pipeline, expert) size the caller believes it has; `fallback_vocab_size` counts only if the

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.core.interchange.folder_kind import foreign_kind, is_adapter, is_model_folder
+from megatron.core.interchange.folder_kind import foreign_kind, is_adapter, is_model_folder, is_per_rank
 from megatron.core.interchange.layout import TRACKER_FILE
 from megatron.core.models.mixtral.hf_config import refuse_quantized
 from megatron.core.text_files import LARGEST_LIST, read_object
@@ -91,7 +91,7 @@ def read_source_config(folder: Path) -> dict[str, Any]:
 
 def _refuse_other_kinds(folder: Path) -> None:
     kind = foreign_kind(folder)
-    if kind is None and (any(folder.glob("mp_rank_*")) or (folder / TRACKER_FILE).exists()):
+    if kind is None and (is_per_rank(folder) or (folder / TRACKER_FILE).exists()):
         kind = (
             "is a Megatron checkpoint, not a Hugging Face model folder: --loader mixtral reads it, and "
             "--huggingface-config-path names the folder that config.json and the tokenizer are in"

@@ -23,7 +23,7 @@ from megatron.core.interchange.stored_tensor import bytes_of
 from megatron.core.models.mixtral.hf_config import check_config_matches
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
 from tools.checkpoint.loader_mistral_hf import UpcycledSource
-from tools.checkpoint.loader_mixtral import MegatronSource, open_megatron, step
+from tools.checkpoint.loader_mixtral import PerRankSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.model_folder import read_config
 from tools.checkpoint.stream import Progress, Source, in_threads, model_bytes, rows_at_a_time, verify_source
@@ -108,7 +108,7 @@ def verify(args: argparse.Namespace) -> None:
         print(f"  {difference}")
     comparison = Comparison()
     if args.logits:
-        if not isinstance(ours, MegatronSource):
+        if not isinstance(ours, PerRankSource):
             raise ValueError(
                 f"{args.megatron_path} has no layout to run at: convert it with --loader mixtral --saver mixtral first"
             )

@@ -21,7 +21,7 @@ from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.parameter import named_shards
-from tools.checkpoint.loader_mixtral import MegatronSource
+from tools.checkpoint.loader_mixtral import PerRankSource
 from tools.checkpoint.megatron_names import plain_names
 
 
@@ -63,7 +63,7 @@ def compared_length(length: int, window: int | None, tensor: int) -> int:
     return window // tensor * tensor
 
 
-def compare_logits(huggingface: Path, source: MegatronSource, length: int, tolerance: float) -> Comparison:
+def compare_logits(huggingface: Path, source: PerRankSource, length: int, tolerance: float) -> Comparison:
     """Runs both models on the same two sequences of `length` tokens (see `compared_length`); in float32 on the CPU.
 
     Raises ValueError with the reason if a rank fails, or if transformers does not find all weights.

@@ -13,9 +13,9 @@ import torch
 
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, DTYPES, Block, matrix_shape, missing_elements
+from megatron.core.interchange.folder_kind import METADATA_FILE
 from megatron.core.text_files import read_json
 
-METADATA_FILE = "metadata.json"
 FORMAT = "megatron-mixtral training checkpoint"
 VERSION = 1
 _MOST, _MOST_DIMENSIONS = 1 << 56, 64
@@ -74,11 +74,6 @@ class Metadata:
     files: dict[str, StoredFile]
     tensors: dict[tuple[str, str], StoredTensor]
     """By kind and name."""
-
-
-def is_distributed_checkpoint(folder: Path) -> bool:
-    """Whether a step's folder is in this format, whole or damaged."""
-    return (folder / METADATA_FILE).is_file() or any(folder.glob("rank_*.safetensors"))
 
 
 def lacks_files(folder: Path) -> bool:

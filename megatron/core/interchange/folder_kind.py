@@ -11,6 +11,9 @@ OLD_SINGLE_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, OLD_SINGLE_FILE, OLD_INDEX_FILE)
 """Where a Hugging Face folder's weights begin, in the order in which transformers looks."""
 
+METADATA_FILE = "metadata.json"
+"""What describes a step in the sharded format."""
+
 _ADAPTER = "adapter_config.json"
 # The first pattern that something in the folder matches says what it is.
 _FOREIGN = (
@@ -41,6 +44,23 @@ _FOREIGN = (
 def is_model_folder(folder: Path) -> bool:
     """Whether weights of a Hugging Face model are in `folder`, links to nothing included."""
     return any(os.path.lexists(folder / name) for name in WEIGHT_FILES)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether a step's folder is in the sharded format (`--ckpt-format torch_dist`), whole or damaged."""
+    if any(folder.glob("rank_*.safetensors")):
+        return True
+    return (folder / METADATA_FILE).is_file() and not is_pickled(folder)  # which has a file of that name, too
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether a step's folder is in the torch_dist format of Megatron-LM, whose description is a pickle."""
+    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+
+
+def is_per_rank(folder: Path) -> bool:
+    """Whether a step's folder is in the per-rank format (`--ckpt-format torch`), whole or damaged."""
+    return any(folder.glob("mp_rank_*"))
 
 
 def is_adapter(folder: Path) -> bool:

@@ -138,7 +138,7 @@ class LearningRateSchedule:
         return values
 
 
-def settle_schedule(
+def resolve_schedule(
     ours: LearningRateSchedule, saved: dict[str, Any], *, override: bool, use_checkpoint: bool
 ) -> LearningRateSchedule:
     """The schedule of a resumed run: the command line's (`ours`), which must be the one that was `saved`.

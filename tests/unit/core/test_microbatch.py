@@ -12,7 +12,7 @@ import pretrain_gpt
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
 

@@ -8,7 +8,8 @@ import pytest
 
 from megatron.training.arguments import parse_arguments
 from megatron.training.changed_settings import WITHOUT_EFFECT, changed_settings
-from megatron.training.checkpointing import Progress, checkpoint_namespace
+from megatron.training.checkpoints.saver import checkpoint_namespace
+from megatron.training.progress import Progress
 
 FLAGS = """--num-layers 2 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --num-experts 2 --vocab-size 64
 --seq-length 8 --max-position-embeddings 64 --tokenizer-type NullTokenizer --train-iters 2"""

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron.core.atomic_files import atomic_writer, remove_unfinished
-from megatron.training import folder_lock
-from megatron.training.checkpoint_steps import remove_leftovers
-from megatron.training.folder_lock import LOCK_FILE, FolderLock
+from megatron.training.checkpoints import folder_lock
+from megatron.training.checkpoints.folder_lock import LOCK_FILE, FolderLock
+from megatron.training.checkpoints.steps import remove_leftovers
 
 QUICK = {"interval": 0.1, "patience": 2.0}
 

@@ -241,7 +241,7 @@ def test_leftovers_go_when_there_is_nothing_to_train_and_a_full_output_stops_not
 
 
 def test_a_second_job_in_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    owner = "import sys; from pathlib import Path; from megatron.training.folder_lock import FolderLock\n"
+    owner = "import sys; from pathlib import Path; from megatron.training.checkpoints.folder_lock import FolderLock\n"
     owner += "FolderLock(Path(sys.argv[1]), interval=0.1).acquire(print); print('mine', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", owner, str(tmp_path)], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE

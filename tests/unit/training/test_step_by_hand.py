@@ -9,7 +9,7 @@ import pretrain_gpt
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.arguments import parse_arguments
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 

@@ -8,7 +8,7 @@ from model_testing import step_batches, tiny_arguments, train_tiny
 
 import pretrain_gpt
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import _save, train_step
 

@@ -11,7 +11,7 @@ import pretrain_gpt
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.optimizer.clip_grads import OwnGradients, gradient_norm
 from megatron.core.parallel_state import Group, build_process_groups
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
-from megatron.core.optimizer.param_scheduler import LearningRateSchedule, settle_schedule
+from megatron.core.optimizer.param_scheduler import LearningRateSchedule, resolve_schedule
 
 
 def build(warmup: int = 100, decay: int = 300, wsd: int = 80, **settings: Any) -> LearningRateSchedule:
@@ -83,25 +83,25 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
 def test_a_resumed_run_keeps_its_schedule_or_says_so() -> None:
     saved = build().settings()
     ours = build(lr=2.0, decay=500)
-    assert settle_schedule(build(), saved, override=False, use_checkpoint=False) == build()
+    assert resolve_schedule(build(), saved, override=False, use_checkpoint=False) == build()
     with pytest.raises(ValueError, match=r"decay_samples was 300, is 500; lr was 1.0, is 2.0.*override"):
-        settle_schedule(ours, saved, override=False, use_checkpoint=False)
-    assert settle_schedule(ours, saved, override=True, use_checkpoint=False) == ours
-    kept = settle_schedule(ours, saved, override=False, use_checkpoint=True)
+        resolve_schedule(ours, saved, override=False, use_checkpoint=False)
+    assert resolve_schedule(ours, saved, override=True, use_checkpoint=False) == ours
+    kept = resolve_schedule(ours, saved, override=False, use_checkpoint=True)
     assert [kept.rates(n) for n in range(0, 600, 7)] == [build().rates(n) for n in range(0, 600, 7)]
 
 
 def test_a_longer_run_at_a_constant_rate_is_the_same_schedule() -> None:
     saved = build(lr_decay_style="constant").settings()
-    settle_schedule(build(lr_decay_style="constant", decay=900), saved, override=False, use_checkpoint=False)
+    resolve_schedule(build(lr_decay_style="constant", decay=900), saved, override=False, use_checkpoint=False)
 
 
 def test_a_refused_schedule_names_only_what_was_set() -> None:
     saved = build().settings()
     with pytest.raises(ValueError) as error:
-        settle_schedule(build(lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
+        resolve_schedule(build(lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
     assert "lr was" in str(error.value) and "decoupled" not in str(error.value)
     with pytest.raises(ValueError, match="decoupled_lr was"):
-        settle_schedule(build(decoupled_lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
+        resolve_schedule(build(decoupled_lr=saved["lr"] * 2), saved, override=False, use_checkpoint=False)
     with pytest.raises(ValueError, match="checkpoint's: weight_decay was"):
-        settle_schedule(build(weight_decay=0.1), saved, override=False, use_checkpoint=False)
+        resolve_schedule(build(weight_decay=0.1), saved, override=False, use_checkpoint=False)

@@ -16,7 +16,7 @@ from checkpoint_testing import (
 )
 
 from megatron.core.interchange import load_torch, save_torch
-from megatron.training.checkpointing import Progress
+from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from megatron.core.atomic_files import remove_unfinished
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpoint_steps import remove_leftovers
-from megatron.training.checkpointing import interchange_layout
+from megatron.training.checkpoints.folder_lock import FolderLock
+from megatron.training.checkpoints.formats import FORMATS
+from megatron.training.checkpoints.steps import remove_leftovers
 from megatron.training.config import Arguments, LoggingConfig
 from megatron.training.ending import Ending
-from megatron.training.folder_lock import FolderLock
 from megatron.training.initialize import on_first, print_once, together
 
 
@@ -25,8 +25,7 @@ def open_save_folder(arguments: Arguments, groups: ProcessGroups, ending: Ending
     lock = FolderLock(folder) if groups.world.is_first else None
 
     def write() -> str:
-        if arguments.checkpoint.ckpt_format == "torch":
-            interchange_layout(arguments)  # refuses a layout that this format cannot express
+        FORMATS[arguments.checkpoint.ckpt_format].check_layout(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         assert lock is not None
         ending.before.append(lock.release)

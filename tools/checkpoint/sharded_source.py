@@ -1,4 +1,4 @@
-"""Weights of a training checkpoint (`--ckpt-format torch_dist`), which is the same for every layout."""
+"""Weights of a checkpoint in the sharded format (`--ckpt-format torch_dist`), the same for every layout."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from megatron.core.stages import whole_model
 from tools.checkpoint.stream import Description, check_counts, common_dtype, describe_training, list_some, rows_of
 
 
-class TrainingSource:
+class ShardedSource:
     """A step's folder, whose names and shapes of weights have all been checked; `verify` reads them.
 
     Raises ValueError naming the file or the tensor that is damaged, unknown, missing or of another shape.

@@ -1,4 +1,4 @@
-"""Training checkpoints (torch_dist) convert to Hugging Face and to other layouts like any other."""
+"""Checkpoints in the sharded format convert to Hugging Face and to other layouts like any other."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,18 @@ from megatron.core.interchange import load_torch
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
-from tools.checkpoint.loader_mixtral import MegatronSource
+from tools.checkpoint.loader_mixtral import PerRankSource
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
-    """A Hugging Face model, and a training checkpoint with its weights, saved by two tensor-parallel ranks."""
+    """A Hugging Face model, and a sharded checkpoint with its weights, saved by two tensor-parallel ranks."""
     model = make_model()
     command = f"--loader mixtral_hf --saver mixtral --load-dir {model} --save-dir {tmp_path / 'released'}"
     assert util.main(["--model-type", "GPT", *command.split()]) == 0
-    source = MegatronSource(tmp_path / "released")
+    source = PerRankSource(tmp_path / "released")
     folder = tmp_path / "run" / "iter_0000003"
     folder.mkdir(parents=True)
     written = []

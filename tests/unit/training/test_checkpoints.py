@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from checkpoint_testing import (
     train,
 )
 
-from megatron.training.checkpointing import Progress, checkpoint_model
+from megatron.training.checkpoints.formats import FORMATS, format_of, is_complete
+from megatron.training.checkpoints.source import checkpoint_model, load_checkpoint, locate_checkpoint
+from megatron.training.config import CheckpointConfig
+from megatron.training.progress import Progress, RunRecord, from_saved, to_saved
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
 
 
-@pytest.fixture(params=["torch_dist", "torch"])
+@pytest.fixture(params=list(FORMATS))
 def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     """A checkpoint after three steps, the trainer that made it, and its progress."""
     trainer = tiny_trainer(checkpoint_arguments(save=str(tmp_path / "run"), ckpt_format=request.param))
@@ -29,6 +33,57 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Saved:
     train(trainer, progress, 3)
     save(trainer, progress)
     return tmp_path / "run", trainer, progress
+
+
+def test_every_value_of_the_flag_has_a_format() -> None:
+    assert get_args(get_type_hints(CheckpointConfig)["ckpt_format"]) == tuple(FORMATS)
+
+
+def test_a_step_belongs_to_one_format_whole_or_torn(saved: Saved) -> None:
+    root, trainer, _ = saved
+    step, flag = root / "iter_0000003", trainer.arguments.checkpoint.ckpt_format
+    assert format_of(step) is FORMATS[flag] and is_complete(step)
+    assert FORMATS[flag].arguments(step).hidden_size == trainer.arguments.model.hidden_size
+    for file in [path for path in step.rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.unlink()
+        assert [name for name, row in FORMATS.items() if row.is_mine(step)] == [flag] and not is_complete(step)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("names", [(".metadata",), ("__0_0.distcp",), (".metadata", "__0_0.distcp", "common.pt")])
+def test_megatrons_own_torch_dist_is_named_though_it_has_a_metadata_file(tmp_path: Path, names: list[str]) -> None:
+    step = tmp_path / "iter_0000001"
+    step.mkdir()
+    (step / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    for name in names:
+        (step / name).touch()
+    with pytest.raises(ValueError, match=r"torch_dist checkpoint of Megatron-LM.*--ckpt-convert-format torch"):
+        load(tiny_trainer(checkpoint_arguments(load=str(step))))
+
+
+def test_what_earlier_programs_saved_of_a_run_is_read_as_it_was() -> None:
+    saved = {
+        "iteration": 3, "consumed_samples": 24, "scheduled_samples": 16, "skipped_iterations": 1,
+        "tokens_per_expert": [[1, 3], [2, 2]], "schedule": {"lr": 0.1}, "data_fingerprints": {"a": "f"},
+        "grouped_gemm": {"shape": "loop"},
+    }  # fmt: skip
+    progress, record = from_saved(saved)
+    assert progress == Progress(3, 24, 16, 1, [[1, 3], [2, 2]])
+    assert record == RunRecord(schedule={"lr": 0.1}, data_fingerprints={"a": "f"}, grouped_gemm={"shape": "loop"})
+    assert list(to_saved(progress, record).items()) == list(saved.items())
+    older = {name: value for name, value in saved.items() if name != "grouped_gemm"}
+    assert from_saved(older) == (progress, replace(record, grouped_gemm={}))
+
+
+def test_a_run_record_comes_back(saved: Saved) -> None:
+    root, trainer, progress = saved
+    record = RunRecord(schedule={"lr": 0.1}, data_fingerprints={"a": "f"}, grouped_gemm={"shape": "loop"})
+    save(trainer, progress, record)
+    for finetune in (False, True):
+        resumed = tiny_trainer(checkpoint_arguments(load=str(root), finetune=finetune))
+        _, found, _ = load_checkpoint(locate_checkpoint(resumed.arguments, resumed.groups), resumed)
+        assert found == (RunRecord() if finetune else record)
 
 
 def test_a_resumed_run_continues_with_the_same_bits(saved: Saved) -> None:

@@ -6,17 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron.core import interchange
-from megatron.core.dist_checkpointing import is_distributed_checkpoint, lacks_files
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a step's folder has all its files; their checksums are not compared."""
-    try:
-        if is_distributed_checkpoint(folder):
-            return not lacks_files(folder)
-        return bool(interchange.available_layout(folder))
-    except (ValueError, OSError):
-        return False
+from megatron.training.checkpoints.formats import is_complete
 
 
 def newest_complete_step(root: Path) -> int | None:

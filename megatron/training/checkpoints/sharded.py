@@ -1,4 +1,4 @@
-"""Training checkpoints that know nothing of the layout (`--ckpt-format torch_dist`): what a rank saves and loads.
+"""The sharded format (`--ckpt-format torch_dist`), which knows nothing of the layout: what a rank saves and loads.
 
 Every tensor is saved once, under its name in the whole model, by one of the ranks that hold it; whoever loads reads
 the parts it needs. Weights and the optimizer's state are pieces of the model's tensors, random states one row a rank.
@@ -6,21 +6,28 @@ the parts it needs. Weights and the optimizer's state are pieces of the model's 
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from megatron.core import dist_checkpointing, interchange
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
+from megatron.core.interchange.folder_kind import is_sharded
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
-from megatron.training.checkpoint_source import CheckpointSource, LoadedState, check_same_model, check_same_type
+from megatron.training.checkpoints.protocol import CheckpointSource, LoadedState, PreparedStep, StepToSave
+from megatron.training.checkpoints.random_states import random_states, set_random_states
+from megatron.training.checkpoints.same_model import check_same_model, check_same_type, refuse
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
+from megatron.training.progress import Progress, RunRecord, to_saved
+from megatron.training.setup import Trainer
 
 
 def checkpoint_shards(
@@ -103,9 +110,6 @@ def _shard(kind: str, shard: NamedShard, data: torch.Tensor, start: int, owned: 
 
 def rng_shards(groups: ProcessGroups) -> list[TensorShard]:
     """Copies of this rank's random states: a row of a table with one row a rank."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # a run on a CPU takes no memory of a GPU that is there
-        states["cuda"] = torch.cuda.get_rng_state()
     world = groups.world
     return [
         TensorShard(
@@ -117,34 +121,62 @@ def rng_shards(groups: ProcessGroups) -> list[TensorShard]:
             rank=world.rank,
             size=world.size,
         )
-        for name, state in states.items()
+        for name, state in random_states().items()
     ]
 
 
-def load_state(
-    source: CheckpointSource,
-    arguments: Arguments,
-    groups: ProcessGroups,
-    model: ModelChunks,
-    optimizer: MixedPrecisionOptimizer,
-) -> LoadedState:
-    """Loads the weights and, as `source` says, the optimizer and the random state; collective.
+class Sharded:
+    """Steps of shards with one description of them all; its methods are those of CheckpointFormat."""
 
-    Nothing changes unless the whole checkpoint fits and is undamaged. Raises SharedError on every rank otherwise.
-    """
-    shards = checkpoint_shards(model, optimizer if source.with_optimizer else None, groups)
-    reader = together(lambda: _open(source, arguments, shards), groups)
-    with reader:
-        kinds = (*sorted({shard.kind for shard in shards}), "rng")
-        together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
-        together(lambda: _read_all(reader, shards), groups)
-        if source.with_optimizer:
-            optimizer.finish_loading(reader.state["optimizer"])
-        else:
-            optimizer.reload_masters()
-        if source.with_rng:
-            together(lambda: _load_rng(reader, groups), groups)
-        return LoadedState(SimpleNamespace(**reader.arguments), reader.state["progress"])
+    is_mine = staticmethod(is_sharded)
+
+    def is_complete(self, folder: Path) -> bool:
+        """Whether every file that the metadata names is there, in its size."""
+        return not dist_checkpointing.lacks_files(folder)
+
+    def arguments(self, folder: Path) -> Any:
+        """Those in the metadata."""
+        with CheckpointReader(folder) as reader:
+            return SimpleNamespace(**reader.arguments)
+
+    def check_layout(self, arguments: Arguments) -> None:
+        """Every layout can be saved."""
+
+    def prepare(self, step: StepToSave) -> PreparedStep:
+        """The shards that this rank owns; with --async-save copies of them."""
+        arguments, state = vars(step.namespace), {"progress": to_saved(step.progress, step.record)}
+        if step.optimizer is not None:
+            state["optimizer"] = step.optimizer.scalars()
+        groups = step.trainer.groups
+        shards = checkpoint_shards(step.trainer.model, step.optimizer, groups) + rng_shards(groups)
+        if step.trainer.arguments.checkpoint.async_save:
+            shards = dist_checkpointing.snapshot(shards, step.host_memory)
+
+        def commit(written: list[Any]) -> None:
+            iteration = step.progress.iteration
+            metadata = dist_checkpointing.write_metadata(
+                step.folder, written, iteration=iteration, arguments=arguments, state=state
+            )
+            interchange.replace_step(step.root, iteration, dist_checkpointing.step_files(metadata))
+
+        return PreparedStep(lambda: dist_checkpointing.write_shards(step.folder, groups.world.rank, shards), commit)
+
+    def load(self, source: CheckpointSource, trainer: Trainer) -> LoadedState:
+        """Every rank reads the parts of all files that it needs; all share the comparison of checksums."""
+        groups, optimizer = trainer.groups, trainer.optimizer
+        shards = checkpoint_shards(trainer.model, optimizer if source.with_optimizer else None, groups)
+        reader = together(lambda: _open(source, trainer.arguments, shards), groups)
+        with reader:
+            kinds = (*sorted({shard.kind for shard in shards}), "rng")
+            together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
+            together(lambda: [reader.read_into(shard) for shard in shards], groups)
+            if source.with_optimizer:
+                optimizer.finish_loading(reader.state["optimizer"])
+            else:
+                optimizer.reload_masters()
+            if source.with_rng:
+                together(lambda: _load_rng(reader, groups), groups)
+            return LoadedState(SimpleNamespace(**reader.arguments), reader.state["progress"])
 
 
 def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
@@ -162,6 +194,12 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
             "--finetune to start a new run from its weights"
         )
     check_same_type(source, stored, arguments)
+    unknown = sorted(reader.state["progress"].keys() - to_saved(Progress(), RunRecord()).keys())
+    if unknown and not source.weights_only:
+        raise ValueError(
+            f"{source.folder} was saved by another version, which also kept {', '.join(unknown)}: resume it with that "
+            "one, or add --finetune to start a new run from its weights"
+        )
     problems = []
     for kind in kinds:
         found = reader.tensors(kind).keys()
@@ -170,31 +208,14 @@ def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorSha
     if not problems:
         same_types = source.with_optimizer
         problems = [text for text in (reader.mismatch(shard, same_types) for shard in shards) if text is not None]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source.folder} does not fit the model: {'; '.join(problems[:5])}{more}")
+    refuse(source.folder, problems)
     return reader
-
-
-def _read_all(reader: CheckpointReader, shards: list[TensorShard]) -> None:
-    for shard in shards:
-        reader.read_into(shard)
 
 
 def _load_rng(reader: CheckpointReader, groups: ProcessGroups) -> None:
     """This rank's random states; in a job of another size the first rank's, since no rank depends on its own."""
-    saved = reader.tensors("rng")
-    for name, setter in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-        if name not in saved or (name == "cuda" and not torch.cuda.is_initialized()):
-            continue
-        ranks = saved[name].shape[0]
-        row = reader.read(name, "rng", groups.world.rank if ranks == groups.world.size else 0, ranks)
-        setter(row.view(-1))
-
-
-def plain_state(progress: dict[str, Any], optimizer: MixedPrecisionOptimizer | None) -> dict[str, Any]:
-    """What is saved beside tensors."""
-    state: dict[str, Any] = {"progress": progress}
-    if optimizer is not None:
-        state["optimizer"] = optimizer.scalars()
-    return state
+    states = {}
+    for name, saved in reader.tensors("rng").items():
+        ranks = saved.shape[0]
+        states[name] = reader.read(name, "rng", groups.world.rank if ranks == groups.world.size else 0, ranks).view(-1)
+    set_random_states(states)

@@ -30,9 +30,10 @@ from distributed_testing import run_distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import writer
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.training.checkpointing import CheckpointSaver, Progress
-from megatron.training.global_checkpoints import rng_shards
-from megatron.training.rank_checkpoints import _rng_state
+from megatron.training.checkpoints.random_states import random_states
+from megatron.training.checkpoints.saver import CheckpointSaver, checkpoint_namespace
+from megatron.training.checkpoints.sharded import checkpoint_shards, rng_shards
+from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
@@ -90,7 +91,7 @@ def test_damage_is_refused_and_nothing_changes(saved: Saved) -> None:
 def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path) -> None:
     _, trainer, _ = saved
     shards = dist_checkpointing.snapshot(_shards(trainer))
-    state = {"progress": {}, "optimizer": {}}
+    state: dict[str, dict[str, Any]] = {"progress": {}, "optimizer": {}}
     arguments = vars(_namespace(trainer))
     dropped = next(shard for shard in shards if shard.kind == "exp_avg" and "router" in shard.name)
     others = [shard for shard in shards if shard is not dropped]
@@ -109,18 +110,18 @@ def test_missing_and_unexpected_tensors_are_listed(saved: Saved, tmp_path: Path)
     write([shard for shard in shards if shard.kind == "weight"])
     with pytest.raises(ValueError, match="holds no optimizer state: add --no-load-optim"):
         load(fresh)
+    state["progress"]["newcomer"] = 1
+    write(shards)
+    with pytest.raises(ValueError, match="saved by another version, which also kept newcomer"):
+        load(fresh)
     load(tiny_trainer(checkpoint_arguments(load=str(step), finetune=True)))
 
 
 def _shards(trainer: Trainer) -> list[Any]:
-    from megatron.training.global_checkpoints import checkpoint_shards
-
     return checkpoint_shards(trainer.model, trainer.optimizer, trainer.groups)
 
 
 def _namespace(trainer: Trainer) -> Any:
-    from megatron.training.checkpointing import checkpoint_namespace
-
     return checkpoint_namespace(trainer.arguments, Progress())
 
 
@@ -159,14 +160,15 @@ def test_a_background_save_holds_what_was_there_when_it_began(saved: Saved, monk
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(arguments, trainer.groups)
-    saver.save(trainer.model, trainer.optimizer, progress)
+    saver = CheckpointSaver(replace(trainer, arguments=arguments), RunRecord())
+    saver.save(progress)
     train(trainer, progress, 1)
     saver.poll()
     assert not (root / "iter_0000002").exists()
     before = saved_tensors(root / "iter_0000001")
+    shutil.rmtree(root / "iter_0000001")  # what is there later is the background's
     disk.go.set()
-    saver.save(trainer.model, trainer.optimizer, progress)  # waits for the one before
+    saver.save(progress)  # waits for the one before
     again = saved_tensors(root / "iter_0000001")
     assert all(again[key].equal(before[key]) for key in before)
     saver.finish()
@@ -179,8 +181,8 @@ def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeyp
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(arguments, trainer.groups)
-    saver.save(trainer.model, trainer.optimizer, replace(progress, iteration=2))
+    saver = CheckpointSaver(replace(trainer, arguments=arguments), RunRecord())
+    saver.save(replace(progress, iteration=2))
     saver.poll()
     disk.error = "the disk is on fire"
     disk.go.set()
@@ -252,12 +254,12 @@ def _run(folder: str, operation: int, async_save: bool) -> None:
     progress, _ = load(trainer)
     if operation:
         _die_at(folder, operation)
-    saver = CheckpointSaver(trainer.arguments, trainer.groups)
+    saver = CheckpointSaver(trainer, RunRecord())
     while progress.iteration < 3:
         train(trainer, progress, 1)
-        saver.save(trainer.model, trainer.optimizer, progress)
+        saver.save(progress)
         if progress.iteration == 2:
-            saver.save(trainer.model, trainer.optimizer, progress)
+            saver.save(progress)
         saver.poll()
     saver.finish()
 
@@ -322,4 +324,4 @@ def test_a_run_on_a_cpu_does_not_touch_a_gpu_that_is_there(monkeypatch: pytest.M
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_rng_state", lambda: pytest.fail("a state of the GPU was asked for"))
     assert [shard.name for shard in rng_shards(ProcessGroups())] == ["cpu"]
-    assert list(_rng_state()) == ["cpu"]
+    assert list(random_states()) == ["cpu"]

@@ -1,0 +1,105 @@
+"""The checkpoint a run starts from: which one, how much of it is taken, and what is said of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron.core import interchange
+from megatron.core.config import ModelConfig
+from megatron.core.interchange.folder_kind import not_a_checkpoint
+from megatron.core.parallel_state import ProcessGroups
+from megatron.training.changed_settings import changed_settings
+from megatron.training.checkpoints.formats import format_of
+from megatron.training.checkpoints.protocol import CheckpointSource
+from megatron.training.checkpoints.steps import newest_complete_step
+from megatron.training.config import Arguments, CheckpointConfig
+from megatron.training.initialize import on_first
+from megatron.training.progress import Progress, RunRecord, from_saved
+from megatron.training.setup import Trainer
+
+
+def locate_checkpoint(arguments: Arguments, groups: ProcessGroups) -> CheckpointSource | None:
+    """What --load names, or None for freshly drawn weights; the first rank decides for all.
+
+    Raises ValueError on every rank if there should be a checkpoint and is none.
+    """
+    settings = arguments.checkpoint
+    return None if settings.load is None else on_first(lambda: _locate(Path(str(settings.load)), settings), groups)
+
+
+def _locate(load: Path, settings: CheckpointConfig) -> CheckpointSource | None:
+    same_folder = settings.save is not None and load.resolve() == Path(settings.save).resolve()
+    warning = ""
+    if same_folder and not (load / interchange.TRACKER_FILE).exists():
+        step = newest_complete_step(load) if load.is_dir() else None
+        if step is None:
+            _refuse_lost_tracker(load)
+            if settings.exit_on_missing_checkpoint:
+                raise ValueError(f"there is no checkpoint in {load}, and --exit-on-missing-checkpoint asks for one")
+            return None
+        folder: Path = interchange.checkpoint_dir(load, step)
+        warning = f"WARNING: {load} has no {interchange.TRACKER_FILE}; took its newest complete step"
+    else:
+        folder, _ = interchange.find_checkpoint(load)
+    found = format_of(folder)
+    if folder.name == "release" or (settings.finetune and not same_folder):
+        return CheckpointSource(folder, found, weights_only=True, with_optimizer=False, with_rng=False)
+    if not same_folder:
+        return CheckpointSource(folder, found, False, not settings.no_load_optim, not settings.no_load_rng)
+    # A restart of the run itself: flags for the checkpoint it started from must not drop its state.
+    if settings.finetune and not getattr(found.arguments(folder), "finetune", False):
+        raise ValueError(
+            f"--finetune with --load equal to --save would overwrite the run in {load}: give another --save folder"
+        )
+    if settings.finetune or settings.no_load_optim or settings.no_load_rng:
+        remark = "--finetune, --no-load-optim and --no-load-rng do not apply to the run's own checkpoints"
+        warning = f"{warning}\n{remark}" if warning else remark
+    return CheckpointSource(folder, found, False, True, True, warning)
+
+
+def _refuse_lost_tracker(root: Path) -> None:
+    """Raises ValueError if something is there but no tracker: training from scratch would write over or beside it."""
+    kind = not_a_checkpoint(root)
+    if kind is not None:
+        raise ValueError(f"{root} {kind}")
+    if root.is_dir() and (interchange.available_iterations(root) or (root / "release").is_dir()):
+        raise ValueError(
+            f"{root} holds checkpoints but no {interchange.TRACKER_FILE}, and none of them is complete: write the step "
+            "to load there, or use an empty folder"
+        )
+
+
+def checkpoint_model(load: str) -> ModelConfig:
+    """The model that the newest checkpoint in `load` holds. Raises ValueError if there is none that can be read."""
+    try:
+        folder, _ = interchange.find_checkpoint(Path(load))
+    except FileNotFoundError as error:
+        raise ValueError(f"--use-checkpoint-args: {error}") from error
+    return interchange.model_config_from_args(format_of(folder).arguments(folder))
+
+
+def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[Progress, RunRecord, str]:
+    """Loads what `locate_checkpoint` found, and says what was loaded and what was not; collective.
+
+    Nothing is changed unless all of it fits. Raises SharedError on every rank otherwise.
+    """
+    if source is None:
+        load = trainer.arguments.checkpoint.load
+        where = f"no checkpoint in {load} yet: " if load else ""
+        return Progress(), RunRecord(), f"{where}starting from freshly drawn weights"
+    loaded = source.format.load(source, trainer)
+    if source.weights_only:
+        remark = f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
+        return Progress(), RunRecord(), remark
+    progress, record = from_saved(loaded.progress)
+    taken = ["weights", "schedule and data position"]
+    left: list[str] = []
+    (taken if source.with_optimizer else left).insert(1, "optimizer (masters and moments)")
+    (taken if source.with_rng else left).append("random state")
+    lines = [f"resumed at iteration {progress.iteration} from {source.folder}: loaded {', '.join(taken)}"]
+    if left:
+        lines.append(f"not loaded, as asked for: {', '.join(left)}")
+    lines.append(source.remark)
+    changed = changed_settings(vars(loaded.arguments), asdict(trainer.arguments))
+    if changed:
+        lines.append(f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}")
+    return progress, record, "\n".join(line for line in lines if line)
