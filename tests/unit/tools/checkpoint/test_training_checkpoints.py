@@ -8,7 +8,7 @@ import torch
 from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
 
 from megatron.core.dist_checkpointing import TensorShard, write_metadata, write_shards
-from megatron.core.interchange import load_torch
+from megatron.core.interchange import load_torch, save_torch
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
@@ -167,3 +167,63 @@ def test_a_weight_of_another_model_is_refused(
     write_metadata(folder, [write_shards(folder, 5, [shard])], iteration=3, arguments=vars(args), state={})
     assert _to_huggingface(run, model, tmp_path / "hf") == 1
     assert "lacks decoder.final_layernorm.weight" in capsys.readouterr().err
+
+
+def _gpt2_files(folder: Path) -> tuple[Path, Path]:
+    """A vocabulary of 300 entries in GPT-2's two files, under names of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    text = " ".join(f"{first}{second}" for first in "abcdefgh" for second in "abcdefgh")
+    tokenizer.train_from_iterator([text], trainer)
+    for name in ("vocabulary", "merges"):
+        (folder / name).mkdir(parents=True)
+    vocab_file, merge_file = tokenizer.model.save(str(folder), "gpt2")
+    moved = folder / "vocabulary" / "my-vocab.json", folder / "merges" / "my-merges.txt"
+    return Path(vocab_file).rename(moved[0]), Path(merge_file).rename(moved[1])
+
+
+@pytest.mark.parametrize("given", ["by the checkpoint", "as a folder", "by nobody"])
+def test_the_files_of_a_gpt2_tokenizer_go_with_a_config_that_is_made(
+    make_model: MakeModel, tmp_path: Path, capsys: Capture, given: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron.core.tokenizers.gpt2_bpe_tokenizer import GPT2BPETokenizer
+
+    vocab_file, merge_file = _gpt2_files(tmp_path / "gpt2")
+    ours = GPT2BPETokenizer(str(vocab_file), str(merge_file))
+    run, again, target = tmp_path / "run", tmp_path / "again", tmp_path / "hf"
+    command = ["--loader", "mixtral_hf", "--saver", "mixtral", "--load-dir", str(make_model(vocab=300))]
+    assert util.main([*command, "--save-dir", str(run)]) == 0
+    file = run / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = load_torch(file)
+    vars(content["args"]).update(
+        tokenizer_type="GPT2BPETokenizer", tokenizer_model=None, vocab_file=str(vocab_file), merge_file=str(merge_file)
+    )
+    save_torch(file, content)
+    command = ["--loader", "mixtral", "--saver", "mixtral", "--load-dir", str(run), "--save-dir", str(again)]
+    assert util.main(command) == 0, "the next conversion knows the files as well"
+    flags: list[str] = []
+    if given == "as a folder":
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        vocab_file, merge_file = vocab_file.rename(folder / "vocab.json"), merge_file.rename(folder / "merges.txt")
+        flags = ["--huggingface-config-path", str(folder)]
+    if given == "by nobody":
+        merge_file.unlink()
+    capsys.readouterr()
+    assert _to_huggingface_alone(again, target, *flags) == 0
+    if given == "by nobody":
+        assert f"the checkpoint's tokenizer, {merge_file}, is not there" in capsys.readouterr().err
+        return
+    assert (target / "vocab.json").read_bytes() == vocab_file.read_bytes()
+    assert (target / "merges.txt").read_bytes() == merge_file.read_bytes()
+    theirs, text = AutoTokenizer.from_pretrained(target), "abba bad\n é 'll  x"
+    assert theirs(text).input_ids == ours.tokenize(text) and theirs.decode(ours.tokenize(text)) == text
+    assert theirs.eos_token_id == ours.eod == json.loads((target / "config.json").read_text())["eos_token_id"]
