@@ -1,6 +1,7 @@
 """Training checkpoints (torch_dist) convert to Hugging Face and to other layouts like any other."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ Capture = pytest.CaptureFixture[str]
 def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
     """A Hugging Face model, and a training checkpoint with its weights, saved by two tensor-parallel ranks."""
     model = make_model()
-    command = f"--loader mixtral_hf --saver mixtral --load-dir {model} --save-dir {tmp_path / 'released'}"
-    assert util.main(["--model-type", "GPT", *command.split()]) == 0
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{model}' --save-dir '{tmp_path}/released'"
+    assert util.main(["--model-type", "GPT", *shlex.split(command)]) == 0
     source = MegatronSource(tmp_path / "released")
     folder = tmp_path / "run" / "iter_0000003"
     folder.mkdir(parents=True)
@@ -52,19 +53,18 @@ def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _to_huggingface(source: Path, config: Path, target: Path) -> int:
-    return convert_megatron_to_hf_mixtral.main(
-        f"--megatron-checkpoint-path {source} --huggingface-config-path {config} "
-        f"--huggingface-checkpoint-path {target} --max-shard-size 50KB".split()
-    )
+    command = ["--megatron-checkpoint-path", str(source), "--huggingface-config-path", str(config)]
+    command += ["--huggingface-checkpoint-path", str(target), "--max-shard-size", "50KB"]
+    return convert_megatron_to_hf_mixtral.main(command)
 
 
 def test_weights_arrive_bit_for_bit(trained: tuple[Path, Path], tmp_path: Path) -> None:
     model, run = trained
     assert _to_huggingface(run, model, tmp_path / "hf") == 0
     assert_same_tensors(tmp_path / "hf", disk_tensors(model))
-    command = f"--loader mixtral --saver mixtral --load-dir {run} --save-dir {tmp_path / 'tp2'}"
+    command = f"--loader mixtral --saver mixtral --load-dir '{run}' --save-dir '{tmp_path}/tp2'"
     sizes = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
-    assert util.main(["--model-type", "GPT", *command.split(), *sizes.split()]) == 0
+    assert util.main(["--model-type", "GPT", *shlex.split(command), *sizes.split()]) == 0
     assert _to_huggingface(tmp_path / "tp2", model, tmp_path / "hf2") == 0
     assert_same_tensors(tmp_path / "hf2", disk_tensors(model))
 
@@ -150,7 +150,7 @@ def test_damage_is_named_and_leaves_nothing(
     assert "rank_00001.safetensors was altered" in error and "Traceback" not in error
     assert not (tmp_path / "hf").exists()
     # What takes no reading is found first; --dry-run finds both.
-    command = f"--loader mixtral --saver mixtral --load-dir {run} --save-dir {tmp_path / 'm'} --dry-run".split()
+    command = shlex.split(f"--loader mixtral --saver mixtral --load-dir '{run}' --save-dir '{tmp_path}/m' --dry-run")
     for flags, message in ((["--target-tensor-parallel-size", "3"], "num-attention-heads"), ([], "was altered")):
         assert util.main([*command, *flags]) == 1
         assert message in capsys.readouterr().err
