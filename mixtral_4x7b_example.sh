@@ -176,11 +176,12 @@ fi
 
 # The optimizer is always loaded with the weights: a restart that dropped it would go unnoticed.
 tracker="$CHECKPOINT_PATH/latest_checkpointed_iteration.txt"
+steps=("$CHECKPOINT_PATH"/iter_*)
 if [[ -n $dry_run ]]; then
     : # nothing is loaded
 elif [[ -e $tracker ]]; then
     echo "Loading from $CHECKPOINT_PATH: $(head -c 40 "$tracker")"
-elif compgen -G "$(printf '%q' "$CHECKPOINT_PATH")/iter_*" >/dev/null || [[ -d $CHECKPOINT_PATH/release ]]; then
+elif [[ -e ${steps[0]} ]] || [[ -d $CHECKPOINT_PATH/release ]]; then
     echo "Loading from $CHECKPOINT_PATH, which has checkpoints but no latest_checkpointed_iteration.txt"
 else
     echo "There is no checkpoint in $CHECKPOINT_PATH yet: starting from fresh weights"

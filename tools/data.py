@@ -18,7 +18,7 @@ from megatron.core.atomic_files import error_sentence
 from megatron.core.config import TokenizerConfig
 from megatron.core.datasets.blended_dataset import blend_summary, build_train_valid_test_datasets, source_table
 from megatron.core.datasets.description import DatasetDescription, description_path, file_sha256, read_description
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, data_set_prefix
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
 from tools.run_tool import parsed, run_tool
 
@@ -32,14 +32,9 @@ EXAMPLE = """examples (a DATASET is the path of a .bin and .idx without these su
       --seq-length 4096 --train-iters 100000 --global-batch-size 256 --data-cache-path cache/"""
 
 
-def prefix_of(dataset: str) -> str:
-    """The path of a data set without the suffix of one of its files."""
-    return dataset.removesuffix(".bin").removesuffix(".idx").removesuffix(".json")
-
-
 def unique_prefixes(datasets: Sequence[str]) -> list[str]:
     """Each data set once, though a glob may name several of its files."""
-    return list(dict.fromkeys(map(prefix_of, datasets)))
+    return list(dict.fromkeys(map(data_set_prefix, datasets)))
 
 
 def info(args: argparse.Namespace) -> None:
@@ -169,7 +164,7 @@ def show(args: argparse.Namespace) -> None:
         raise ValueError(
             f"N is how many documents to show, at least 1, not {args.number}; for the last ones give --first -K"
         )
-    indexed = IndexedDataset(prefix_of(args.dataset))
+    indexed = IndexedDataset(data_set_prefix(args.dataset))
     count = indexed.document_count
     first = args.first + count if args.first < 0 else args.first
     if not 0 <= first < count:

@@ -8,27 +8,34 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.run import main
+
+from megatron.core.text_files import open_standard_streams
 
 
 def launch(arguments: list[str]) -> int:
     """Runs torchrun; returns its status after a signal, and raises what else it raises."""
     with tempfile.TemporaryDirectory() as folder:
         farewell = Path(folder) / "farewell"
-        os.environ["MEGATRON_FAREWELL_FILE"] = str(farewell)  # the first rank of this machine leaves its words here
+        # the first rank of this machine makes it when all is well; what it has not printed itself is in it
+        os.environ["MEGATRON_FAREWELL_FILE"] = str(farewell)
         try:
             main(arguments)
         except SignalException as stopped:
             _wait_for_ranks(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)))
-            words = farewell.read_text() if farewell.exists() else ""
-            print(
-                words or f"error: {stopped.sigval.name} ended the job before its ranks could stop in order",
-                file=sys.stdout if words else sys.stderr,
-            )
-            return 0 if words else 1
+            if not farewell.exists():
+                print(
+                    f"error: {stopped.sigval.name} ended the job before its ranks could stop in order", file=sys.stderr
+                )
+                return 1
+            if words := farewell.read_text():
+                print(words)
     return 0
 
 
@@ -46,7 +53,9 @@ def _wait_for_ranks(patience: float) -> None:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     status = launch(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(status)  # the store's thread would abort a process that ends by itself

@@ -2,18 +2,18 @@
 """Merge indexed data sets into one, in natural order of their names; memory does not grow with their size."""
 
 import argparse
+import os
 import signal
 import sys
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.core.datasets.description import Origin, read_description
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.description import DatasetDescription, Origin, read_description
+from megatron.core.datasets.indexed_dataset import IndexedDataset, data_set_prefix
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
-from tools.preprocessing.inputs import natural_order
+from tools.preprocessing.inputs import identity, natural_order
 from tools.run_tool import parsed, run_tool
 
 EXAMPLES = """examples:
@@ -32,13 +32,15 @@ def find_data_sets(patterns: list[str], output: str) -> list[str]:
                 raise ValueError(f"--input {pattern} has no data sets (.bin and .idx) in it")
             found += _without_results(sorted(stems, key=natural_order))
         else:
-            found.append(pattern.removesuffix(".bin").removesuffix(".idx"))
-    resolved = [Path(prefix).resolve() for prefix in found]
-    counts = Counter(resolved)
-    twice = next((prefix for prefix, path in zip(found, resolved) if counts[path] > 1), None)
-    if twice is not None:
-        raise ValueError(f"--input names {twice} twice: name it once")
-    if Path(output).absolute() in [Path(prefix).absolute() for prefix in found]:
+            found.append(data_set_prefix(pattern))
+    names: dict[tuple[int | str, ...], str] = {}
+    for prefix in found:
+        file = identity(f"{prefix}.bin")
+        if file in names:
+            also = "" if names[file] == prefix else f" (also as {prefix})"
+            raise ValueError(f"--input names {names[file]}{also} twice: name it once")
+        names[file] = prefix
+    if any(identity(f"{output}.{end}") == identity(f"{prefix}.{end}") for prefix in found for end in ("bin", "idx")):
         raise ValueError(f"--output-prefix {output} is one of the inputs: choose another name, or move it away")
     return found
 
@@ -57,9 +59,26 @@ def _without_results(prefixes: list[str]) -> list[str]:
     return kept
 
 
+def _warn_of_doubles(described: dict[str, DatasetDescription]) -> None:
+    """Tells of documents that will be in the result twice, as far as descriptions know."""
+    same: dict[str | None, str] = {}
+    inputs = {Path(prefix).name for prefix in described}
+    for prefix, description in described.items():
+        first = same.setdefault(description.sha256.get("bin"), prefix)
+        merged = set(description.merged_from)
+        if first != prefix and description.documents:
+            print(f"warning: {prefix} has the same tokens as {first}: they will be there twice", file=sys.stderr)
+        elif again := merged & (inputs - {Path(prefix).name}):
+            names = ", ".join(sorted(again))
+            print(f"warning: {prefix} was merged from {names}, which will be there twice", file=sys.stderr)
+        elif merged:
+            print(f"note: {prefix} was itself merged from {', '.join(sorted(merged))}", file=sys.stderr)
+
+
 def common_origin(prefixes: list[str]) -> Origin | None:
     """What all descriptions say of their making; None, with a warning, if one is missing. Raises ValueError."""
     descriptions = [read_description(prefix) for prefix in prefixes]
+    _warn_of_doubles({prefix: found for prefix, found in zip(prefixes, descriptions) if found is not None})
     origins: list[Origin] = []
     for prefix, description in zip(prefixes, descriptions):
         if description is None:
@@ -76,6 +95,9 @@ def common_origin(prefixes: list[str]) -> Origin | None:
 
 def merge(patterns: list[str], output: str) -> None:
     """Write the merged data set. Raises ValueError or OSError with a sentence for the user."""
+    output = data_set_prefix(output)
+    if os.path.basename(output) in ("", ".", ".."):
+        raise ValueError(f"--output-prefix {output} is a folder: add the beginning of the files' names")
     prefixes = find_data_sets(patterns, output)
     origin = common_origin(prefixes)
     with IndexedDatasetWriter(output, IndexedDataset(prefixes[0]).dtype) as writer:

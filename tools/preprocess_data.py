@@ -17,7 +17,7 @@ if __name__ == "__main__":
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from megatron.core.atomic_files import error_sentence
-from megatron.core.text_files import terminal_output
+from megatron.core.text_files import STREAM_NAMES, terminal_output
 from megatron.core.tokenizers import TOKENIZER_TYPES
 from tools.preprocessing.engine import BACKENDS
 from tools.preprocessing.journal import journal_path
@@ -148,7 +148,8 @@ def _run(settings: Settings, timeout: float) -> int:
     except (ValueError, OSError) as error:
         failed_write = isinstance(error, OSError) and error.errno is not None and not error.filename
         prefix = f"cannot write {settings.output_prefix}: " if failed_write else ""
-        advice = resumable(settings, place) if isinstance(error, OSError) and not isinstance(error, TooManyBad) else ""
+        of_files = isinstance(error, OSError) and error.filename not in STREAM_NAMES
+        advice = resumable(settings, place) if of_files and not isinstance(error, TooManyBad) else ""
         print(f"{place.label}error: {prefix}{error_sentence(error)}{advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

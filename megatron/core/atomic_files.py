@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import os
 import resource
 import tempfile
@@ -64,32 +63,49 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     `keep_first` the first, and a file that is there is left alone.
     """
     try:
-        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
+        file = _locked_temporary(path)
     except OSError as error:
         error.filename = str(path)  # not the temporary name, which nobody has seen
         raise
     try:
         with naming(path), file:
-            with contextlib.suppress(OSError):  # file systems without locks
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file  # type: ignore[misc]
+            yield file
             file.flush()
             with contextlib.suppress(PermissionError):
                 os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # temporary files are made for their owner alone
             os.fsync(file.fileno())
-        if keep_first:
-            _rename_if_absent(file.name, path)
-        else:
-            os.replace(file.name, path)
+            # before the lock is given up: without it the file would be taken for a leftover
+            if keep_first:
+                _rename_if_absent(file.name, path)
+            else:
+                os.replace(file.name, path)
     except BaseException:
         Path(file.name).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def remove_unfinished(path: Path) -> None:
-    """Removes what killed processes have left of writing `path`; what a living one is writing is left alone."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+def _locked_temporary(path: Path) -> BinaryIO:
+    """A new file to be renamed to `path`, which says by a lock that its writer lives."""
+    while True:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # who removes leftovers has it, and was faster
+            Path(file.name).unlink(missing_ok=True)
+        except OSError:  # a file system without locks
+            return file  # type: ignore[return-value]
+        if os.path.exists(file.name):
+            return file  # type: ignore[return-value]
+        file.close()
+
+
+def remove_unfinished(folder: Path, names: str) -> None:
+    """Removes what killed processes have left of writing files in `folder` whose names match the pattern `names`.
+
+    What a living process is writing is left alone, also by other processes that do the same.
+    """
+    for leftover in folder.glob(f".{names}.*.tmp"):
         with contextlib.suppress(OSError), open(leftover, "r+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its writer holds the lock
             leftover.unlink()

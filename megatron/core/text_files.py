@@ -26,21 +26,25 @@ def shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
+STREAM_NAMES = ("standard output", "standard error")
+"""What an OSError names that comes from one of these."""
+
+
 class _Terminal:
     """A standard stream whose text is printable, and whose reader may leave: then the process ends without a word."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
         # a line that shows progress begins with a return to its start, and may erase what was there
         parts = _LIVE.split(text) if self._stream.isatty() else [text]
-        with _reader_may_leave(self._stream):
+        with _reader_may_leave(self._stream, self._name):
             self._stream.write("".join(part if _LIVE.fullmatch(part) else printable(part) for part in parts))
         return len(text)
 
     def flush(self) -> None:
-        with _reader_may_leave(self._stream):
+        with _reader_may_leave(self._stream, self._name):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
@@ -58,12 +62,32 @@ def _discard(stream: TextIO) -> None:
 
 
 @contextmanager
-def _reader_may_leave(stream: TextIO) -> Iterator[None]:
+def _reader_may_leave(stream: TextIO, name: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
         _discard(stream)
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if error.filename is None:
+            error.filename = name
+        raise
+
+
+def open_standard_streams() -> None:
+    """Sends those of standard input, output and error that the caller has closed to nowhere.
+
+    Otherwise the next file that is opened would get the number of one, and what a library prints would get into it.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    if not closed:
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # it is the lowest that is free
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in closed:
+        stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115 - open to the end
+        setattr(sys, name, stream)
 
 
 @contextmanager
@@ -72,18 +96,15 @@ def terminal_output(keep: bool = True) -> Iterator[None]:
 
     Raises OSError at the end if the last of it cannot be written, or drops that unless it is to be `keep`t.
     """
+    open_standard_streams()
     with ExitStack() as streams:
-        # Python has none where the caller closed it, and then prints nothing
-        if sys.stdout is not None:
-            streams.enter_context(redirect_stdout(_Terminal(sys.stdout)))  # type: ignore[type-var]
-        if sys.stderr is not None:
-            streams.enter_context(redirect_stderr(_Terminal(sys.stderr)))  # type: ignore[type-var]
+        streams.enter_context(redirect_stdout(_Terminal(sys.stdout, STREAM_NAMES[0])))  # type: ignore[type-var]
+        streams.enter_context(redirect_stderr(_Terminal(sys.stderr, STREAM_NAMES[1])))  # type: ignore[type-var]
         try:
             yield
         finally:  # also where --help ends the program
             try:
-                if sys.stdout is not None:
-                    sys.stdout.flush()
+                sys.stdout.flush()
             except OSError:
                 if keep:
                     raise

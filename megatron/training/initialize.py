@@ -54,7 +54,7 @@ class Environment:
     launched: bool = False
     """Whether torchrun started this process."""
     farewell_file: str | None = None
-    """Where the first rank of a machine leaves its last words for tools/launch.py."""
+    """Where the first rank of a machine tells tools/launch.py that all is well, and what it has not printed itself."""
     waits_for_saves: bool = True
     """Whether torchrun has been told to wait longer than 30 seconds after it has passed on a signal."""
 
@@ -359,7 +359,7 @@ def _run(
     except KeyboardInterrupt:
         ending.leave(130, INTERRUPTED if environment.local_rank == 0 else "", reason="interrupted")
     except StoppedAtStart:
-        sentence = stop_signal.at_start()
+        sentence, stop_signal.said = stop_signal.at_start(), True
         _leave_words(environment, stop_signal)
         ending.leave(0, sentence if environment.rank == 0 else "", reason=sentence)
     except SystemExit as error:  # of a reader of the output that has left, or of --help
@@ -384,10 +384,12 @@ def _await_speaker(ending: Ending, stop_signal: StopSignal) -> None:
 
 
 def _leave_words(environment: Environment, stop_signal: StopSignal) -> None:
-    """Tells the launcher, which a signal has ended too, that this machine's ranks ended in order."""
+    """Tells the launcher, which a signal has ended too, that this machine's ranks ended in order, and what to print."""
     if stop_signal.received and environment.farewell_file is not None and environment.local_rank == 0:
+        said_here = stop_signal.said and environment.rank == 0
+        words = "" if said_here else stop_signal.farewell or stop_signal.at_start()
         with contextlib.suppress(OSError):
-            Path(environment.farewell_file).write_text(stop_signal.farewell or stop_signal.at_start())
+            Path(environment.farewell_file).write_text(words)
 
 
 def _leave_after(error: Exception, environment: Environment, ending: Ending) -> None:

@@ -52,6 +52,8 @@ class StopSignal:
         """Name of the first signal that came."""
         self.farewell = ""
         """What the run did before it stopped."""
+        self.said = False
+        """Whether the first rank has printed it."""
         self._came: float | None = None
         self._leave: Callable[[int, str], None] = lambda status, sentence: os._exit(status)
         self._saves = False

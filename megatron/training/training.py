@@ -307,6 +307,7 @@ def train(
     stop_signal.farewell = _farewell(arguments, progress.iteration, last, stop_signal)
     if stop or not finished:
         print_once(trainer.groups, stop_signal.farewell)
+        stop_signal.said = True
     if log is not None:
         log.close()
 

@@ -1,6 +1,7 @@
 """The model equals transformers' Mixtral: logits of converted checkpoints at several layouts, and every gradient."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,9 +87,9 @@ def test_logits_of_the_converted_model(hf_folder: Path, tmp_path: Path, layout: 
     from transformers import MixtralForCausalLM
 
     tp, pp, _ = layout
-    command = f"--loader mixtral_hf --saver mixtral --load-dir {hf_folder} --save-dir {tmp_path / 'megatron'}"
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{hf_folder}' --save-dir '{tmp_path}/megatron'"
     sizes = f"--target-tensor-parallel-size {tp} --target-pipeline-parallel-size {pp}"
-    assert util.main(f"{command} {sizes}".split()) == 0
+    assert util.main(shlex.split(f"{command} {sizes}")) == 0
     results = run_distributed(_logits, tp * pp, str(tmp_path / "megatron"), str(hf_folder), layout)
     with torch.no_grad():
         expected = MixtralForCausalLM.from_pretrained(hf_folder, dtype=torch.float32)(_tokens()).logits

@@ -132,7 +132,7 @@ def test_signals_to_everyone_save_once_and_end_in_order(
     else:
         assert job.steps() == []
         last = f"stopped by {number.name} before the first step: there was nothing to save"
-    assert output.splitlines()[-1].startswith(last)
+    assert output.splitlines()[-1].startswith(last) and output.count("stopped by") == 1
 
 
 @pytest.mark.slow

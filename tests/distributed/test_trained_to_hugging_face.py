@@ -62,13 +62,14 @@ def test_both_formats_become_the_trained_model(tmp_path: Path, layout: str) -> N
     run_distributed(_train_and_save, world_size, settings, str(tmp_path))
     config = _config(tmp_path / "config")
     for kind in FORMATS:
-        flags = f"--megatron-checkpoint-path {tmp_path / kind}"
+        flags = ["--megatron-checkpoint-path", str(tmp_path / kind)]
         if kind == "torch_dist":  # the other one's config is made from its arguments
-            flags += f" --huggingface-config-path {config}"
+            flags += ["--huggingface-config-path", str(config)]
         out = tmp_path / f"hf-{kind}"
-        assert convert_megatron_to_hf_mixtral.main(f"{flags} --huggingface-checkpoint-path {out}".split()) == 0
-        flags = f"--loader mixtral --saver mixtral --load-dir {tmp_path / kind} --save-dir {tmp_path / kind}-1"
-        assert util.main([*flags.split(), "--target-expert-parallel-size", "2"]) == 0
+        assert convert_megatron_to_hf_mixtral.main([*flags, "--huggingface-checkpoint-path", str(out)]) == 0
+        flags = ["--loader", "mixtral", "--saver", "mixtral", "--load-dir", str(tmp_path / kind)]
+        flags += ["--save-dir", f"{tmp_path / kind}-1"]
+        assert util.main([*flags, "--target-expert-parallel-size", "2"]) == 0
         compared = ["--huggingface-path", str(out), "--megatron-path"]
         assert verify.main([*compared, str(tmp_path / kind)]) == 0
         assert verify.main([*compared, f"{tmp_path / kind}-1"]) == 0

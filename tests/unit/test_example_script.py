@@ -1,7 +1,6 @@
 """The example script: the command that it would run, and what it says when something is missing."""
 
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ def machine(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "tokenizer").mkdir()
     return {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "CHECKPOINT_PATH": str(tmp_path / "check points"),
+        "CHECKPOINT_PATH": str(tmp_path / "chéck points"),
         "BLENDED_DATA": "0.6 a_text_document 0.4 b_text_document",
         "TOKENIZER_MODEL": str(tmp_path / "tokenizer"),
         "DRY_RUN": "1",
@@ -49,7 +48,14 @@ def run(environment: dict[str, str], *arguments: str, folder: Path | None = None
 def command(environment: dict[str, str], *arguments: str, folder: Path | None = None) -> list[str]:
     result = run(environment, *arguments, folder=folder)
     assert result.returncode == 0, result.stderr
-    return shlex.split(result.stdout.splitlines()[-1])
+    return words_of(result.stdout.splitlines()[-1])
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a line that bash wrote with %q, read by bash: its locale may have made `$'...'` of letters."""
+    bash = shutil.which("bash") or "bash"
+    printed = subprocess.run([bash, "-c", f"printf '%s\\0' {line}"], check=True, capture_output=True).stdout
+    return [os.fsdecode(word) for word in printed.split(b"\0")[:-1]]
 
 
 def values(words: list[str], flag: str) -> list[str]:
@@ -202,11 +208,12 @@ def test_it_says_what_it_starts_from(machine: dict[str, str]) -> None:
 
 def test_a_dry_run_is_one_process_without_gpus_data_or_folders(machine: dict[str, str], tmp_path: Path) -> None:
     add_program(tmp_path / "programs", "nvidia-smi", "exit 1")
-    add_program(tmp_path / "programs", "python", 'echo "ran: $*"')
+    add_program(tmp_path / "programs", "python", """printf '%s\\n' ran: "$@\"""")
     bare = {"PATH": machine["PATH"], "VOCAB_SIZE": "32000", "PRECISION": "fp16"}
     result = run(bare, "--dry-run", "0/8", "--gpu-memory", "80")
     assert result.returncode == 0, result.stderr
-    words = shlex.split(result.stdout.splitlines()[-1])
+    lines = result.stdout.splitlines()
+    words = lines[lines.index("ran:") :]
     assert words[:2] == ["ran:", str(SCRIPT.parent / "pretrain_gpt.py")]
     assert words[-4:] == ["--dry-run", "0/8", "--gpu-memory", "80"] and "--fp16" in words
     assert not {"--data-path", "--load", "--save", "--tokenizer-model"} & set(words)

@@ -264,7 +264,10 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.filterwarnings("ignore")
-    order = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        return  # who started it has ended
+    order = json.loads(line)
     root = Path(__file__).resolve().parents[2]
     elsewhere = [path for path in sys.path[1:] if Path(path).resolve() != root]
     sys.path[:] = [order["argument"] if order["kind"] == "megatron-core" else str(root), *elsewhere]
@@ -282,4 +285,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] or sys.stdin.isatty():
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     serve()

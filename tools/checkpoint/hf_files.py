@@ -1,10 +1,17 @@
 """The files of a Hugging Face model folder: which weights are where, read slice by slice."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.core.interchange.folder_kind import INDEX_FILE, OLD_INDEX_FILE, OLD_SINGLE_FILE, SINGLE_FILE
+from megatron.core.interchange.folder_kind import (
+    INDEX_FILE,
+    OLD_INDEX_FILE,
+    OLD_SINGLE_FILE,
+    SINGLE_FILE,
+    what_is_there,
+)
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor, open_torch, stored_tensor
 from tools.checkpoint.model_folder import read_json, read_source_config, usable_file
 from tools.checkpoint.safetensors_header import read_header
@@ -27,7 +34,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             return [usable_file(folder, name) for name in sorted(set(weight_map.values()))], weight_map
     raise FileNotFoundError(
         f"{folder} has no weights: expected {SINGLE_FILE}, {INDEX_FILE} with its shards, {OLD_SINGLE_FILE} "
-        f"or {OLD_INDEX_FILE}"
+        f"or {OLD_INDEX_FILE}, but {what_is_there(folder)}"
     )
 
 
@@ -39,6 +46,7 @@ class HuggingFaceFolder:
         self.config = read_source_config(folder)
         self.tensors: dict[str, StoredTensor | LoadedTensor] = {}
         files, index = weight_files(folder)
+        _tell_passed_over(folder)
         for file in files:
             of_file = read_header if file.suffix == ".safetensors" else _torch_header
             found: Mapping[str, StoredTensor | LoadedTensor] = of_file(file)
@@ -51,6 +59,17 @@ class HuggingFaceFolder:
         missing = sorted(set(index or ()) - set(self.tensors))
         if missing:
             raise ValueError(f"{folder}: the index lists {missing[0]}, which is not in {(index or {})[missing[0]]}")
+
+
+def _tell_passed_over(folder: Path) -> None:
+    """Says which of two sets of weights is read where one of them may be stale."""
+    for single, index in ((SINGLE_FILE, INDEX_FILE), (OLD_SINGLE_FILE, OLD_INDEX_FILE)):
+        if os.path.lexists(folder / single):
+            if os.path.lexists(folder / index):
+                print(
+                    f"note: {folder} has {single} and {index}: the first is read, as by transformers", file=sys.stderr
+                )
+            return
 
 
 def _torch_header(file: Path) -> dict[str, StoredTensor | LoadedTensor]:

@@ -13,7 +13,13 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.core.interchange.folder_kind import foreign_kind, is_adapter, is_model_folder, is_per_rank
+from megatron.core.interchange.folder_kind import (
+    foreign_kind,
+    is_adapter,
+    is_model_folder,
+    is_per_rank,
+    what_is_there,
+)
 from megatron.core.interchange.layout import TRACKER_FILE
 from megatron.core.models.mixtral.hf_config import refuse_quantized
 from megatron.core.text_files import LARGEST_LIST, read_object
@@ -74,6 +80,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no Hugging Face model folder {folder}{hint}")
     if not os.path.lexists(folder / CONFIG_FILE):
         _refuse_other_kinds(folder)
+        raise FileNotFoundError(
+            f"{folder} has no file {CONFIG_FILE}, so it is no model folder: {what_is_there(folder)}"
+        )
     config = read_json(usable_file(folder, CONFIG_FILE))
     refuse_quantized(config)
     for name in _QUANTIZATION_FILES:
@@ -96,6 +105,9 @@ def _refuse_other_kinds(folder: Path) -> None:
             "is a Megatron checkpoint, not a Hugging Face model folder: --loader mixtral reads it, and "
             "--huggingface-config-path names the folder that config.json and the tokenizer are in"
         )
+    models = sorted(path for path in folder.glob("*/") if is_model_folder(path))
+    if kind is None and models:
+        kind = f"holds model folders and is none itself: give {' or '.join(map(str, models[:3]))}"
     if kind is not None:
         raise ValueError(f"{folder} {kind}")
 
@@ -117,13 +129,23 @@ def companion_files(folder: Path) -> list[str]:
         if not (folder / inner).is_dir():
             usable_file(folder, inner)
             raise ValueError(f"{folder / inner} is not a folder")
-        found += [f"{inner}/{name}" for name in sorted(os.listdir(folder / inner)) if fnmatch(name, pattern)]
+        found += [f"{inner}/{name}" for name in _files_of(folder / inner) if fnmatch(name, pattern)]
     code = _code_files(folder)
+    for name, setting in code.items():
+        if not os.path.lexists(folder / name):
+            raise FileNotFoundError(
+                f"{folder} has no file {name}, which {setting} names in auto_map: put it there, or take auto_map out"
+            )
     if code:  # they may import each other
-        found += sorted(code | {name for name in names if name.endswith(".py")})
+        found += sorted(set(code) | {name for name in names if name.endswith(".py")})
     for name in found:
         usable_file(folder, name)
     return found
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Names in a folder, also of links to nothing, but for hidden ones and folders: transformers looks into neither."""
+    return sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and not entry.is_dir())
 
 
 def has_vocabulary(companions: Iterable[str]) -> bool:
@@ -131,14 +153,14 @@ def has_vocabulary(companions: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for name in companions for pattern in _VOCABULARIES)
 
 
-def _code_files(folder: Path) -> set[str]:
-    """Python files that the folder's settings name (`auto_map`); `REPOSITORY--module.Class` is in none of ours."""
-    found = set()
+def _code_files(folder: Path) -> dict[str, str]:
+    """Python files that settings name (`auto_map`), and which do; `REPOSITORY--module.Class` is in none of ours."""
+    found: dict[str, str] = {}
     for name in (CONFIG_FILE, "tokenizer_config.json", "generation_config.json"):
         if (folder / name).is_file():
             named = read_json(folder / name).get("auto_map")
             text = json.dumps(named) if named is not None else ""
-            found |= {f"{match}.py" for match in re.findall(r'"([A-Za-z_]\w*)\.\w+"', text)}
+            found |= {f"{match}.py": name for match in re.findall(r'"([A-Za-z_]\w*)\.\w+"', text)}
     return found
 
 

@@ -235,6 +235,8 @@ def _extra_args(
     return {
         "tokenizer_type": tokenizer[0],
         "tokenizer_model": tokenizer[1],
+        "vocab_file": description.vocab_file,
+        "merge_file": description.merge_file,
         "sliding_window": description.sliding_window,
         "params_dtype": description.dtype,
         "fp16": description.dtype == "float16",

@@ -97,15 +97,18 @@ class Export:
         config = self._files.config_for(description)
         avoid = target.folder if target.in_place else None
         writer = ShardsWriter(description.model, description.dtype, max_shard_size, avoid)
-        files = {name: path for name, path in self._files.paths().items() if not target.in_place}
+        files = {name: path for name, path in self._files.paths.items() if not target.in_place}
+        made = {} if target.in_place else self._files.made
         sizes = {name: path.stat().st_size for name, path in files.items()}
+        sizes |= {name: len(text) for name, text in made.items()}
         if not target.in_place and not has_vocabulary(files):
             where = self._files.folder or description.folder
             print(f"note: {where} has no tokenizer, nor will the new folder have one", file=sys.stderr)
         if source.dry_run:
             print_plan(source, writer, writer.rules)
             for name, size in sizes.items():
-                print(f"{name}, {size:,} bytes\n    from {os.path.realpath(files[name])}")
+                origin = f"from {os.path.realpath(files[name])}" if name in files else "made for this tokenizer"
+                print(f"{name}, {size:,} bytes\n    {origin}")
         check_disk(target, planned_bytes(writer, writer.rules) | sizes, report=source.dry_run)
         if source.dry_run:
             return
@@ -119,6 +122,9 @@ class Export:
                 writer.write_index(target.staging)
                 for name, path in files.items():
                     _copy(path, target.staging / name)
+                for name, text in made.items():
+                    with atomic_writer(target.staging / name) as file:
+                        file.write(text.encode())
                 self._write_config(config, description.dtype)
                 sync_folder(target.staging)
                 _publish(target, writer.names)

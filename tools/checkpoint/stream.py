@@ -57,6 +57,10 @@ class Description:
     """Kind of tokenizer, if the checkpoint names one."""
     tokenizer_model: str | None = None
     """Where the tokenizer's files are, if the checkpoint names it."""
+    vocab_file: str | None = None
+    """The vocab.json of a GPT2BPETokenizer."""
+    merge_file: str | None = None
+    """Its merges.txt."""
     config_changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the Hugging Face config that are no longer those of the model it was read from."""
 
@@ -298,6 +302,8 @@ def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path
         sliding_window=stored("sliding_window", int),
         tokenizer_type=stored("tokenizer_type", str),
         tokenizer_model=stored("tokenizer_model", str),
+        vocab_file=stored("vocab_file", str),
+        merge_file=stored("merge_file", str),
     )
 
 

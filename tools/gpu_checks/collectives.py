@@ -1,7 +1,7 @@
 """The collectives that training uses, each with a known result, then timed; a program for torchrun.
 
-Prints a line for each, fields separated by tabs: collective, name, MiB a rank, milliseconds, GB/s (bytes of a rank's
-tensor by the time). Ends with status 1 if a result is wrong.
+Its argument is `cuda` or `cpu`. Prints a line for each, fields separated by tabs: collective, name, MiB a rank,
+milliseconds, GB/s (bytes of a rank's tensor by the time). Ends with status 1 if a result is wrong.
 """
 
 import os
@@ -102,4 +102,7 @@ def _seconds(action: Callable[[], object], synchronize: Callable[[], object]) ->
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in (["cuda"], ["cpu"]) or "RANK" not in os.environ:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     sys.exit(main(sys.argv[1]))

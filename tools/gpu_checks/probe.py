@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -62,4 +63,7 @@ def describe() -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
     print(json.dumps(describe()))

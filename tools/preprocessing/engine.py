@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron.core.text_files import read_object, read_text
+from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
 from tools.preprocessing.vocabulary import sentencepiece_json
 
@@ -179,7 +179,9 @@ def engine_source(name: str, reference: Tokenizer) -> str | None:
             raise EngineUnavailable("there is no tokenizer.model for sentencepiece")
         return str(model)
     if kind == "gpt2":
-        return _gpt2_json(*paths)
+        from megatron.core.tokenizers.gpt2_bpe_tokenizer import gpt2_tokenizer_json
+
+        return gpt2_tokenizer_json(paths[0], paths[1])
     if name == "hf" and kind == "tokenizer.model":
         raise EngineUnavailable(
             "there is no tokenizer.json, and what `tokenizers` makes of a tokenizer.model gives other ids"
@@ -207,24 +209,6 @@ def _sentencepiece_json(model: Path) -> str:
         raise EngineUnavailable(_GIGATOKEN_MISSING) from None
     except ValueError as error:
         raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({error})") from None
-
-
-def _gpt2_json(vocab_file: Path, merge_file: Path) -> str:
-    merges = read_text(merge_file).split("\n")
-    if merges[0].startswith("#version"):
-        del merges[0]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-        "vocab": read_object(vocab_file),
-        "merges": [line.rstrip("\r").split(" ") for line in merges if line.strip()],
-    }  # fmt: skip
-    content: dict[str, Any] = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
-    }  # fmt: skip
-    return json.dumps(content)
 
 
 def probes(reference: Tokenizer, source: str | None) -> list[str]:

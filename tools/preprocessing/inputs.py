@@ -51,6 +51,18 @@ class Corpus(NamedTuple):
     """Files of other kinds, by ending, the most frequent first."""
     products: int
     """Files that this project wrote: data sets, descriptions, quarantines, journals, temporary files."""
+    other_names: int = 0
+    """Links, also hard ones, to files that are read under another name."""
+
+
+def identity(path: str) -> tuple[int | str, ...]:
+    """What is the same for all names of a file: links of both kinds, and other ways to its folder."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return (os.path.realpath(path),)
+    # Size and time as well, since some network file systems give two files the same number.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def natural_order(path: str) -> tuple[list[tuple[int, int | bytes]], bytes]:
@@ -66,31 +78,34 @@ def find_inputs(patterns: list[str]) -> Corpus:
     Files of one pattern are in natural order, patterns in the order given. Of folders, and of globs that match any
     file with an ending of a corpus, only such files are taken. Raises ValueError for a pattern that has none.
     """
-    found: dict[str, Input] = {}
-    aside: dict[str, str] = {}
-    products: set[str] = set()
+    found: dict[tuple[int | str, ...], Input] = {}
+    aside: dict[tuple[int | str, ...], str] = {}
+    products: set[tuple[int | str, ...]] = set()
+    other_names: set[str] = set()
     for pattern in patterns:
         taken, others = _files_of(pattern)
         for path in others:
             if is_product_name(path):
-                products.add(os.path.realpath(path))
+                products.add(identity(path))
             else:
-                aside[os.path.realpath(path)] = ending(path)
+                aside[identity(path)] = ending(path)
         inputs = 0
         for path in sorted(taken, key=natural_order):
-            real = os.path.realpath(path)
-            if real not in found:
+            file = identity(path)
+            if file not in found:
                 head = None if is_product_name(path) else read_head(path)
                 if head is None or is_product(head):
-                    products.add(real)
+                    products.add(file)
                     continue
-                found[real] = Input(path, 0, os.path.getsize(path), kind_of(path, head))
+                found[file] = Input(path, 0, os.path.getsize(path), kind_of(path, head))
+            elif os.path.abspath(path) != os.path.abspath(found[file].path):
+                other_names.add(os.path.abspath(path))
             inputs += 1
         if not inputs and (not os.path.isfile(pattern) or (pattern == patterns[-1] and not found)):
             raise ValueError(f"--input {pattern} has nothing but files that this tool wrote itself")
-    counts = Counter(name for real, name in aside.items() if real not in found)
+    counts = Counter(name for file, name in aside.items() if file not in found)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return Corpus(list(found.values()), dict(ordered), len(products))
+    return Corpus(list(found.values()), dict(ordered), len(products), len(other_names))
 
 
 def _files_of(pattern: str) -> tuple[list[str], list[str]]:
@@ -105,6 +120,8 @@ def _files_of(pattern: str) -> tuple[list[str], list[str]]:
         taken = named
     if not taken and os.path.isdir(pattern):
         raise ValueError(f"--input {pattern} has no files in it that end in {ENDINGS_IN_WORDS}")
+    if not taken and os.path.exists(pattern):
+        raise ValueError(f"--input {pattern} is a pipe or a device, but files are read more than once: give a file")
     if not taken:
         raise ValueError(f"--input {pattern} is no file, no folder, and no pattern that matches a file")
     chosen = set(taken)
@@ -132,9 +149,11 @@ def _walk(folder: str) -> Iterator[str]:
         for name in files:
             if name.startswith("."):
                 continue
-            if is_corpus_name(name) and not os.path.isfile(os.path.join(path, name)):
-                raise ValueError(f"{os.path.join(path, name)} is a link to nothing: mend or remove it")
-            yield os.path.join(path, name)
+            file = os.path.join(path, name)
+            if is_corpus_name(name) and not os.path.isfile(file):
+                what = "a pipe, socket or device, not a file" if os.path.exists(file) else "a link to nothing"
+                raise ValueError(f"{file} is {what}: mend or remove it")
+            yield file
 
 
 def _tree(root: str) -> Iterator[tuple[str, list[str]]]:

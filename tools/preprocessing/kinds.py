@@ -33,12 +33,13 @@ _ADVICE = {
 _FOREIGN = [(words, re.compile(pattern)) for words, pattern in _ADVICE.items()]
 _CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f\b\x1b"))
 _BEGIN_OF_OBJECT = re.compile(rb"(?:^|\n)\s*\{\s*\"")
-# The quarantine, the journal, a rank's status and the description, as this project writes them.
+# The quarantine, the journal, a rank's status, the description and training's metrics, as this project writes them.
 _PRODUCTS = re.compile(
     rb'\{"file": "(?:[^"\\]|\\.)*", "line": \d+, "reason": "[^"]*"(?:\}|, "detail": )'
     rb'|\{"version": \d+, "fingerprint": "[0-9a-f]+", "writers": '
     rb'|\{"state": "\w+", "run": "[0-9a-f]{32}", "beat": '
     rb'|\{\s*"version": \d+,\s*"key": (?:null|"(?:[^"\\]|\\.)*"),\s*"tokenizer": \{\s*"type"'
+    rb'|\{"iteration": \d+, "consumed_samples": \d+, "\w+_loss": '
     rb"|MMIDIDX\0\0"
 )
 
@@ -83,7 +84,7 @@ def read_head(path: str) -> bytes | None:
 
 
 def is_product(head: bytes) -> bool:
-    """Whether this begins a file that this project wrote: index, description, quarantine, journal or status."""
+    """Whether this begins a file that this project wrote, other than tokens, which look like anything."""
     return _PRODUCTS.match(head) is not None
 
 

@@ -24,6 +24,7 @@ from tools.preprocessing.engine import (
 from tools.preprocessing.inputs import Corpus, Input, find_inputs, share
 from tools.preprocessing.kinds import printable
 from tools.preprocessing.merge import merge_parts, remove_part
+from tools.preprocessing.outputs import check_outputs
 from tools.preprocessing.part import EngineDiffers, Part, PartRun, Report, TooManyBad, quarantine_path
 from tools.preprocessing.pool import WorkerPool
 from tools.preprocessing.ranks import Place, Ranks, finished_report, part_prefix
@@ -141,6 +142,7 @@ def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:
     with ExitStack() as stack:
         ranks = stack.enter_context(Ranks(settings.output_prefix, place, rank_timeout))
         corpus = find_inputs(settings.input)
+        check_outputs(settings, corpus)
         if place.rank == 0:
             _tell_left_aside(corpus)
         tokenizer = build_tokenizer(settings.tokenizer, settings.tokenizer.vocab_size)
@@ -198,6 +200,8 @@ def _tell_left_aside(corpus: Corpus) -> None:
     parts = [f"{sum(corpus.left_aside.values())} files of other kinds ({counts})"] if counts else []
     if corpus.products:
         parts.append(f"{corpus.products} files that these tools wrote (data sets, descriptions, quarantines, journals)")
+    if corpus.other_names:
+        parts.append(f"{corpus.other_names} links to files that are read under another name")
     if parts:
         print(f"left aside: {' and '.join(parts)}")
 

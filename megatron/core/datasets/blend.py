@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.core.atomic_files import error_sentence
+from megatron.core.datasets.indexed_dataset import data_set_prefix
 from megatron.core.text_files import LARGEST_LIST, DuplicateNameError, read_text, shortened, without_duplicates
 
 if TYPE_CHECKING:
@@ -74,16 +75,12 @@ def parse_split(split: str) -> tuple[float, float, float]:
 _SEPARATOR = re.compile(r"[\s,;]|^[\d.]+[:=]")
 
 
-def _prefix(word: str) -> str:
-    return word.removesuffix(".bin").removesuffix(".idx")
-
-
 def _check_words(flag: str, arguments: Sequence[str]) -> None:
     """Raises ValueError if a word looks like several, unless that is the name of a data set."""
     if not all(arguments):
         raise ValueError(f"{flag} has an empty word: name a data set (is a variable of the script not set?)")
     joined = next((word for word in arguments if _SEPARATOR.search(word)), None)
-    if joined is not None and not os.path.exists(f"{_prefix(joined)}.idx"):
+    if joined is not None and not os.path.exists(f"{data_set_prefix(joined)}.idx"):
         raise ValueError(
             f"{flag} {joined!r} is no data set; give every weight and every data set as a word of its own, without "
             "quotes around several and without commas, for example 0.6 a_text_document 0.4 b_text_document"
@@ -114,11 +111,11 @@ def parse_blend(flag: str, arguments: Sequence[str]) -> tuple[Source, ...]:
         _check_shares(flag, numbers, text)
         total = sum(numbers)
         weights = [weight / total for weight in numbers]
-    prefixes = [_prefix(prefix) for prefix in prefixes]
+    prefixes = [data_set_prefix(prefix) for prefix in prefixes]
     seen: dict[str, str] = {}
     for prefix in prefixes:
         _check_name(flag, prefix)
-        path = os.path.abspath(prefix)
+        path = os.path.realpath(f"{prefix}.bin")
         if path in seen:
             also = f" (also as {prefix})" * (seen[path] != prefix)
             raise ValueError(f"{flag} names {seen[path]} twice{also}: name it once, with the sum of its weights")

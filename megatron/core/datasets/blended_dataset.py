@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from megatron.core.datasets.blend import SPLITS, BlendOrder, SplitBlend, split_blends
 from megatron.core.datasets.description import description_path, read_description
 from megatron.core.datasets.gpt_dataset import Dataset, GPTDataset, MockGPTDataset, Sample, SampleFormat
+from megatron.core.datasets.index_cache import remove_leftovers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.text_files import shortened
 
@@ -120,6 +121,7 @@ class _Builder:
         self._cache: str | os.PathLike[str] = (
             config.data_cache_path or Path(sources[0].prefix).absolute().parent / "cache"
         )
+        remove_leftovers(self._cache)
 
     def build(self, which: int, num_samples: int) -> Dataset | None:
         """The data set of split number `which`, or None if it has no data, no documents or no samples."""

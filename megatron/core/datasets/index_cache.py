@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.core.atomic_files import atomic_writer, error_sentence
+from megatron.core.atomic_files import atomic_writer, error_sentence, remove_unfinished
 from megatron.core.datasets.mapped_file import map_file
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,11 @@ class ArrayType(NamedTuple):
 
 # Takes an array's name and its next rows.
 Put = Callable[[str, NDArray], None]
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes what processes that were killed have left in `folder`; what others are building there is left alone."""
+    remove_unfinished(Path(folder), "*.index")
 
 
 def cached_arrays(

@@ -32,6 +32,11 @@ def optimal_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+def data_set_prefix(path: str) -> str:
+    """The prefix of the data set that `path` names, itself or by one of its files."""
+    return path.removesuffix(".bin").removesuffix(".idx").removesuffix(".json")
+
+
 def blocks(count: int) -> Iterator[slice]:
     """Cuts `count` elements into slices of at most `BLOCK`."""
     for start in range(0, count, BLOCK):

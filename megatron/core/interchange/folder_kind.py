@@ -4,6 +4,7 @@ Nothing is opened, so that it can be asked before anything else, by tools and by
 """
 
 import os
+import shlex
 from pathlib import Path
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -84,12 +85,20 @@ def foreign_kind(folder: Path) -> str | None:
     return None
 
 
+def what_is_there(folder: Path) -> str:
+    """The names in a folder that lacks a file, in a few words behind its own."""
+    names = sorted(os.listdir(folder))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"there are {', '.join(names[:5])}{more}" if names else "it is empty"
+
+
 def not_a_checkpoint(folder: Path) -> str | None:
     """What `folder` is if it is no Megatron checkpoint, and what to do: a sentence without its subject."""
     if is_model_folder(folder) and not is_adapter(folder):
         return (
             "is a Hugging Face model folder, not a Megatron checkpoint: convert it first, with python "
-            f"tools/checkpoint/util.py --loader mixtral_hf --saver mixtral --load-dir {folder} --save-dir NEW_FOLDER"
+            "tools/checkpoint/util.py --loader mixtral_hf --saver mixtral "
+            f"--load-dir {shlex.quote(str(folder))} --save-dir NEW_FOLDER"
         )
     return foreign_kind(folder)
 
@@ -98,4 +107,6 @@ def _snapshots(folder: Path) -> list[Path]:
     """The model folders in a download cache, or in one of its parts."""
     parts = ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
     inside = ("*",) if folder.name == "snapshots" else parts
-    return sorted(path for pattern in inside for path in folder.glob(pattern) if path.is_dir())
+    found = sorted(path for pattern in inside for path in folder.glob(pattern) if path.is_dir())
+    # what a download that was broken off has left is not worth naming beside a model
+    return [path for path in found if is_model_folder(path)] or found

@@ -1,6 +1,7 @@
 """GPT-2's byte-level byte-pair encoding from vocab.json and merges.txt."""
 
 import heapq
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -134,3 +135,24 @@ class GPT2BPETokenizer:
             else:
                 raw += bytes(self._bytes[character] for character in piece)
         return raw.decode("utf-8", errors="replace")
+
+
+def gpt2_tokenizer_json(vocab_file: Path, merge_file: Path, end_of_text: int | None = None) -> str:
+    """The tokenizer.json of GPT-2's two files; with the id of `<|endoftext|>` other programs read it out of texts."""
+    merges = read_text(merge_file).split("\n")
+    if merges[0].startswith("#version"):
+        del merges[0]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": read_object(vocab_file),
+        "merges": [line.rstrip("\r").split(" ") for line in merges if line.strip()],
+    }  # fmt: skip
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [] if end_of_text is None else [{"id": end_of_text, "content": END_OF_TEXT, **flags}]
+    content: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": None, "decoder": byte_level, "model": model,
+    }  # fmt: skip
+    return json.dumps(content)

@@ -1,5 +1,6 @@
 """What a run does at its start with the places it will write to: checks, the lock, and what a killed run left."""
 
+import glob
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def check_log_files(config: LoggingConfig) -> None:
     if config.metrics_path is not None:
         path = Path(config.metrics_path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(path)
+        remove_unfinished(path.parent, glob.escape(path.name))
         path.open("a").close()
     if config.tensorboard_dir is not None:
         Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)

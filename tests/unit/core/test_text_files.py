@@ -55,11 +55,31 @@ def test_a_reader_that_leaves_ends_a_tool_quietly(lines: int) -> None:
         assert tool.stderr.read() == b"" and tool.wait() == 141
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_stream_that_the_caller_closed_is_none(monkeypatch: pytest.MonkeyPatch, closed: str) -> None:
-    monkeypatch.setattr(sys, closed, None)
-    with terminal_output():
-        print("nothing", file=getattr(sys, closed))
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_what_is_printed_gets_into_no_file_where_the_caller_closed_a_stream(tmp_path: Path, closed: str) -> None:
+    program = """
+import os, sys
+from tools.run_tool import run_tool
+def action():
+    with open(sys.argv[1], "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            print("lost", file=stream, flush=True)
+            assert not stream.isatty() and sys.stdin.read() == ""
+        os.write(1, b"lost")  # as a library does
+        os.write(2, b"lost")
+        file.write("kept")
+sys.exit(run_tool(action))
+"""
+    command = ["bash", "-c", f'exec "$@" {closed}', "bash", sys.executable, "-c", program, str(tmp_path / "file")]
+    assert subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_standard_stream_that_is_full_is_named() -> None:
+    program = 'import sys; from tools.run_tool import run_tool; sys.exit(run_tool(lambda: print("a" * 10_000)))'
+    with open("/dev/full", "w") as full:
+        tool = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (tool.returncode, tool.stderr) == (1, "error: standard output: No space left on device\n")
 
 
 def test_text_and_json(tmp_path: Path) -> None:

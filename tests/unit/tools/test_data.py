@@ -1,6 +1,7 @@
 """tools/data.py: what is in a data set, whether it is sound, and indices that training then finds."""
 
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -136,13 +137,13 @@ def test_training_finds_the_indices_that_were_built_ahead(dataset: str, tmp_path
         for _ in range(30):
             writer.add_document(np.arange(20))
         writer.finalize()
-    flags = f"--data-path 3 {dataset} 1 {other} --split 60,20,20 --seq-length 8 --global-batch-size 4 --seed 5 "
-    flags += f"--train-samples 403 --eval-iters 3 --eval-interval 100 --data-cache-path {tmp_path / 'cache'}"
+    flags = f"--data-path 3 '{dataset}' 1 '{other}' --split 60,20,20 --seq-length 8 --global-batch-size 4 --seed 5 "
+    flags += f"--train-samples 403 --eval-iters 3 --eval-interval 100 --data-cache-path '{tmp_path}/cache'"
     program = "import sys; from tools import data; code = data.main(sys.argv[1:]); "
     program += "assert 'torch.distributed' not in sys.modules or not __import__('torch').distributed.is_initialized(); "
     program += "sys.exit(code)"
     result = subprocess.run(
-        [sys.executable, "-c", program, "build-index", *flags.split()],
+        [sys.executable, "-c", program, "build-index", *shlex.split(flags)],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -156,7 +157,7 @@ def test_training_finds_the_indices_that_were_built_ahead(dataset: str, tmp_path
     )
     Path(f"{other}.json").unlink(missing_ok=True)
     result = subprocess.run(
-        [sys.executable, "pretrain_gpt.py", *shape.split(), *flags.split()],
+        [sys.executable, "pretrain_gpt.py", *shape.split(), *shlex.split(flags)],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

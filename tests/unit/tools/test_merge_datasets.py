@@ -1,5 +1,7 @@
 """tools/merge_datasets.py: one data set with the documents of several, in order."""
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +111,56 @@ def test_results_of_earlier_merges_and_sets_named_twice(tmp_path: Path, capsys: 
     for other in (b, f"{tmp_path}/./b", f"{tmp_path}/link/b", f"{b}.bin"):
         assert merge_datasets.main(["--input", b, other, "--output-prefix", str(tmp_path / "twice")]) == 1
         assert "twice: name it once" in capsys.readouterr().err
+
+
+def link(prefix: Path, target: str, how: str) -> str:
+    for end in ("bin", "idx", "json"):
+        if how == "symlink":
+            Path(f"{prefix}.{end}").symlink_to(f"{target}.{end}")
+        else:
+            os.link(f"{target}.{end}", f"{prefix}.{end}")
+    return str(prefix)
+
+
+@pytest.mark.parametrize("how", ["symlink", "hard link"])
+def test_links_to_the_files_of_a_set_are_that_set(tmp_path: Path, how: str, capsys) -> None:
+    a, b = (make(tmp_path / name, [[number], [number]]) for number, name in enumerate("ab"))
+    linked = link(tmp_path / "linked", a, how)
+    for command in ([a, linked], [str(tmp_path)]):
+        assert merge_datasets.main(["--input", *command, "--output-prefix", str(tmp_path / "out")]) == 1
+        assert f"names {a} (also as {linked}) twice: name it once" in capsys.readouterr().err
+    before = Path(f"{a}.bin").read_bytes()
+    (tmp_path / "here").symlink_to(tmp_path)
+    for output in (linked, f"{tmp_path}/here/a", f"{a}.bin"):
+        assert merge_datasets.main(["--input", a, b, "--output-prefix", output]) == 1
+        assert "is one of the inputs" in capsys.readouterr().err
+    assert Path(f"{a}.bin").read_bytes() == before and len(IndexedDataset(a)) == 2
+
+
+def test_documents_that_will_be_there_twice_are_told(tmp_path: Path, capsys) -> None:
+    a, b = (make(tmp_path / name, [[number], [number]]) for number, name in enumerate("ab"))
+    copy = str(tmp_path / "copy")
+    for end in ("bin", "idx", "json"):
+        shutil.copy(f"{a}.{end}", f"{copy}.{end}")
+    said = {
+        f"warning: {copy} has the same tokens as {a}": [a, copy],
+        f"warning: {tmp_path}/ab was merged from a, which will be there twice": [f"{tmp_path}/ab", a],
+        f"note: {tmp_path}/ab was itself merged from a, b": [f"{tmp_path}/ab", make(tmp_path / "c", [[7]])],
+        "1 of 2": [a, b],
+    }
+    assert merge_datasets.main(["--input", a, b, "--output-prefix", str(tmp_path / "ab")]) == 0
+    capsys.readouterr()
+    for sentence, sources in said.items():
+        assert merge_datasets.main(["--input", *sources, "--output-prefix", str(tmp_path / "out")]) == 0
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("warning") + error.count("note") == (sentence[0] != "1")
+
+
+def test_the_output_may_be_named_like_a_file_but_not_like_a_folder(tmp_path: Path, capsys) -> None:
+    a = make(tmp_path / "a", [[1]])
+    assert merge_datasets.main(["--input", f"{a}.json", "--output-prefix", str(tmp_path / "out.bin")]) == 0
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.bin", "out.idx", "out.json"]
+    for folder in (f"{tmp_path}/", f"{tmp_path}/.", f"{tmp_path}/new/"):
+        assert merge_datasets.main(["--input", a, "--output-prefix", folder]) == 1
+        assert "is a folder: add the beginning of the files' names" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 6

@@ -8,11 +8,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TOOLS = sorted(
-    path
-    for path in (ROOT / "tools").rglob("*.py")
-    if "ArgumentParser(" in path.read_text() and '__name__ == "__main__"' in path.read_text()
+SCRIPTS = {
+    path: path.read_text()
+    for path in sorted((ROOT / "tools").rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+}
+TOOLS = [path for path, text in SCRIPTS.items() if "ArgumentParser(" in text]
+STARTED_BY_TOOLS = [path for path in SCRIPTS if path not in TOOLS and path.name != "launch.py"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*STARTED_BY_TOOLS, *(pytest.param(path, marks=pytest.mark.slow) for path in SCRIPTS if path in TOOLS)],
+    ids=lambda path: path.name,
 )
+def test_every_script_says_what_it_is(path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(path), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.strip()
 
 
 @pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.name)

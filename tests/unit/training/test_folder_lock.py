@@ -108,7 +108,7 @@ def test_leftovers_of_killed_runs_are_removed_and_what_is_being_written_is_not(t
     process = multiprocessing.get_context("fork").Process(target=write)
     process.start()
     assert ready.wait(60)
-    remove_unfinished(log)
+    remove_unfinished(tmp_path, "m[[]1].jsonl")
     go.set()
     process.join()
     assert process.exitcode == 0

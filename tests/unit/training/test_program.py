@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,8 @@ def three_splits(tmp_path: Path) -> str:
 
 def test_each_split_is_read_for_its_purpose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str) -> None:
     log = tmp_path / "metrics.jsonl"
-    flags = f"--data-path {three_splits} --split 60,20,20 --global-batch-size 4 --train-iters 30 --lr 0.05"
-    pretrain(monkeypatch, *flags.split(), "--eval-interval", "30", "--metrics-path", str(log))
+    flags = f"--data-path '{three_splits}' --split 60,20,20 --global-batch-size 4 --train-iters 30 --lr 0.05"
+    pretrain(monkeypatch, *shlex.split(flags), "--eval-interval", "30", "--metrics-path", str(log))
     lines = metrics(log)
     steps = [line["lm_loss"] for line in lines if "lm_loss" in line]
     validation = [line["validation_loss"] for line in lines if "validation_loss" in line]
@@ -83,22 +84,24 @@ def test_each_split_may_have_files_of_its_own(
             writer.finalize()
     a, b, valid, test = (str(tmp_path / name) for name in ("a", "b", "valid", "test"))
     log = tmp_path / "metrics.jsonl"
-    flags = f"--train-data-path 3 {a} 1 {b} --valid-data-path {valid} --test-data-path {test} --global-batch-size 4"
-    pretrain(monkeypatch, *flags.split(), "--train-iters", "32", "--lr", "0.05", "--metrics-path", str(log))
+    flags = (
+        f"--train-data-path 3 '{a}' 1 '{b}' --valid-data-path '{valid}' --test-data-path '{test}' --global-batch-size 4"
+    )
+    pretrain(monkeypatch, *shlex.split(flags), "--train-iters", "32", "--lr", "0.05", "--metrics-path", str(log))
     lines = metrics(log)
     steps = [line["lm_loss"] for line in lines if "lm_loss" in line]
     validation, test_loss = lines[-2]["validation_loss"], lines[-1]["test_loss"]
     assert steps[-1] < 1 and validation > 3 and test_loss > 3 and validation != test_loss
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [a, "75.00%", "256", "3.00"] in rows and [b, "25.00%", "256", "1.00"] in rows
-    assert [valid, "100.00%", "256", "0.12"] in rows and [test, "100.00%", "256", "0.12"] in rows
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert f"{a} 75.00% 256 3.00" in rows and f"{b} 25.00% 256 1.00" in rows
+    assert f"{valid} 100.00% 256 0.12" in rows and f"{test} 100.00% 256 0.12" in rows
 
 
 def test_a_resumed_run_refuses_replaced_data(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str
 ) -> None:
     run = str(tmp_path / "run")
-    flags = f"--data-path {three_splits} --save {run} --load {run} --eval-interval 0 --lr-decay-iters 9".split()
+    flags = ["--data-path", three_splits, "--save", run, "--load", run, "--eval-interval", "0", "--lr-decay-iters", "9"]
     flags.append("--train-iters")
     pretrain(monkeypatch, *flags, "2")
     pretrain(monkeypatch, *flags, "3")
@@ -140,7 +143,7 @@ def test_without_training_the_loaded_weights_are_evaluated(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, three_splits: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "metrics.jsonl"
-    flags = f"--data-path {three_splits} --split 60,20,20 --global-batch-size 4 --train-iters 5 --lr 0.05".split()
+    flags = ["--data-path", three_splits, *"--split 60,20,20 --global-batch-size 4 --train-iters 5 --lr 0.05".split()]
     flags += ["--save", str(run), "--load", str(run), "--metrics-path", str(log), "--eval-interval"]
     pretrain(monkeypatch, *flags, "5")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -232,3 +232,14 @@ def test_names_with_spaces_and_commas_are_data_sets_if_they_are_there(tmp_path: 
 def test_an_empty_word_is_said_to_be_one() -> None:
     with pytest.raises(ValueError, match=r"--data-path has an empty word.*variable"):
         parse_blend("--data-path", ["0.6", "a", "0.4", ""])
+
+
+@pytest.mark.parametrize("name", ["link/a", "linked", "./a", "a.idx", "a.json"])
+def test_a_data_set_that_is_named_twice_is_refused_whatever_its_names(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for end in ("bin", "idx", "json"):
+        Path(f"a.{end}").touch()
+        Path(f"linked.{end}").symlink_to(f"a.{end}")
+    Path("link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"names a twice.*name it once"):
+        split_blends(DataConfig(data_path=("a", name)))

@@ -237,3 +237,13 @@ def test_mock_data_needs_no_files(tmp_path: Path) -> None:
     assert len(train) == 4 and len(valid) == 3
     assert not np.array_equal(train[0]["tokens"], valid[0]["tokens"])
     assert blend_summary(train) == []
+
+
+def test_what_a_killed_run_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    prefix = write_constant(tmp_path / "a", 1, 100)
+    build(tmp_path, (prefix,))
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    for leftover in (".0f.index.abc.tmp", ".0f-1.index.abc.tmp"):
+        (tmp_path / "cache" / leftover).touch()
+    build(tmp_path, (prefix,))  # which finds all that it needs
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == kept

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,15 @@ SOME_OF_MATRIX = [(1, 2, 4), (2, 2, 2)]
 
 
 def to_megatron(source: Path, target: Path, tp: int, pp: int, *more: str, loader: str = "mixtral_hf") -> int:
-    return util.main(
-        f"--model-type GPT --loader {loader} --saver mixtral --load-dir {source} --save-dir {target} "
-        f"--target-tensor-parallel-size {tp} --target-pipeline-parallel-size {pp}".split()
-        + list(more)
-    )
+    command = ["--model-type", "GPT", "--loader", loader, "--saver", "mixtral", "--load-dir", str(source)]
+    command += ["--save-dir", str(target), "--target-tensor-parallel-size", str(tp)]
+    return util.main([*command, "--target-pipeline-parallel-size", str(pp), *more])
 
 
 def to_huggingface(source: Path, config: Path, target: Path, tp: int, pp: int, *more: str) -> int:
-    return convert_megatron_to_hf_mixtral.main(
-        f"--megatron-checkpoint-path {source} --huggingface-config-path {config} "
-        f"--huggingface-checkpoint-path {target} --tensor-parallel-size {tp} --pipeline-parallel-size {pp}".split()
-        + list(more)
-    )
+    command = ["--megatron-checkpoint-path", str(source), "--huggingface-config-path", str(config)]
+    command += ["--huggingface-checkpoint-path", str(target), "--tensor-parallel-size", str(tp)]
+    return convert_megatron_to_hf_mixtral.main([*command, "--pipeline-parallel-size", str(pp), *more])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +126,8 @@ def test_experts_cut_into_other_parts_than_the_rest(make_model: MakeModel, tmp_p
 )
 def test_uneven_and_virtual_stages(make_model: MakeModel, tmp_path: Path, flags: str, counts: list[list[int]]) -> None:
     source, target = make_model(), tmp_path / "m"
-    assert (
-        util.main(f"--loader mixtral_hf --saver mixtral --load-dir {source} --save-dir {target} {flags}".split()) == 0
-    )
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{source}' --save-dir '{target}' {flags}"
+    assert util.main(shlex.split(command)) == 0
     for rank, chunks in enumerate(counts):
         content = load_torch(target / "release" / f"mp_rank_00_{rank:03d}" / "model_optim_rng.pt")
         keys = ["model"] if len(chunks) == 1 else ["model0", "model1"]

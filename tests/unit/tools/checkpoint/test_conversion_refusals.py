@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -301,8 +302,8 @@ def test_a_failure_in_the_middle_leaves_nothing(
 @pytest.mark.parametrize("saver", ["mixtral", "mixtral_hf"])
 @pytest.mark.parametrize("folder", ["/proc/model", "/dev/null/model"])
 def test_a_folder_that_cannot_be_made(make_model: MakeModel, capsys: Capture, saver: str, folder: str) -> None:
-    command = f"--loader mixtral_hf --saver {saver} --load-dir {make_model()} --save-dir {folder}"
-    assert util.main(command.split()) == 1
+    command = f"--loader mixtral_hf --saver {saver} --load-dir '{make_model()}' --save-dir {folder}"
+    assert util.main(shlex.split(command)) == 1
     assert capsys.readouterr().err.count(f"error: {folder} cannot be made: ") == 1
 
 
@@ -348,14 +349,14 @@ def test_two_conversions_into_one_folder_do_not_mix(
 ) -> None:
     source = make_model()
     megatron, target = tmp_path / "megatron", tmp_path / "target"
-    command = f"--loader mixtral_hf --saver mixtral --load-dir {source} --save-dir"
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{source}' --save-dir"
     if converter == "to_megatron":
         staging = target / ".release.saving"
-        arguments = [*command.split(), str(target)]
+        arguments = [*shlex.split(command), str(target)]
     else:
-        assert util.main([*command.split(), str(megatron)]) == 0
+        assert util.main([*shlex.split(command), str(megatron)]) == 0
         staging = tmp_path / ".target.saving"
-        arguments = f"--loader mixtral --saver mixtral_hf --load-dir {megatron} --save-dir {target}".split()
+        arguments = shlex.split(f"--loader mixtral --saver mixtral_hf --load-dir '{megatron}' --save-dir '{target}'")
         arguments += ["--huggingface-config-path", str(source)]
     with exclusive_folder(staging):
         (staging / "of-the-other-process").touch()

@@ -1,6 +1,7 @@
 """Fewer experts than the source has, and experts made of a dense model."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 def convert(source: Path, target: Path, flags: str, loader: str = "mixtral_hf", saver: str = "mixtral_hf") -> int:
-    return util.main(f"--loader {loader} --saver {saver} --load-dir {source} --save-dir {target} {flags}".split())
+    command = f"--loader {loader} --saver {saver} --load-dir '{source}' --save-dir '{target}' {flags}"
+    return util.main(shlex.split(command))
 
 
 def _assert_kept(source: Path, target: Path, kept: list[list[int]]) -> None:
@@ -56,12 +58,12 @@ def test_the_busiest_experts_are_kept(make_model: MakeModel, tmp_path: Path) -> 
     source, statistics = make_model(experts=8), tmp_path / "stats.json"
     load = [[0, 1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5], [1, 0, 3, 0, 5, 0, 7, 0]]
     statistics.write_text(json.dumps({"tokens_per_expert": load}))
-    assert convert(source, tmp_path / "hf", f"--keep-experts best:4 --routing-stats {statistics}") == 0
+    assert convert(source, tmp_path / "hf", f"--keep-experts best:4 --routing-stats '{statistics}'") == 0
     _assert_kept(source, tmp_path / "hf", [[4, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
     steps = [{"iteration": 1, "tokens_per_expert": load}, {"iteration": 1, "valid_loss": 3.0}]
     steps.append({"iteration": 2, "tokens_per_expert": [[8, 0, 0, 0, 0, 0, 0, 0], *load[1:]]})
     statistics.write_text("\n".join(map(json.dumps, steps)) + "\n")
-    assert convert(source, tmp_path / "hf2", f"--keep-experts best:4 --routing-stats {statistics}") == 0
+    assert convert(source, tmp_path / "hf2", f"--keep-experts best:4 --routing-stats '{statistics}'") == 0
     _assert_kept(source, tmp_path / "hf2", [[0, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
 
 
@@ -73,18 +75,20 @@ def test_the_busiest_experts_of_a_training_run(make_model: MakeModel, tmp_path: 
         f"--num-layers 4 --hidden-size 32 --ffn-hidden-size 24 --num-attention-heads 8 --num-query-groups 4 "
         f"--num-experts 8 --rotary-base {rope} --seq-length 16 --max-position-embeddings 64 --vocab-size 150 "
         "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 2 --train-iters 4 --lr 0.01 --eval-interval 0 "
-        f"--bf16 --device cpu --save {tmp_path / 'run'} --metrics-path {tmp_path / 'log'} --moe-per-layer-logging"
+        f"--bf16 --device cpu --save '{tmp_path}/run' --metrics-path '{tmp_path}/log' --moe-per-layer-logging"
     )
     root = Path(__file__).resolve().parents[4]
-    subprocess.run([sys.executable, str(root / "pretrain_gpt.py"), *flags.split()], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(root / "pretrain_gpt.py"), *shlex.split(flags)], check=True, capture_output=True
+    )
     steps = [json.loads(line)["tokens_per_expert"] for line in (tmp_path / "log").read_text().splitlines()]
     load = np.array(steps).sum(axis=0)
     assert load.shape == (4, 8) and load.sum() == 4 * 4 * 2 * 16 * 2  # layers, steps, sequences, tokens, experts each
     by_hand = [sorted(np.argsort(-counts, kind="stable")[:4].tolist()) for counts in load]
     assert len(set(map(tuple, by_hand))) > 1, "layers that choose alike show nothing"
-    more = f"--huggingface-config-path {model}"
+    more = f"--huggingface-config-path '{model}'"
     assert convert(tmp_path / "run", tmp_path / "eight", more, loader="mixtral") == 0
-    more += f" --keep-experts best:4 --routing-stats {tmp_path / 'log'}"
+    more += f" --keep-experts best:4 --routing-stats '{tmp_path}/log'"
     assert convert(tmp_path / "run", tmp_path / "four", more, loader="mixtral") == 0
     _assert_kept(tmp_path / "eight", tmp_path / "four", by_hand)
 
@@ -111,7 +115,7 @@ def test_choices_that_make_no_sense(
     (tmp_path / "w").write_text(json.dumps({"tokens_per_expert": [[1] * 8] * 3}))
     (tmp_path / "b").write_text("{")
     for word, name in (("STATS", "s"), ("WRONG", "w"), ("BROKEN", "b")):
-        flags = flags.replace(word, str(tmp_path / name))
+        flags = flags.replace(word, f"'{tmp_path / name}'")
     assert convert(make_model(experts=8), tmp_path / "hf", flags) == 1
     errors = capsys.readouterr().err
     assert message in errors and errors.count("error: ") == 1 and not (tmp_path / "hf").exists()

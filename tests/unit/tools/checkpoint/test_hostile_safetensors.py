@@ -1,6 +1,7 @@
 """Headers of .safetensors files, indexes and configs that were damaged or made to do harm: a sentence, at once."""
 
 import json
+import shlex
 import struct
 import subprocess
 import sys
@@ -131,8 +132,8 @@ def test_bombs_take_little_memory(copy_model: MakeModel, tmp_path: Path, name: s
         "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))); "
         "sys.exit(status)"
     )
-    flags = f"--loader mixtral_hf --saver mixtral --load-dir {folder} --save-dir {tmp_path / 'm'} --dry-run"
-    done = subprocess.run([sys.executable, "-c", program, *flags.split()], capture_output=True, text=True)
+    flags = f"--loader mixtral_hf --saver mixtral --load-dir '{folder}' --save-dir '{tmp_path}/m' --dry-run"
+    done = subprocess.run([sys.executable, "-c", program, *shlex.split(flags)], capture_output=True, text=True)
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), done.stderr[-2000:]
     assert len(lines[0]) < 500 and int(done.stdout) < 300 << 10
@@ -158,7 +159,8 @@ def test_an_index_that_is_wrong_is_refused(copy_model: MakeModel, tmp_path: Path
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert (
-        util.main(f"--loader mixtral_hf --saver mixtral --load-dir {folder} --save-dir {tmp_path / 'm'}".split()) == 1
+        util.main(shlex.split(f"--loader mixtral_hf --saver mixtral --load-dir '{folder}' --save-dir '{tmp_path}/m'"))
+        == 1
     )
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error and len(error) < 1000
@@ -175,7 +177,9 @@ FIELDS = (
 def test_numbers_of_a_config_that_are_none(copy_model: MakeModel, tmp_path: Path, capsys: Capture, value: str) -> None:
     folder = copy_model()
     config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 1e6, "rope_parameters": None}
-    flags = f"--loader mixtral_hf --saver mixtral --load-dir {folder} --save-dir {tmp_path / 'm'} --dry-run".split()
+    flags = shlex.split(
+        f"--loader mixtral_hf --saver mixtral --load-dir '{folder}' --save-dir '{tmp_path}/m' --dry-run"
+    )
     for field in FIELDS:
         (folder / "config.json").write_text(json.dumps(config | {field: json.loads(value)}))
         assert util.main(flags) == 1

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -12,18 +14,17 @@ import torch
 from conversion_testing import TOKENIZER, MakeModel, assert_same_tensors, disk_tensors
 from safetensors.torch import load_file, save_file
 
-from megatron.core.atomic_files import error_sentence, sync_folder
 from megatron.core.interchange import find_checkpoint, load_torch, save_torch
 from tools.checkpoint import convert_megatron_to_hf_mixtral, loader_mixtral_hf, util
 from tools.checkpoint.model_folder import companion_files
-from tools.checkpoint.writers import SafetensorsFile, TensorPlan
 
 Capture = pytest.CaptureFixture[str]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 
 def convert(source: Path, target: Path, flags: str = "", saver: str = "mixtral_hf", loader: str = "mixtral_hf") -> int:
-    return util.main(f"--loader {loader} --saver {saver} --load-dir {source} --save-dir {target} {flags}".split())
+    command = f"--loader {loader} --saver {saver} --load-dir '{source}' --save-dir '{target}' {flags}"
+    return util.main(shlex.split(command))
 
 
 def refusal(code: int, capsys: Capture) -> str:
@@ -327,9 +328,9 @@ def test_source_and_target_are_apart(
 
 def test_source_and_target_of_an_export_are_apart(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
     assert convert(make_model(), tmp_path / "m", saver="mixtral") == 0
-    command = f"--megatron-checkpoint-path {tmp_path / 'm'} --huggingface-config-path {make_model()}"
+    command = f"--megatron-checkpoint-path '{tmp_path}/m' --huggingface-config-path '{make_model()}'"
     for target, message in (("m", "is the folder"), ("m/hf", "is inside the folder"), ("m/release", "is inside")):
-        flags = [*command.split(), "--huggingface-checkpoint-path", str(tmp_path / target)]
+        flags = shlex.split(f"{command} --huggingface-checkpoint-path '{tmp_path / target}'")
         assert message in refusal(convert_megatron_to_hf_mixtral.main(flags), capsys)
 
 
@@ -372,9 +373,10 @@ def test_absurd_counts_of_a_megatron_checkpoint(make_model: MakeModel, tmp_path:
 
 def test_a_model_folder_is_no_checkpoint(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
     source = make_model()
-    with pytest.raises(ValueError, match=f"--loader mixtral_hf --saver mixtral --load-dir {source}"):
+    command = f"--loader mixtral_hf --saver mixtral --load-dir {shlex.quote(str(source))} "
+    with pytest.raises(ValueError, match=re.escape(command)):
         find_checkpoint(source)
-    flags = f"--huggingface-config-path {source}"
+    flags = f"--huggingface-config-path '{source}'"
     error = refusal(convert(source, tmp_path / "o", flags, "mixtral_hf", "mixtral"), capsys)
     assert "is a Hugging Face model folder" in error
     (tmp_path / "release").mkdir()
@@ -382,18 +384,3 @@ def test_a_model_folder_is_no_checkpoint(make_model: MakeModel, tmp_path: Path, 
     assert "is a Hugging Face model folder" in refusal(
         convert(tmp_path / "release", tmp_path / "o", "", "mixtral", "mixtral"), capsys
     )
-
-
-def test_errors_of_fsync_name_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    file = SafetensorsFile(tmp_path / "s.safetensors", [TensorPlan("a", (1,), "float32")])
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space") as raised:
-        sync_folder(tmp_path)
-    assert error_sentence(raised.value) == f"{tmp_path}: No space left on device"
-    file.append("a", torch.zeros(1).numpy())
-    with pytest.raises(OSError, match="No space") as raised:
-        file.check_complete()
-    assert error_sentence(raised.value) == f"{tmp_path / 's.safetensors'}: No space left on device"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from argparse import ArgumentParser, Namespace
 from collections import namedtuple
@@ -19,7 +20,8 @@ GB = 10**9
 
 
 def convert(source: Path, target: Path, flags: str = "", saver: str = "mixtral") -> int:
-    return util.main(f"--loader mixtral_hf --saver {saver} --load-dir {source} --save-dir {target} {flags}".split())
+    command = f"--loader mixtral_hf --saver {saver} --load-dir '{source}' --save-dir '{target}' {flags}"
+    return util.main(shlex.split(command))
 
 
 def test_the_plan_accounts_for_every_byte(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
@@ -50,10 +52,12 @@ def test_the_plan_accounts_for_every_byte(make_model: MakeModel, tmp_path: Path,
 def test_the_plan_the_other_way(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
     source = make_model()
     assert convert(source, tmp_path / "m", "--target-tensor-parallel-size 2") == 0
-    flags = f"--megatron-checkpoint-path {tmp_path / 'm'} --huggingface-config-path {source} --dry-run"
+    flags = f"--megatron-checkpoint-path '{tmp_path}/m' --huggingface-config-path '{source}' --dry-run"
     before = sorted(os.listdir(tmp_path))
     assert (
-        convert_megatron_to_hf_mixtral.main([*flags.split(), "--huggingface-checkpoint-path", str(tmp_path / "hf")])
+        convert_megatron_to_hf_mixtral.main(
+            [*shlex.split(flags), "--huggingface-checkpoint-path", str(tmp_path / "hf")]
+        )
         == 0
     )
     plan = capsys.readouterr().out.splitlines()

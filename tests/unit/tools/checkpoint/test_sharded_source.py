@@ -1,6 +1,7 @@
 """Checkpoints in the sharded format convert to Hugging Face and to other layouts like any other."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
 
 from megatron.core.dist_checkpointing import TensorShard, write_metadata, write_shards
-from megatron.core.interchange import load_torch
+from megatron.core.interchange import load_torch, save_torch
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
@@ -21,8 +22,8 @@ Capture = pytest.CaptureFixture[str]
 def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
     """A Hugging Face model, and a sharded checkpoint with its weights, saved by two tensor-parallel ranks."""
     model = make_model()
-    command = f"--loader mixtral_hf --saver mixtral --load-dir {model} --save-dir {tmp_path / 'released'}"
-    assert util.main(["--model-type", "GPT", *command.split()]) == 0
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{model}' --save-dir '{tmp_path}/released'"
+    assert util.main(["--model-type", "GPT", *shlex.split(command)]) == 0
     source = PerRankSource(tmp_path / "released")
     folder = tmp_path / "run" / "iter_0000003"
     folder.mkdir(parents=True)
@@ -52,19 +53,18 @@ def trained(make_model: MakeModel, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _to_huggingface(source: Path, config: Path, target: Path) -> int:
-    return convert_megatron_to_hf_mixtral.main(
-        f"--megatron-checkpoint-path {source} --huggingface-config-path {config} "
-        f"--huggingface-checkpoint-path {target} --max-shard-size 50KB".split()
-    )
+    command = ["--megatron-checkpoint-path", str(source), "--huggingface-config-path", str(config)]
+    command += ["--huggingface-checkpoint-path", str(target), "--max-shard-size", "50KB"]
+    return convert_megatron_to_hf_mixtral.main(command)
 
 
 def test_weights_arrive_bit_for_bit(trained: tuple[Path, Path], tmp_path: Path) -> None:
     model, run = trained
     assert _to_huggingface(run, model, tmp_path / "hf") == 0
     assert_same_tensors(tmp_path / "hf", disk_tensors(model))
-    command = f"--loader mixtral --saver mixtral --load-dir {run} --save-dir {tmp_path / 'tp2'}"
+    command = f"--loader mixtral --saver mixtral --load-dir '{run}' --save-dir '{tmp_path}/tp2'"
     sizes = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
-    assert util.main(["--model-type", "GPT", *command.split(), *sizes.split()]) == 0
+    assert util.main(["--model-type", "GPT", *shlex.split(command), *sizes.split()]) == 0
     assert _to_huggingface(tmp_path / "tp2", model, tmp_path / "hf2") == 0
     assert_same_tensors(tmp_path / "hf2", disk_tensors(model))
 
@@ -150,7 +150,7 @@ def test_damage_is_named_and_leaves_nothing(
     assert "rank_00001.safetensors was altered" in error and "Traceback" not in error
     assert not (tmp_path / "hf").exists()
     # What takes no reading is found first; --dry-run finds both.
-    command = f"--loader mixtral --saver mixtral --load-dir {run} --save-dir {tmp_path / 'm'} --dry-run".split()
+    command = shlex.split(f"--loader mixtral --saver mixtral --load-dir '{run}' --save-dir '{tmp_path}/m' --dry-run")
     for flags, message in ((["--target-tensor-parallel-size", "3"], "num-attention-heads"), ([], "was altered")):
         assert util.main([*command, *flags]) == 1
         assert message in capsys.readouterr().err
@@ -167,3 +167,63 @@ def test_a_weight_of_another_model_is_refused(
     write_metadata(folder, [write_shards(folder, 5, [shard])], iteration=3, arguments=vars(args), state={})
     assert _to_huggingface(run, model, tmp_path / "hf") == 1
     assert "lacks decoder.final_layernorm.weight" in capsys.readouterr().err
+
+
+def _gpt2_files(folder: Path) -> tuple[Path, Path]:
+    """A vocabulary of 300 entries in GPT-2's two files, under names of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    text = " ".join(f"{first}{second}" for first in "abcdefgh" for second in "abcdefgh")
+    tokenizer.train_from_iterator([text], trainer)
+    for name in ("vocabulary", "merges"):
+        (folder / name).mkdir(parents=True)
+    vocab_file, merge_file = tokenizer.model.save(str(folder), "gpt2")
+    moved = folder / "vocabulary" / "my-vocab.json", folder / "merges" / "my-merges.txt"
+    return Path(vocab_file).rename(moved[0]), Path(merge_file).rename(moved[1])
+
+
+@pytest.mark.parametrize("given", ["by the checkpoint", "as a folder", "by nobody"])
+def test_the_files_of_a_gpt2_tokenizer_go_with_a_config_that_is_made(
+    make_model: MakeModel, tmp_path: Path, capsys: Capture, given: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    from megatron.core.tokenizers.gpt2_bpe_tokenizer import GPT2BPETokenizer
+
+    vocab_file, merge_file = _gpt2_files(tmp_path / "gpt2")
+    ours = GPT2BPETokenizer(str(vocab_file), str(merge_file))
+    run, again, target = tmp_path / "run", tmp_path / "again", tmp_path / "hf"
+    command = ["--loader", "mixtral_hf", "--saver", "mixtral", "--load-dir", str(make_model(vocab=300))]
+    assert util.main([*command, "--save-dir", str(run)]) == 0
+    file = run / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = load_torch(file)
+    vars(content["args"]).update(
+        tokenizer_type="GPT2BPETokenizer", tokenizer_model=None, vocab_file=str(vocab_file), merge_file=str(merge_file)
+    )
+    save_torch(file, content)
+    command = ["--loader", "mixtral", "--saver", "mixtral", "--load-dir", str(run), "--save-dir", str(again)]
+    assert util.main(command) == 0, "the next conversion knows the files as well"
+    flags: list[str] = []
+    if given == "as a folder":
+        folder = tmp_path / "tokenizer"
+        folder.mkdir()
+        vocab_file, merge_file = vocab_file.rename(folder / "vocab.json"), merge_file.rename(folder / "merges.txt")
+        flags = ["--huggingface-config-path", str(folder)]
+    if given == "by nobody":
+        merge_file.unlink()
+    capsys.readouterr()
+    assert _to_huggingface_alone(again, target, *flags) == 0
+    if given == "by nobody":
+        assert f"the checkpoint's tokenizer, {merge_file}, is not there" in capsys.readouterr().err
+        return
+    assert (target / "vocab.json").read_bytes() == vocab_file.read_bytes()
+    assert (target / "merges.txt").read_bytes() == merge_file.read_bytes()
+    theirs, text = AutoTokenizer.from_pretrained(target), "abba bad\n é 'll  x"
+    assert theirs(text).input_ids == ours.tokenize(text) and theirs.decode(ours.tokenize(text)) == text
+    assert theirs.eos_token_id == ours.eod == json.loads((target / "config.json").read_text())["eos_token_id"]

@@ -1,6 +1,7 @@
 """The verify tool: weights and logits of a checkpoint against transformers, at the checkpoint's own layout."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,8 @@ Capture = pytest.CaptureFixture[str]
 
 
 def to_megatron(source: Path, target: Path, flags: str = "") -> None:
-    assert (
-        util.main(f"--loader mixtral_hf --saver mixtral --load-dir {source} --save-dir {target} {flags}".split()) == 0
-    )
+    command = f"--loader mixtral_hf --saver mixtral --load-dir '{source}' --save-dir '{target}' {flags}"
+    assert util.main(shlex.split(command)) == 0
 
 
 def run(source: Path, checkpoint: Path, *flags: str) -> int:

@@ -1,5 +1,7 @@
 """Files that are written a few rows at a time."""
 
+import errno
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,6 +13,7 @@ import torch
 from conversion_testing import MakeModel
 from safetensors.torch import load_file
 
+from megatron.core.atomic_files import error_sentence, sync_folder
 from megatron.core.interchange import load_torch
 from tools.checkpoint import writers
 from tools.checkpoint.torch_writer import TorchFile
@@ -91,12 +94,28 @@ def test_a_file_of_more_than_four_gigabytes(tmp_path: Path) -> None:
 
 def test_conversion_does_without_torch(make_model: MakeModel, tmp_path: Path) -> None:
     """Importing it would take longer than converting two gigabytes."""
-    command = (
-        "import sys; from tools.checkpoint import util, convert_megatron_to_hf_mixtral as back; "
-        f"assert util.main('--loader mixtral_hf --saver mixtral --load-dir {make_model()} --save-dir m "
-        "--target-tensor-parallel-size 2 --params-dtype float32'.split()) == 0; "
-        f"assert back.main('--megatron-checkpoint-path m --huggingface-config-path {make_model()} "
-        "--huggingface-checkpoint-path hf'.split()) == 0; assert 'torch' not in sys.modules"
+    program = (
+        "import sys; from tools.checkpoint import util, convert_megatron_to_hf_mixtral as back; model = sys.argv[1]; "
+        "assert util.main(['--load-dir', model, *'--loader mixtral_hf --saver mixtral --save-dir m "
+        "--target-tensor-parallel-size 2 --params-dtype float32'.split()]) == 0; "
+        "assert back.main(['--huggingface-config-path', model, *'--megatron-checkpoint-path m "
+        "--huggingface-checkpoint-path hf'.split()]) == 0; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    command = [sys.executable, "-c", program, str(make_model())]
+    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
     assert load_file(tmp_path / "hf" / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+
+
+def test_errors_of_fsync_name_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = SafetensorsFile(tmp_path / "s.safetensors", [TensorPlan("a", (1,), "float32")])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        sync_folder(tmp_path)
+    assert error_sentence(raised.value) == f"{tmp_path}: No space left on device"
+    file.append("a", torch.zeros(1).numpy())
+    with pytest.raises(OSError, match="No space") as raised:
+        file.check_complete()
+    assert error_sentence(raised.value) == f"{tmp_path / 's.safetensors'}: No space left on device"

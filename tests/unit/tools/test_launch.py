@@ -1,0 +1,38 @@
+"""tools/launch.py: after a signal it says once what became of the run."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from megatron.training.initialize import Environment, _leave_words
+from megatron.training.signals import StopSignal
+from tools import launch
+
+
+@pytest.mark.parametrize(
+    ("rank", "said", "words"),
+    [(0, True, ""), (0, False, "stopped by SIGTERM\n"), (8, True, "stopped by SIGTERM\n"), (None, False, "")],
+    ids=["printed by the rank", "not printed", "printed on another machine", "no rank has ended in order"],
+)
+def test_the_last_words_of_a_run_are_printed_once(
+    rank: int | None, said: bool, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(arguments: list[str]) -> None:
+        stop_signal = StopSignal()
+        stop_signal._note(signal.SIGTERM)
+        stop_signal.farewell, stop_signal.said = "stopped by SIGTERM", said
+        if rank is not None:
+            file = os.environ["MEGATRON_FAREWELL_FILE"]
+            _leave_words(Environment(rank, 16, rank % 8, 8, farewell_file=file), stop_signal)
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "main", job)
+    monkeypatch.setattr(launch, "_wait_for_ranks", lambda patience: None)
+    monkeypatch.setenv("MEGATRON_FAREWELL_FILE", "")  # which `launch` sets for good
+    assert launch.launch([]) == (rank is None)
+    output, errors = capsys.readouterr()
+    assert output == words and (errors == "") == (rank is not None)
+    assert not Path(os.environ["MEGATRON_FAREWELL_FILE"]).exists()
