@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
 from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.models.mixtral.weights import mixtral_weights
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of

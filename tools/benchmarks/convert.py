@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import cast
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
 from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
 from tools.run_tool import parsed
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch, to_torch
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
-from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule
+from megatron.core.models.weight_table import HuggingFaceTensor, WeightRule
 from tools.checkpoint.hf_files import HuggingFaceFolder
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.stream import Source

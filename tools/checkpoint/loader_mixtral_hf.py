@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf, sliding_window_from_hf
-from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import HuggingFaceTensor, WeightRule
 from tools.checkpoint.hf_files import HuggingFaceFolder
 from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some, rows_of
 

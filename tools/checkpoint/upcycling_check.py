@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.microbatch import Microbatch
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import NO_RECOMPUTE
 from megatron.core.tensor_parallel.parameter import Placement

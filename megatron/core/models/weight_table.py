@@ -1,22 +1,24 @@
-"""The one table between Hugging Face's names for Mixtral's weights and Megatron's.
+"""The weights of a model as a table, from which layers, checkpoints, counts and traffic are computed.
 
-Every weight of the Megatron model is one `WeightRule`: where it comes from in the Hugging Face checkpoint, how its
-sources are put together, and how it is cut over tensor-parallel ranks. Names are global: layers are numbered through
-the whole model and experts have one name each. Any rows of a weight are made of some rows of its sources, and belong
-to one rank's part or to the same rows of every part, so that tools can move a model a few rows at a time.
+Every weight is one `WeightRule`: its shape, how it is cut over tensor-parallel ranks, its initial values, and the
+Hugging Face tensors it is made of. A row of a `WeightTable` is the rule of a weight that each layer, or each expert of
+each layer, has: `{layer}` and `{expert}` in its names stand for their numbers. Names are global: layers are numbered
+through the whole model. Any rows of a matrix are made of some rows of its sources, and belong to one rank's part or to
+the same rows of every part, so that tools can move a model a few rows at a time.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
-from megatron.core.config import ModelConfig
-from megatron.core.stages import Stage
+from megatron.core.stages import Stage, whole_model
 
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor of a Hugging Face Mixtral checkpoint in its spelling on disk, and where transformers 5 keeps it."""
+    """A tensor of a Hugging Face checkpoint in its spelling on disk, and where transformers 5 keeps it."""
 
     name: str
     """Name on disk (`block_sparse_moe`, one tensor a projection of an expert)."""
@@ -31,10 +33,15 @@ class HuggingFaceTensor:
     first_row: int = 0
     """Row of the stacked matrix where this tensor begins."""
 
+    def at(self, layer: int, expert: int | None) -> "HuggingFaceTensor":
+        """The tensor of one layer, and of one expert if it is one of the experts'."""
+        name, fused_name = (name.format(layer=layer, expert=expert) for name in (self.name, self.fused_name))
+        return replace(self, name=name, fused_name=fused_name, expert=expert)
+
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One weight of the Megatron model, as cut by `megatron.core.tensor_parallel.partition`."""
+    """One weight of the Megatron model, as cut by `megatron.core.tensor_parallel.partition`, or a row of its table."""
 
     name: str
     """Global Megatron name."""
@@ -52,6 +59,27 @@ class WeightRule:
     """Row groups: each source has this many, and group g of all sources come before group g + 1 of any."""
     padded_rows: int | None = None
     """Rows after padding of a weight with a row for each vocabulary entry; None for other weights."""
+    init_std: float | None = None
+    """Standard deviation of its initial values; None for ones."""
+
+    def at(self, layer: int, expert: int | None = None) -> "WeightRule":
+        """The rule of one weight, if this is a row of the table: that of one layer, and of one expert if of experts."""
+        sources = tuple(source.at(layer, expert) for source in self.sources)
+        return replace(self, name=self.name_at(layer, expert), sources=sources, layer=layer, expert=expert)
+
+    def name_at(self, layer: int, expert: int | None = None) -> str:
+        """Megatron's name of that weight."""
+        return self.name.format(layer=layer, expert=expert)
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether there is one for each expert."""
+        return self.expert is not None or "{expert}" in self.name
+
+    @property
+    def elements(self) -> int:
+        """Elements without vocabulary padding."""
+        return sum(math.prod(source.shape) for source in self.sources)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,93 +161,46 @@ class WeightRule:
         return views
 
 
-def _same(name: str, *shape: int) -> HuggingFaceTensor:
-    return HuggingFaceTensor(name, shape, name, shape)
+@dataclass(frozen=True)
+class WeightTable:
+    """All weights of a model: each row once, however many layers and experts have such a weight."""
 
+    first: tuple[WeightRule, ...]
+    """Of the first stage, in front of all layers: what tokens are looked up in."""
+    layer: tuple[WeightRule, ...]
+    """Of every layer, in the order of its parameters."""
+    last: tuple[WeightRule, ...]
+    """Of the last stage, after all layers."""
+    num_layers: int
+    num_experts: int
 
-def _vocabulary_rule(name: str, source: str, model: ModelConfig, padded: int) -> WeightRule:
-    assert model.vocab_size is not None, "the vocabulary size is not known yet"
-    tensor = _same(source, model.vocab_size, model.hidden_size)
-    return WeightRule(name, (tensor,), partition_dim=0, padded_rows=padded)
+    def of_stage(self, stage: Stage) -> Iterator[tuple[WeightRule, int | None]]:
+        """The rows of a stage in the order of its parameters, each with the number of its layer in the whole model."""
+        yield from ((row, None) for row in self.first if stage.has_embedding)
+        yield from ((row, layer) for layer in stage.layers for row in self.layer)
+        yield from ((row, None) for row in self.last if stage.has_output)
 
+    def named_weights(self, stage: Stage, experts: range | None = None) -> Iterator[tuple[str, WeightRule]]:
+        """Every weight of a stage, one expert after the other, with its name there.
 
-def _attention_rules(model: ModelConfig, layer: int) -> Iterator[WeightRule]:
-    here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    hidden, query_rows = model.hidden_size, model.num_attention_heads * model.head_dim
-    key_rows = model.query_groups * model.head_dim
-    yield WeightRule(f"{here}.input_layernorm.weight", (_same(f"{there}.input_layernorm.weight", hidden),), layer)
-    yield WeightRule(
-        f"{here}.self_attention.linear_qkv.weight",
-        (
-            _same(f"{there}.self_attn.q_proj.weight", query_rows, hidden),
-            _same(f"{there}.self_attn.k_proj.weight", key_rows, hidden),
-            _same(f"{there}.self_attn.v_proj.weight", key_rows, hidden),
-        ),
-        layer,
-        partition_dim=0,
-        groups=model.query_groups,
-    )
-    yield WeightRule(
-        f"{here}.self_attention.linear_proj.weight",
-        (_same(f"{there}.self_attn.o_proj.weight", hidden, query_rows),),
-        layer,
-        partition_dim=1,
-    )
+        In such a name layers count from 0, as do the `experts` of a rank (all of them if not given).
+        """
+        experts = experts or range(self.num_experts)
+        for (is_expert, layer), group in groupby(self.of_stage(stage), key=lambda item: (item[0].is_expert, item[1])):
+            rows = [row for row, _ in group]
+            if layer is None:
+                yield from ((row.name, row) for row in rows)
+                continue
+            for expert in experts if is_expert else (None,):
+                here = layer - stage.layers.start, None if expert is None else expert - experts.start
+                yield from ((row.name_at(*here), row.at(layer, expert)) for row in rows)
 
+    def weights(self) -> Iterator[WeightRule]:
+        """Every weight of the model."""
+        return (rule for _, rule in self.named_weights(whole_model(self.num_layers)))
 
-def _expert_rules(model: ModelConfig, layer: int) -> Iterator[WeightRule]:
-    here, there = f"decoder.layers.{layer}", f"model.layers.{layer}"
-    experts, hidden, ffn = model.num_experts, model.hidden_size, model.ffn_hidden_size
-    yield WeightRule(
-        f"{here}.pre_mlp_layernorm.weight", (_same(f"{there}.post_attention_layernorm.weight", hidden),), layer
-    )
-    gate = HuggingFaceTensor(
-        f"{there}.block_sparse_moe.gate.weight", (experts, hidden), f"{there}.mlp.gate.weight", (experts, hidden)
-    )
-    yield WeightRule(f"{here}.mlp.router.weight", (gate,), layer)
-    gate_up, down = f"{there}.mlp.experts.gate_up_proj", f"{there}.mlp.experts.down_proj"
-    gate_up_shape, down_shape = (experts, 2 * ffn, hidden), (experts, hidden, ffn)
-    for expert in range(experts):
-        local = f"{here}.mlp.experts.local_experts.{expert}"
-        on_disk = f"{there}.block_sparse_moe.experts.{expert}"
-        yield WeightRule(
-            f"{local}.linear_fc1.weight",
-            (
-                HuggingFaceTensor(f"{on_disk}.w1.weight", (ffn, hidden), gate_up, gate_up_shape, expert),
-                HuggingFaceTensor(f"{on_disk}.w3.weight", (ffn, hidden), gate_up, gate_up_shape, expert, ffn),
-            ),
-            layer,
-            expert,
-            partition_dim=0,
-            partition_stride=2,
-        )
-        w2 = HuggingFaceTensor(f"{on_disk}.w2.weight", (hidden, ffn), down, down_shape, expert)
-        yield WeightRule(f"{local}.linear_fc2.weight", (w2,), layer, expert, partition_dim=1)
-
-
-def mixtral_weights(model: ModelConfig, padded_vocab_size: int | None = None) -> Iterator[WeightRule]:
-    """Every weight of `model`, embedding first, then layer by layer; the vocabulary padded to `padded_vocab_size`."""
-    assert model.vocab_size is not None, "the vocabulary size is not known yet"
-    padded = padded_vocab_size or model.vocab_size
-    yield _vocabulary_rule("embedding.word_embeddings.weight", "model.embed_tokens.weight", model, padded)
-    for layer in range(model.num_layers):
-        yield from _attention_rules(model, layer)
-        yield from _expert_rules(model, layer)
-    yield WeightRule("decoder.final_layernorm.weight", (_same("model.norm.weight", model.hidden_size),))
-    yield _vocabulary_rule("output_layer.weight", "lm_head.weight", model, padded)
-
-
-def stage_weights(
-    model: ModelConfig, stage: Stage, experts: range | None = None, padded_vocab_size: int | None = None
-) -> Iterator[tuple[str, WeightRule]]:
-    """The weights of one stage with their names there, where layers count from 0, as do the `experts` of a rank."""
-    experts = experts or range(model.num_experts)
-    for rule in mixtral_weights(model, padded_vocab_size):
-        if rule.layer is None:
-            if stage.has_embedding if rule.name.startswith("embedding.") else stage.has_output:
-                yield rule.name, rule
-        elif rule.layer in stage.layers and (rule.expert is None or rule.expert in experts):
-            name = rule.name.replace(f".layers.{rule.layer}.", f".layers.{rule.layer - stage.layers.start}.")
-            if rule.expert is not None:
-                name = name.replace(f".{rule.expert}.linear", f".{rule.expert - experts.start}.linear")
-            yield name, rule
+    @property
+    def elements(self) -> int:
+        """Elements of the whole model without vocabulary padding."""
+        of_layer = sum(row.elements * (self.num_experts if row.is_expert else 1) for row in self.layer)
+        return self.num_layers * of_layer + sum(row.elements for row in self.first + self.last)

@@ -12,7 +12,8 @@ from megatron.core.models.mixtral.hf_config import (
     model_config_from_hf,
     sliding_window_from_hf,
 )
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, stage_weights
+from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import divide_layers
 from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
 
@@ -73,7 +74,7 @@ def test_table_is_the_documented_one() -> None:
 
 
 def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
-    first, last = (dict(stage_weights(MODEL, stage)) for (stage,) in divide_layers(4, 2))
+    first, last = (dict(mixtral_table(MODEL).named_weights(stage)) for (stage,) in divide_layers(4, 2))
     assert sorted(rule.name for rule in [*first.values(), *last.values()]) == sorted(
         rule.name for rule in mixtral_weights(MODEL)
     )
@@ -81,7 +82,7 @@ def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
     assert "decoder.final_layernorm.weight" in last and "decoder.final_layernorm.weight" not in first
     assert last["decoder.layers.1.mlp.router.weight"].name == "decoder.layers.3.mlp.router.weight"
     assert not any(name.startswith("decoder.layers.2.") for name in [*first, *last])
-    one = dict(stage_weights(MODEL, divide_layers(4, 2)[1][0], range(1, 3)))
+    one = dict(mixtral_table(MODEL).named_weights(divide_layers(4, 2)[1][0], range(1, 3)))
     name = "decoder.layers.0.mlp.experts.local_experts.{}.linear_fc1.weight"
     assert one[name.format(0)].name == "decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"
     assert name.format(1) in one and name.format(2) not in one
