@@ -13,10 +13,12 @@ import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
+from megatron.core.models.common import parameter_specs
+from megatron.core.models.mixtral.weights import layer_rows
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
-from megatron.core.tensor_parallel.parameter import NamedShard
+from megatron.core.tensor_parallel.parameter import NamedShard, Specs, specs_of
 from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
@@ -41,6 +43,12 @@ TINY_MODEL = ModelConfig(
     params_dtype="float64",
 )
 SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 16, 2, 8
+
+
+def layer_specs(config: ModelConfig = TINY_MODEL, groups: ProcessGroups | None = None) -> Specs:
+    """What the parameters of a layer of `config` are made of on a rank of `groups`."""
+    specs = parameter_specs(layer_rows(config), config.num_experts, groups or ProcessGroups(), False)
+    return specs_of("decoder.layers.{layer}", specs)
 
 
 def tiny_arguments(params_dtype: str = "float64", settings: Mapping[str, Any] | None = None) -> Arguments:

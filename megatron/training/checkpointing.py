@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.atomic_files import error_sentence
-from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.models.common import ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.changed_settings import changed_settings

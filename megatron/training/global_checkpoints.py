@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
-from megatron.core.models.mixtral.mixtral_model import ModelChunks
-from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.common import ModelChunks
+from megatron.core.models.weight_table import WeightTable
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
@@ -58,7 +58,7 @@ def _shards_by_parameter(model: ModelChunks) -> Iterator[tuple[nn.Parameter, lis
     for chunk in model:
         shards = named_shards(chunk, chunk.first_layer)
         for parameter in chunk.parameters():
-            stacked = spec_of(parameter).first_expert is not None
+            stacked = spec_of(parameter).is_expert
             yield parameter, list(itertools.islice(shards, parameter.shape[0] if stacked else 1))
 
 
@@ -133,7 +133,7 @@ def load_state(
     Nothing changes unless the whole checkpoint fits and is undamaged. Raises SharedError on every rank otherwise.
     """
     shards = checkpoint_shards(model, optimizer if source.with_optimizer else None, groups)
-    reader = together(lambda: _open(source, arguments, shards), groups)
+    reader = together(lambda: _open(source, arguments, shards, model.first.table), groups)
     with reader:
         kinds = (*sorted({shard.kind for shard in shards}), "rng")
         together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
@@ -147,12 +147,14 @@ def load_state(
         return LoadedState(SimpleNamespace(**reader.arguments), reader.state["progress"])
 
 
-def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
+def _open(
+    source: CheckpointSource, arguments: Arguments, shards: list[TensorShard], table: WeightTable
+) -> CheckpointReader:
     """The checkpoint, once it is certain that it has all that is needed."""
     reader = CheckpointReader(source.folder)
     stored = SimpleNamespace(**reader.arguments)
     check_same_model(source.folder, stored, arguments)
-    expected = {rule.name for rule in mixtral_weights(arguments.model)}
+    expected = {rule.name for rule in table.weights()}
     kinds = sorted({shard.kind for shard in shards})
     state_kinds = [kind for kind in kinds if kind != "weight"]
     without_state = bool(state_kinds) and not any(reader.tensors(kind) for kind in state_kinds)

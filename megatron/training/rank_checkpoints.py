@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron.core import interchange
-from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.models.common import ModelChunks
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import named_shards

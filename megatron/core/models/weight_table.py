@@ -174,6 +174,11 @@ class WeightTable:
     num_layers: int
     num_experts: int
 
+    @property
+    def rows(self) -> tuple[WeightRule, ...]:
+        """All rows, in the order of the model."""
+        return self.first + self.layer + self.last
+
     def of_stage(self, stage: Stage) -> Iterator[tuple[WeightRule, int | None]]:
         """The rows of a stage in the order of its parameters, each with the number of its layer in the whole model."""
         yield from ((row, None) for row in self.first if stage.has_embedding)

@@ -17,15 +17,10 @@ from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, ne
 class ColumnParallelLinear(nn.Module):
     """y = x W^T with the rows of W split: x [S, B, H] (or [S/tp, B, H]) -> y [S, B, O/tp]."""
 
-    def __init__(
-        self, input_size: int, output_size: int, init_std: float, placement: Placement, init_rows: int | None = None
-    ) -> None:
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
         super().__init__()
+        assert spec.partition_dim == 0, spec
         self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        shape = (output_size, input_size)
-        spec = ParameterSpec(
-            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=init_rows
-        )
         self.weight = new_parameter(spec, placement)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,11 +31,10 @@ class ColumnParallelLinear(nn.Module):
 class VocabParallelOutput(ColumnParallelLinear):
     """The output layer, split by vocabulary entry: logits, or straight to each token's loss."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
-    ) -> None:
-        super().__init__(hidden_size, padded_vocab_size, init_std, placement, init_rows=vocab_size)
-        self.vocab_size = vocab_size
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
+        super().__init__(spec, placement)
+        assert spec.init_rows is not None, spec
+        self.vocab_size = spec.init_rows
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x [S, B, H] (or [S/tp, B, H]) -> loss of int64 `targets` [S, B]; without them logits [S, B, vocabulary]."""
@@ -52,11 +46,10 @@ class VocabParallelOutput(ColumnParallelLinear):
 class RowParallelLinear(nn.Module):
     """y = x W^T with the columns of W split: x [S, B, H/tp] -> y [S, B, O] (or [S/tp, B, O]), summed over ranks."""
 
-    def __init__(self, input_size: int, output_size: int, init_std: float, placement: Placement) -> None:
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
         super().__init__()
+        assert spec.partition_dim == 1, spec
         self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        shape = (output_size, input_size)
-        spec = ParameterSpec(global_shape=shape, group=self.group, partition_dim=1, init_std=init_std)
         self.weight = new_parameter(spec, placement)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,17 +63,12 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Rows of the embedding table split by token id: tokens [B, S] -> [S, B, H] (or [S/tp, B, H])."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
-    ) -> None:
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
         super().__init__()
+        assert spec.partition_dim == 0, spec
         self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        self.rows = padded_vocab_size // self.group.size
+        self.rows = spec.global_shape[0] // self.group.size
         self.first_row = self.rows * self.group.rank
-        shape = (padded_vocab_size, hidden_size)
-        spec = ParameterSpec(
-            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=vocab_size
-        )
         self.weight = new_parameter(spec, placement)
 
     def forward(self, tokens: Tensor) -> Tensor:
