@@ -1,6 +1,6 @@
 """A tiny Mixtral, one training step of it under any layout, and the comparison of two steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import NamedShard, Specs, specs_of
-from megatron.core.tensor_parallel.partition import join_from_tp
 from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron.training.loader import collate
@@ -174,6 +173,22 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
     trainer.buffers.wait_for_parameters()
     weights = _shards(list(trainer.model.named_shards()))
     return StepOutcome(numbers, gradients, weights)
+
+
+def join_from_tp(parts: Sequence[Tensor], partition_dim: int | None, stride: int) -> Tensor:
+    """The whole tensor from its parts in rank order: the inverse of `slice_for_rank`.
+
+    With `partition_dim` None every rank holds a copy; they must be equal bit for bit, otherwise ValueError.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if partition_dim is None:
+        for rank, part in enumerate(parts):
+            if part.dtype != parts[0].dtype or not torch.equal(part, parts[0]):
+                raise ValueError(f"a tensor that every rank holds whole differs between ranks 0 and {rank}")
+        return parts[0]
+    blocks = [part.chunk(stride, dim=partition_dim) for part in parts]
+    return torch.cat([rank_blocks[i] for i in range(stride) for rank_blocks in blocks], dim=partition_dim)
 
 
 def join_shards(parts: list[dict[str, tuple[Tensor, int | None, int, int]]]) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from torch import nn
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
 from megatron.core.models.common import ModelChunks
-from megatron.core.models.weight_table import WeightTable
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
@@ -133,7 +132,8 @@ def load_state(
     Nothing changes unless the whole checkpoint fits and is undamaged. Raises SharedError on every rank otherwise.
     """
     shards = checkpoint_shards(model, optimizer if source.with_optimizer else None, groups)
-    reader = together(lambda: _open(source, arguments, shards, model.first.table), groups)
+    expected = {rule.name for rule in model.first.table.weights()}
+    reader = together(lambda: _open(source, arguments, shards, expected), groups)
     with reader:
         kinds = (*sorted({shard.kind for shard in shards}), "rng")
         together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
@@ -148,13 +148,12 @@ def load_state(
 
 
 def _open(
-    source: CheckpointSource, arguments: Arguments, shards: list[TensorShard], table: WeightTable
+    source: CheckpointSource, arguments: Arguments, shards: list[TensorShard], expected: set[str]
 ) -> CheckpointReader:
-    """The checkpoint, once it is certain that it has all that is needed."""
+    """The checkpoint, once it is certain that it has all that is needed, for each of the weights `expected`."""
     reader = CheckpointReader(source.folder)
     stored = SimpleNamespace(**reader.arguments)
     check_same_model(source.folder, stored, arguments)
-    expected = {rule.name for rule in table.weights()}
     kinds = sorted({shard.kind for shard in shards})
     state_kinds = [kind for kind in kinds if kind != "weight"]
     without_state = bool(state_kinds) and not any(reader.tensors(kind) for kind in state_kinds)

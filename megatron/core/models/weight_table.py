@@ -124,9 +124,6 @@ class WeightRule:
 
     def source_rows(self, rows: range) -> list[tuple[HuggingFaceTensor, range]]:
         """The rows of the sources that `rows` of the whole tensor are made of; none of vocabulary padding."""
-        if self.padded_rows is not None:
-            length = self.sources[0].shape[0]
-            return [(self.sources[0], range(min(rows.start, length), min(rows.stop, length)))]
         if self.groups > 1:
             unit = self.shape[0] // self.groups
             assert rows.start % unit == rows.stop % unit == 0, (self.name, rows)
@@ -149,8 +146,6 @@ class WeightRule:
         padding are in no part.
         """
         pieces = self.source_rows(range(self.shape[0]) if rows is None else rows)
-        if self.padded_rows is not None:
-            return [tensor[: len(pieces[0][1])]]
         groups = len(tensor) * self.groups // self.shape[0] if self.groups > 1 else 1
         blocks = tensor.reshape(groups, -1, *self.shape[1:])
         views, start = [], 0
@@ -173,11 +168,6 @@ class WeightTable:
     """Of the last stage, after all layers."""
     num_layers: int
     num_experts: int
-
-    @property
-    def rows(self) -> tuple[WeightRule, ...]:
-        """All rows, in the order of the model."""
-        return self.first + self.layer + self.last
 
     def of_stage(self, stage: Stage) -> Iterator[tuple[WeightRule, int | None]]:
         """The rows of a stage in the order of its parameters, each with the number of its layer in the whole model."""

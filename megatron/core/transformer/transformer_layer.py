@@ -31,13 +31,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.recompute_norm, self.recompute_moe = recompute.includes("layernorm"), recompute.includes("moe")
         self.input_layernorm = RMSNorm(specs["input_layernorm.weight"], config.norm_epsilon, placement)
-        self.self_attention = SelfAttention(
-            config,
-            specs_of("self_attention", specs),
-            placement,
-            cp=groups.cp,
-            recompute_core=recompute.includes("core_attn"),
-        )
+        attention_specs, again = specs_of("self_attention", specs), recompute.includes("core_attn")
+        self.self_attention = SelfAttention(config, attention_specs, placement, cp=groups.cp, recompute_core=again)
         self.pre_mlp_layernorm = RMSNorm(specs["pre_mlp_layernorm.weight"], config.norm_epsilon, placement)
         self.mlp = MoELayer(config, layer_number, specs_of("mlp", specs), groups, placement)
 

@@ -36,7 +36,8 @@ class MixtralModel(ModelStage):
         placement = Placement(
             dtype=config.dtype, device=device, group=groups.tp, sequence_parallel=self.sequence_parallel
         )
-        specs = parameter_specs(table.rows, table.num_experts, groups, self.sequence_parallel)
+        rows = table.first + table.layer + table.last
+        specs = parameter_specs(rows, table.num_experts, groups, self.sequence_parallel)
         self.embedding = None
         if stage.has_embedding:
             word_embeddings = VocabParallelEmbedding(specs["embedding.word_embeddings.weight"], placement)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_testing import join_from_tp
 
 from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.hf_config import (
@@ -15,7 +16,7 @@ from megatron.core.models.mixtral.hf_config import (
 from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
 from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import divide_layers
-from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
+from megatron.core.tensor_parallel.partition import slice_for_rank
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=12, ffn_hidden_size=8, num_attention_heads=8, num_query_groups=4, kv_channels=2,
@@ -163,13 +164,13 @@ def test_groups_that_do_not_divide_are_refused() -> None:
 
 def test_stride_keeps_gate_and_up_apart() -> None:
     gate_up = torch.tensor([10, 11, 12, 13, 20, 21, 22, 23]).unsqueeze(1)
-    parts = split_for_tp(gate_up, 0, 2, 2)
+    parts = [slice_for_rank(gate_up, 0, 2, rank, 2) for rank in range(2)]
     assert [part[:, 0].tolist() for part in parts] == [[10, 11, 20, 21], [12, 13, 22, 23]]
     assert torch.equal(join_from_tp(parts, 0, 2), gate_up)
-    columns = split_for_tp(gate_up.T, 1, 1, 4)
+    columns = [slice_for_rank(gate_up.T, 1, 1, rank, 4) for rank in range(4)]
     assert [part.tolist() for part in columns] == [[[10, 11]], [[12, 13]], [[20, 21]], [[22, 23]]]
     with pytest.raises(ValueError, match="cannot be cut into 3"):
-        split_for_tp(gate_up, 0, 2, 3)
+        slice_for_rank(gate_up, 0, 2, 0, 3)
 
 
 def test_copies_that_differ_between_ranks_are_refused() -> None:
