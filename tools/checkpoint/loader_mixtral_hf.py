@@ -124,10 +124,10 @@ class HuggingFaceSource:
 
     def _located(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
         """The tensor that holds `source`: under its own name, or an expert's as a part of transformers 5's stack."""
-        if source.name in self._folder.tensors:
-            return self._folder.tensors[source.name]
-        stored = self._folder.tensors[source.fused_name]
-        if source.expert is None:
+        name, _ = self._name_and_shape(source)
+        assert name is not None, source
+        stored = self._folder.tensors[name]
+        if source.expert is None or name != source.fused_name:
             return stored
         if isinstance(stored, LoadedTensor):
             part = stored.array[source.expert, source.first_row : source.first_row + source.shape[0]]
@@ -145,12 +145,11 @@ class HuggingFaceSource:
         """Where a weight comes from."""
         found = []
         for source in rule.sources:
-            fused = source.name not in self._folder.tensors
-            name, part = source.name, ""
-            if fused:
-                name = source.fused_name
-                if source.expert is not None:
-                    end = source.first_row + source.shape[0]
-                    part = f"[{source.expert}, {source.first_row}:{end}]"
+            name, _ = self._name_and_shape(source)
+            if name is None:
+                found.append("drawn anew")
+                continue
+            stacked = source.expert is not None and name == source.fused_name
+            part = f"[{source.expert}, {source.first_row}:{source.first_row + source.shape[0]}]" if stacked else ""
             found.append(f"{self._folder.tensors[name].file.name}: {name}{part}")
         return found
