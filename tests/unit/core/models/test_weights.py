@@ -74,6 +74,20 @@ def test_table_is_the_documented_one() -> None:
     assert [rule.layer for rule in mixtral_weights(MODEL)] == [None, *sorted([0, 1, 2, 3] * 11), None, None]
 
 
+def test_sources_have_their_places_in_the_stacks_of_transformers_5() -> None:
+    found = {rule.name: rule for rule in mixtral_weights(MODEL)}
+    there = "model.layers.2.mlp."
+    experts = "decoder.layers.2.mlp.experts.local_experts.1."
+    gate_up, down = (f"{there}experts.gate_up_proj", (3, 16, 12)), (f"{there}experts.down_proj", (3, 12, 8))
+    places = {
+        f"{experts}linear_fc1.weight": [(*gate_up, 1, 0), (*gate_up, 1, 8)],
+        f"{experts}linear_fc2.weight": [(*down, 1, 0)],
+        "decoder.layers.2.mlp.router.weight": [(f"{there}gate.weight", (3, 12), None, 0)],
+    }
+    for name, expected in places.items():
+        assert [(s.fused_name, s.fused_shape, s.expert, s.first_row) for s in found.pop(name).sources] == expected
+
+
 def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
     first, last = (dict(mixtral_table(MODEL).named_weights(stage)) for (stage,) in divide_layers(4, 2))
     assert sorted(rule.name for rule in [*first.values(), *last.values()]) == sorted(
