@@ -16,6 +16,7 @@ from megatron.core.context_parallel.zigzag import split_batch
 from megatron.core.datasets.blended_dataset import build_train_valid_test_datasets
 from megatron.core.fusions.attention import Documents
 from megatron.core.microbatch import Microbatch
+from megatron.core.models.common import ModelStage
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
@@ -45,7 +46,7 @@ def datasets_provider(arguments: Arguments, num_samples: tuple[int, int, int], t
 
 
 def forward_step(
-    model: MixtralModel, batch: dict[str, Tensor] | None, hidden: Tensor | None, microbatch: Microbatch
+    model: ModelStage, batch: dict[str, Tensor] | None, hidden: Tensor | None, microbatch: Microbatch
 ) -> tuple[Tensor, MicrobatchResult]:
     """One microbatch through one stage; on the last one its loss, over the tokens whose `loss_mask` is 1.
 
@@ -60,7 +61,7 @@ def forward_step(
         microbatch, labels=batch.get("labels"), position_ids=batch.get("position_ids"), documents=documents
     )
     output, statistics = model(batch["tokens"] if hidden is None else hidden, microbatch)
-    if model.output_layer is None:
+    if not model.stage.has_output:
         return output, MicrobatchResult(None, statistics, model.first_layer)
     mask = batch["loss_mask"]
     tokens = all_reduce(mask.sum(), model.cp).clamp(min=1)

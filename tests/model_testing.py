@@ -1,6 +1,6 @@
 """A tiny Mixtral, one training step of it under any layout, and the comparison of two steps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,11 +13,12 @@ import pretrain_gpt
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
 from megatron.core.datasets.gpt_dataset import SampleFormat, make_sample
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
+from megatron.core.models.common import parameter_specs
+from megatron.core.models.mixtral.weights import layer_rows
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
-from megatron.core.tensor_parallel.parameter import NamedShard
-from megatron.core.tensor_parallel.partition import join_from_tp
+from megatron.core.tensor_parallel.parameter import NamedShard, Specs, specs_of
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron.training.loader import collate
 from megatron.training.progress import Progress
@@ -41,6 +42,12 @@ TINY_MODEL = ModelConfig(
     params_dtype="float64",
 )
 SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 16, 2, 8
+
+
+def layer_specs(config: ModelConfig = TINY_MODEL, groups: ProcessGroups | None = None) -> Specs:
+    """What the parameters of a layer of `config` are made of on a rank of `groups`."""
+    specs = parameter_specs(layer_rows(config), config.num_experts, groups or ProcessGroups(), False)
+    return specs_of("decoder.layers.{layer}", specs)
 
 
 def tiny_arguments(params_dtype: str = "float64", settings: Mapping[str, Any] | None = None) -> Arguments:
@@ -166,6 +173,22 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
     trainer.buffers.wait_for_parameters()
     weights = _shards(list(trainer.model.named_shards()))
     return StepOutcome(numbers, gradients, weights)
+
+
+def join_from_tp(parts: Sequence[Tensor], partition_dim: int | None, stride: int) -> Tensor:
+    """The whole tensor from its parts in rank order: the inverse of `slice_for_rank`.
+
+    With `partition_dim` None every rank holds a copy; they must be equal bit for bit, otherwise ValueError.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if partition_dim is None:
+        for rank, part in enumerate(parts):
+            if part.dtype != parts[0].dtype or not torch.equal(part, parts[0]):
+                raise ValueError(f"a tensor that every rank holds whole differs between ranks 0 and {rank}")
+        return parts[0]
+    blocks = [part.chunk(stride, dim=partition_dim) for part in parts]
+    return torch.cat([rank_blocks[i] for i in range(stride) for rank_blocks in blocks], dim=partition_dim)
 
 
 def join_shards(parts: list[dict[str, tuple[Tensor, int | None, int, int]]]) -> dict[str, Tensor]:

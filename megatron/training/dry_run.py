@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.config import ParallelConfig
-from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.models.common import ModelStage
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.core.stages import Stage, whole_model
+from megatron.core.stages import Stage
 from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
 from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
@@ -44,6 +44,8 @@ class DryRun:
 
     groups: ProcessGroups
     chunks: tuple[ChunkReport, ...]
+    model: str
+    """What it is called."""
     model_parameters: int
     """Of the whole model, each once, without the padding of the vocabulary."""
     weights: int
@@ -85,14 +87,11 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
         optimizer, sharded = (
             _optimizer_bytes(trainer if either == distributed else build(either)) for either in (False, True)
         )
-        single = replace(arguments, parallel=ParallelConfig())
-        assert arguments.model.vocab_size is not None
-        whole = model_provider(single, ProcessGroups(), META, whole_model(arguments.model.num_layers))
-        padding = 2 * (arguments.model.padded_vocab_size(1) - arguments.model.vocab_size) * arguments.model.hidden_size
         return DryRun(
             groups=groups,
             chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, step.kept, strict=True)),
-            model_parameters=sum(p.numel() for p in whole.parameters()) - padding,
+            model=trainer.model.first.kind,
+            model_parameters=trainer.model.first.table.elements,
             weights=sum(bucket.weights.nbytes for bucket in trainer.buffers.buckets),
             gradients=sum(bucket.grads.nbytes for bucket in trainer.buffers.buckets),
             optimizer=optimizer,
@@ -146,7 +145,7 @@ def _fake_job(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
         dist.destroy_process_group()
 
 
-def _report(trainer: Trainer, chunk: MixtralModel, kept: int) -> ChunkReport:
+def _report(trainer: Trainer, chunk: ModelStage, kept: int) -> ChunkReport:
     tokens = (trainer.arguments.training.micro_batch_size, trainer.arguments.data.seq_length)
     return ChunkReport(
         stage=chunk.stage,

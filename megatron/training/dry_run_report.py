@@ -83,7 +83,7 @@ def table(result: DryRun, arguments: Arguments) -> str:
     lines = [
         f"dry run of rank {groups.world.rank} of {groups.world.size}: "
         + ", ".join(f"{name} {group.rank} of {group.size}" for name, group in places),
-        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
+        f"{result.model} {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
         f"{model.ffn_hidden_size}, vocabulary {model.vocab_size}, {model.params_dtype}: {result.model_parameters:,} "
         "parameters in the whole model",
         f"{'stage':22} {'parameters':>15}  {'input':>17}  {'output':>17}  {'kept of a microbatch':>20}",

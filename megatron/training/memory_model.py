@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.microbatch import Microbatch
-from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.models.common import ModelStage
 from megatron.core.parallel_state import CHANNEL_CTAS, Group, ProcessGroups
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.transformer.moe.exchange import gather_counts
@@ -115,7 +115,7 @@ def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
     kept = [0] * len(chunks)
 
     def watched(
-        model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
+        model: ModelStage, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
     ) -> tuple[Tensor, MicrobatchResult]:
         before = memory.live
         result = trainer.forward_step(model, batch, hidden, microbatch)

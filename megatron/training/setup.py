@@ -12,7 +12,7 @@ from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.microbatch import Microbatch
-from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
+from megatron.core.models.common import ModelChunks, ModelStage
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.param_scheduler import LearningRateSchedule, resolve_schedule
@@ -36,7 +36,7 @@ class ModelProvider(Protocol):
 
     def __call__(
         self, arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage
-    ) -> MixtralModel: ...
+    ) -> ModelStage: ...
 
 
 class DatasetsProvider(Protocol):
@@ -54,7 +54,7 @@ class ForwardStep(Protocol):
     """
 
     def __call__(
-        self, model: MixtralModel, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
+        self, model: ModelStage, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
     ) -> tuple[Tensor, MicrobatchResult]: ...
 
 

@@ -9,11 +9,11 @@ from megatron.training.setup import Trainer
 
 def summary(trainer: Trainer) -> str:
     """Model, layout and batch in two lines."""
-    groups, model = trainer.groups, trainer.arguments.model
+    groups, model, kind = trainer.groups, trainer.arguments.model, trainer.model.first.kind
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     context = f"context {groups.cp.size} x " if groups.cp.size > 1 else ""
     return (
-        f"Mixtral {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
+        f"{kind} {model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts of "
         f"{model.ffn_hidden_size}, top {model.moe_router_topk}, vocabulary {model.vocab_size}, {model.params_dtype}\n"
         f"{groups.world.size} {trainer.device.type} process(es): tensor {groups.tp.size} x pipeline {groups.pp.size} x "
         f"{context}data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "

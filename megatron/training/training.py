@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.models.mixtral.flops import training_flops_per_token
+from megatron.core.models.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups, grid_sizes
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.arguments import parse_arguments
@@ -349,7 +349,7 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int | None) -> MetricsLog
     """The log on the first rank, None on the others."""
     length = trainer.arguments.data.seq_length
     model, logging = trainer.arguments.model, trainer.arguments.logging
-    flops = length * training_flops_per_token(model, length)
+    flops = length * training_flops_per_token(model, trainer.model.first.table, length)
 
     def make() -> MetricsLog | None:
         if not trainer.groups.world.is_first:

@@ -15,7 +15,8 @@ import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.microbatch import Microbatch
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.tensor_parallel.parameter import named_shards

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from distributed_testing import run_distributed
-from model_testing import TINY_MODEL
+from model_testing import TINY_MODEL, layer_specs
 from torch import Tensor, nn
 
 from megatron.core.config import ParallelConfig
 from megatron.core.fusions.router import Routing
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.tensor_parallel.mappings import all_reduce
-from megatron.core.tensor_parallel.parameter import NamedShard, Placement, initialize_parameters, named_shards
+from megatron.core.tensor_parallel.parameter import NamedShard, Placement, initialize_parameters, named_shards, specs_of
 from megatron.core.tensor_parallel.partition import slice_for_rank
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -60,8 +60,8 @@ def _inputs(case: Case, ranks: int) -> tuple[list[Tensor], list[Tensor], list[Te
 
 def _experts(groups: ProcessGroups) -> tuple[Experts, nn.Module]:
     """The experts, and a module in which they have the names their initial values are drawn from."""
-    placement = Placement(dtype=torch.float64, device=torch.device("cpu"), group=groups.etp)
-    experts = Experts(TINY_MODEL, groups.ep, placement)
+    placement = Placement(dtype=torch.float64, device=torch.device("cpu"))
+    experts = Experts(TINY_MODEL, specs_of("mlp.experts", layer_specs(TINY_MODEL, groups)), placement)
     whole = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": experts})})
     initialize_parameters(whole, 0, 1)
     return experts, whole

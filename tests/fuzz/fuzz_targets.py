@@ -267,7 +267,7 @@ _CONFIG: dict[str, Any] = {
 
 def _tensors() -> dict[str, Any]:
     from megatron.core.models.mixtral.hf_config import model_config_from_hf
-    from megatron.core.models.mixtral.hf_weights import mixtral_weights
+    from megatron.core.models.mixtral.weights import mixtral_weights
 
     sources = [source for rule in mixtral_weights(model_config_from_hf(_CONFIG)) for source in rule.sources]
     return {source.name: np.ones(source.shape, np.float32) for source in sources}
@@ -307,7 +307,7 @@ def _with_data(header: bytes) -> bytes:
 
 
 def _read_model(folder: Path) -> None:
-    from megatron.core.models.mixtral.hf_weights import mixtral_weights
+    from megatron.core.models.mixtral.weights import mixtral_weights
     from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 
     source = HuggingFaceSource(folder)

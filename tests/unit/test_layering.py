@@ -36,6 +36,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "transformer": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel"},
     "models": PARALLEL | {"microbatch", "fusions", "tensor_parallel", "context_parallel", "transformer"},
 }
+MODELS = {path.parent.name for path in ROOT.glob("megatron/core/models/*/__init__.py")}
 KERNELS = "megatron/core/fusions/kernels/"
 CHOOSES_KERNELS = "megatron/core/fusions/forms.py"
 SHOWS_KERNELS = {"tools/show_forms.py"}
@@ -98,6 +99,9 @@ def forbidden_import(file: str, module: str) -> str | None:
     part, _, inner = rest.partition(".")
     if part == "training" and (in_core or file.startswith("tools/")):
         return "neither the core nor the tools import megatron.training"
+    named = part == "core" and any(f"{inner}.".startswith(f"models.{model}.") for model in MODELS)
+    if named and file.startswith("megatron/training/"):
+        return "the training program is given its model by the training script"
     if part != "core" or not in_core:
         return None
     importer = Path(file).parts[2].removesuffix(".py")
@@ -157,6 +161,9 @@ def test_the_project_keeps_its_layers() -> None:
         ("megatron/core/newcomer/a.py", "from megatron.core.config import ModelConfig"),
         ("megatron/core/transformer/a.py", "import tools.checkpoint.util"),
         ("megatron/training/training.py", "import pretrain_gpt"),
+        ("megatron/training/a/b.py", "from megatron.core.models.mixtral.weights import mixtral_weights"),
+        ("megatron/training/training.py", "from megatron.core.models import mixtral"),
+        ("megatron/training/training.py", "import megatron.core.models.mixtral.mixtral_model as m"),
         ("megatron/training/training.py", "from argparse import Namespace"),
         ("megatron/training/training.py", "import os\nx = os.environ['RANK']"),
         ("megatron/core/config.py", "from os import getenv"),
@@ -191,6 +198,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str) ->
         ("megatron/core/models/mixtral/a.py", "from ...transformer.moe import router"),
         ("megatron/core/distributed/a.py", "from megatron.core.tensor_parallel.parameter import spec_of"),
         ("megatron/core/interchange/a.py", "from argparse import Namespace"),
+        ("megatron/training/training.py", "from megatron.core.models.common import ModelChunks"),
         ("megatron/training/initialize.py", "import os\nrank = os.environ['RANK']"),
         ("megatron/training/arguments.py", "import argparse"),
         ("tools/preprocess_data.py", "import argparse, os\nos.environ.get('A')\nfrom megatron.core.datasets import x"),

@@ -33,7 +33,8 @@ from torch import Tensor
 from megatron.core.config import ModelConfig, ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.microbatch import Microbatch
-from megatron.core.models.mixtral.mixtral_model import MixtralModel, ModelChunks
+from megatron.core.models.common import ModelChunks
+from megatron.core.models.mixtral.mixtral_model import MixtralModel
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig

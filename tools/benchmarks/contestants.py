@@ -65,9 +65,15 @@ class Contestant:
     step: Callable[[], float]
 
 
+def _our_config(shape: StepShape) -> Any:
+    from megatron.core.config import ModelConfig
+
+    not_of_the_model = ("seq_length", "micro_batch_size", "device")
+    return ModelConfig(**{name: value for name, value in asdict(shape).items() if name not in not_of_the_model})
+
+
 def our_step(shape: StepShape) -> Contestant:
     """The step of this project, without the loop's logging."""
-    from megatron.core.config import ModelConfig
     from megatron.core.distributed.gradient_buffers import GradientBuffers
     from megatron.core.host_memory import keep_freed_memory
     from megatron.core.microbatch import Microbatch
@@ -81,9 +87,8 @@ def our_step(shape: StepShape) -> Contestant:
 
     if shape.device == "cpu":
         keep_freed_memory()
-    not_of_the_model = ("seq_length", "micro_batch_size", "device")
-    config = ModelConfig(**{name: value for name, value in asdict(shape).items() if name not in not_of_the_model})
-    model = MixtralModel(config, groups=ProcessGroups(), sequence_parallel=False, device=torch.device(shape.device))
+    device = torch.device(shape.device)
+    model = MixtralModel(_our_config(shape), groups=ProcessGroups(), sequence_parallel=False, device=device)
     initialize_parameters(model, 0, 1)
     buffers = GradientBuffers(model, ProcessGroups())
     optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), ProcessGroups())
@@ -132,19 +137,10 @@ def transformers_step(shape: StepShape, implementation: str) -> Contestant:
     """transformers' Mixtral with one of its implementations of the experts."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
+    from megatron.core.models.mixtral.hf_config import hf_config_from_model
+
     options: dict[str, Any] = {"experts_implementation": implementation}
-    config = MixtralConfig(
-        num_hidden_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_query_groups,
-        vocab_size=shape.vocab_size,
-        num_local_experts=shape.num_experts,
-        num_experts_per_tok=shape.moe_router_topk,
-        max_position_embeddings=shape.seq_length,
-        **options,
-    )
+    config = MixtralConfig(**hf_config_from_model(_our_config(shape), sliding_window=None, bos=1, eos=2), **options)
     model: torch.nn.Module = MixtralForCausalLM(config)
     model = model.to(shape.device, shape.dtype)
     tokens = shape.tokens()

@@ -11,7 +11,6 @@ its time with a `sync` after it is printed too.
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -20,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,58 +28,38 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import cast
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
-from tools.checkpoint.writers import SafetensorsFile, TensorPlan, plan_shards
+from megatron.core.models.mixtral.hf_config import hf_config_from_model, hf_config_with_dtype
+from tools.checkpoint.saver_mixtral_hf import ShardsWriter
+from tools.checkpoint.stream import model_bytes
 from tools.run_tool import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
     num_layers=1, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=16, num_query_groups=8, vocab_size=32000,
-    num_experts=8, rotary_base=1e6,
+    num_experts=8, rotary_base=1e6, max_position_embeddings=4096,
 )  # fmt: skip
 
 
 def make_model(folder: Path, nbytes: int) -> int:
     """Writes a Mixtral folder of at least `nbytes` bytes of random bf16 weights; returns their size."""
 
-    def plans(layers: int) -> list[TensorPlan]:
-        model = ModelConfig(**{**vars(MODEL), "num_layers": layers})
-        return [
-            TensorPlan(source.name, source.shape, "bfloat16")
-            for rule in mixtral_weights(model)
-            for source in rule.sources
-        ]
-
     layers = 4
-    while sum(plan.nbytes for plan in plans(layers)) < nbytes:
+    while model_bytes(replace(MODEL, num_layers=layers), "bfloat16") < nbytes:
         layers += 4
+    model = replace(MODEL, num_layers=layers)
     folder.mkdir(parents=True)
-    config = {
-        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_hidden_layers": layers,
-        "hidden_size": MODEL.hidden_size, "intermediate_size": MODEL.ffn_hidden_size,
-        "num_attention_heads": MODEL.num_attention_heads, "num_key_value_heads": MODEL.query_groups,
-        "max_position_embeddings": 4096, "rope_theta": MODEL.rotary_base, "rms_norm_eps": 1e-5,
-        "vocab_size": MODEL.vocab_size, "num_local_experts": MODEL.num_experts, "num_experts_per_tok": 2,
-        "torch_dtype": "bfloat16", "tie_word_embeddings": False, "hidden_act": "silu",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    config = hf_config_from_model(model, sliding_window=None, bos=None, eos=None)
+    (folder / "config.json").write_text(json.dumps(hf_config_with_dtype(config, "bfloat16")))
     noise = cast(np.random.default_rng(0).standard_normal(1 << 24, np.float32), "float32", "bfloat16")
-    shards = plan_shards(plans(layers), 10**9)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        file = SafetensorsFile(folder / name, shard)
-        for number, plan in enumerate(shard):
-            size, start = math.prod(plan.shape), 4099 * number % (1 << 16)
-            whole = noise[start : start + min(size, noise.size - start)]
-            rows = len(whole) // (size // plan.shape[0])
-            while file.places[plan.name].done < plan.nbytes:
-                left = plan.shape[0] - file.places[plan.name].done * plan.shape[0] // plan.nbytes
-                part = whole[: min(rows, left) * (size // plan.shape[0])]
-                file.append(plan.name, part.reshape(min(rows, left), *plan.shape[1:]))
-        file.check_complete()
-    index = {"weight_map": {plan.name: name for name, shard in zip(names, shards) for plan in shard}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(plan.nbytes for plan in plans(layers))
+    writer = ShardsWriter(model, "bfloat16", 10**9, avoid=None)
+    writer.open(folder)
+    for number, rule in enumerate(writer.rules):
+        for rows in writer.chunks(rule):
+            shape = (len(rows), *rule.shape[1:])
+            writer.write(rule, rows, np.resize(noise[4099 * number % (1 << 16) :], shape))
+    writer.check_complete()
+    writer.write_index(folder)
+    return model_bytes(model, "bfloat16")
 
 
 def measure(command: Sequence[str]) -> tuple[float, int]:

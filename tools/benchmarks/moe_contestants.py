@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.weight_gradient import Write
 from megatron.core.microbatch import Microbatch
+from megatron.core.models.common import parameter_specs
+from megatron.core.models.mixtral.weights import layer_rows
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, specs_of
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 OURS = "this project"
@@ -66,7 +68,9 @@ def _write_into(main_grad: Tensor) -> Callable[[Write], None]:
 def ours(config: ModelConfig, weights: Weights) -> Layer:
     """This project's layer, whose weight gradients go to float32 main gradients as in training."""
     device = weights.router_EH.device
-    layer = MoELayer(config, 1, ProcessGroups(), Placement(dtype=config.dtype, device=device))
+    specs = parameter_specs(layer_rows(config), config.num_experts, ProcessGroups(), sequence_parallel=False)
+    placement = Placement(dtype=config.dtype, device=device)
+    layer = MoELayer(config, 1, specs_of("decoder.layers.{layer}.mlp", specs), ProcessGroups(), placement)
     router, gate_up, down = weights.parameters()
     layer.router.weight, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight = router, gate_up, down
     for weight in (gate_up, down):

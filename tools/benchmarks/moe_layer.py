@@ -17,6 +17,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.config import ModelConfig
+from megatron.core.models.flops import weights_of_a_token
+from megatron.core.models.mixtral.weights import layer_rows
 from tools.benchmarks.machine import machine
 from tools.benchmarks.moe_contestants import OURS, Layer, contestants
 from tools.benchmarks.moe_kernels import kernel_table
@@ -38,9 +40,8 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
 
 
 def layer_flops(config: ModelConfig, tokens: int) -> int:
-    """Operations of a forward pass: the router's product, and three products a chosen expert; backward has twice."""
-    experts = config.moe_router_topk * 3 * config.hidden_size * config.ffn_hidden_size
-    return 2 * tokens * (experts + config.hidden_size * config.num_experts)
+    """Operations of a forward pass: of the router and the chosen experts; backward has twice as many."""
+    return 2 * tokens * weights_of_a_token(config, (row for row in layer_rows(config) if ".mlp." in row.name))
 
 
 class Stopwatch:

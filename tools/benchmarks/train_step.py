@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.config import ModelConfig
-from megatron.core.models.mixtral.flops import training_flops_per_token
+from megatron.core.models.flops import training_flops_per_token
+from megatron.core.models.mixtral.weights import mixtral_table
 from tools.benchmarks.contestants import OURS, StepShape
 from tools.benchmarks.floor import Floor
 from tools.benchmarks.machine import machine
@@ -217,7 +218,8 @@ def compare(args: argparse.Namespace) -> None:
     counts = {name: count for name, count in found.parameters.items() if count != found.parameters[OURS]}
     if counts:
         raise ValueError(f"the models differ: {found.parameters[OURS]:,} parameters here, {counts} there")
-    flops = training_flops_per_token(config, args.seq_length) * args.micro_batch_size * args.seq_length
+    tokens = args.micro_batch_size * args.seq_length
+    flops = tokens * training_flops_per_token(config, mixtral_table(config), args.seq_length)
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     print(machine(("torch", "transformers"), gpu))
     taken = "one contestant after another" if args.one_by_one else "all in turns"

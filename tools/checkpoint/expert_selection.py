@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.interchange.element_types import Array
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.text_files import read_text
 from tools.checkpoint.stream import Description, Source, verify_source
 

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch, to_torch
-from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf
-from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule
+from megatron.core.models.weight_table import HuggingFaceTensor, WeightRule
 from tools.checkpoint.hf_files import HuggingFaceFolder
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.stream import Source
@@ -114,11 +113,6 @@ class UpcycledSource(HuggingFaceSource):
         name = f"{match.group(1)}.mlp.{_PROJECTIONS[match.group(2)]}.weight" if match else source.name
         return name, source.shape
 
-    def _located(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
-        name, _ = self._name_and_shape(source)
-        assert name is not None
-        return self._folder.tensors[name]
-
     def read(self, rule: WeightRule, rows: range, out: Array | None = None) -> Array:
         """Some rows of one Megatron weight, in the description's type."""
         dtype = self._description.dtype
@@ -146,8 +140,5 @@ class UpcycledSource(HuggingFaceSource):
 
     def origin(self, rule: WeightRule) -> list[str]:
         """Where a weight comes from."""
-        found = []
-        for source in rule.sources:
-            name, _ = self._name_and_shape(source)
-            found.append("drawn anew" if name is None else f"{self._folder.tensors[name].file.name}: {name}")
+        found = super().origin(rule)
         return [*found, f"noise of deviation {self._noise}"] if rule.expert is not None and self._noise else found

@@ -21,7 +21,8 @@ from megatron.core.interchange import (
 from megatron.core.interchange.element_types import Array
 from megatron.core.interchange.folder_kind import is_sharded
 from megatron.core.interchange.stored_tensor import bytes_of, open_torch, stored_tensor
-from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
+from megatron.core.models.mixtral.weights import mixtral_table
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import Stage
 from tools.checkpoint.megatron_names import Stored, count_layers, plain_names
 from tools.checkpoint.stream import (
@@ -242,7 +243,7 @@ class PerRankSource:
         """Types of a file's tensors, after every name and shape has been accounted for."""
         check_counts(len(stage.layers), self._experts, len(found), path)
         experts = range(ranks[2] * self._experts, (ranks[2] + 1) * self._experts)
-        rules = dict(stage_weights(model, stage, experts, self._padded))
+        rules = dict(mixtral_table(model, self._padded).named_weights(stage, experts))
         missing, unknown = sorted(set(rules) - set(found)), sorted(set(found) - set(rules))
         if missing:
             raise ValueError(f"{path} lacks {list_some(missing)}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import LoadedTensor, StoredTensor
 from megatron.core.models.mixtral.hf_config import model_config_from_hf, sliding_window_from_hf
-from megatron.core.models.mixtral.hf_weights import HuggingFaceTensor, WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import HuggingFaceTensor, WeightRule
 from tools.checkpoint.hf_files import HuggingFaceFolder
 from tools.checkpoint.stream import Description, Source, common_dtype, config_dtype, list_some, rows_of
 
@@ -123,10 +124,10 @@ class HuggingFaceSource:
 
     def _located(self, source: HuggingFaceTensor) -> StoredTensor | LoadedTensor:
         """The tensor that holds `source`: under its own name, or an expert's as a part of transformers 5's stack."""
-        if source.name in self._folder.tensors:
-            return self._folder.tensors[source.name]
-        stored = self._folder.tensors[source.fused_name]
-        if source.expert is None:
+        name, _ = self._name_and_shape(source)
+        assert name is not None, source
+        stored = self._folder.tensors[name]
+        if source.expert is None or name != source.fused_name:
             return stored
         if isinstance(stored, LoadedTensor):
             part = stored.array[source.expert, source.first_row : source.first_row + source.shape[0]]
@@ -144,12 +145,11 @@ class HuggingFaceSource:
         """Where a weight comes from."""
         found = []
         for source in rule.sources:
-            fused = source.name not in self._folder.tensors
-            name, part = source.name, ""
-            if fused:
-                name = source.fused_name
-                if source.expert is not None:
-                    end = source.first_row + source.shape[0]
-                    part = f"[{source.expert}, {source.first_row}:{end}]"
+            name, _ = self._name_and_shape(source)
+            if name is None:
+                found.append("drawn anew")
+                continue
+            stacked = source.expert is not None and name == source.fused_name
+            part = f"[{source.expert}, {source.first_row}:{source.first_row + source.shape[0]}]" if stacked else ""
             found.append(f"{self._folder.tensors[name].file.name}: {name}{part}")
         return found

@@ -28,7 +28,7 @@ def count_layers(names: list[str]) -> int:
 
 
 def plain_names(path: Path, weights: dict[str, Stored], experts: int) -> dict[str, tuple[str, Stored]]:
-    """Every weight under the name of `hf_weights`, with its name in the file; `experts` is the number on a rank.
+    """Every weight under its name in our table, with its name in the file; `experts` is the number on a rank.
 
     TransformerEngine's `_extra_state` entries are left out by the caller. Raises ValueError naming a weight that is
     there in two spellings, or stacked experts of a shape that does not fit.

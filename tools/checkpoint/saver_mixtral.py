@@ -24,7 +24,8 @@ from megatron.core.interchange import (
 )
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import abandon_step
-from megatron.core.models.mixtral.hf_weights import WeightRule, stage_weights
+from megatron.core.models.mixtral.weights import mixtral_table
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import Stage
 from megatron.core.tokenizers import TOKENIZER_TYPES
 from tools.checkpoint.model_folder import Target, open_target, usable_file
@@ -272,12 +273,13 @@ class RankFilesWriter:
         self._places: dict[str, _Place] = {}
         self._files: dict[tuple[int, int, int], TorchFile] = {}
         self.rules: list[WeightRule] = []
-        per_rank, padded = model.num_experts // layout.expert, model.padded_vocab_size(layout.tensor)
+        per_rank = model.num_experts // layout.expert
+        table = mixtral_table(model, model.padded_vocab_size(layout.tensor))
         for rank, own in enumerate(stages):
             for key, stage in zip(self._keys, own, strict=True):
                 for expert_rank in range(layout.expert):
                     experts = range(expert_rank * per_rank, (expert_rank + 1) * per_rank)
-                    for name, rule in stage_weights(model, stage, experts, padded):
+                    for name, rule in table.named_weights(stage, experts):
                         if rule.expert is not None or expert_rank == 0:
                             self.rules.append(rule)
                             self._places[rule.name] = self._place(key, name, rule, rank, expert_rank)

@@ -23,7 +23,8 @@ from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import Array
 from megatron.core.interchange.folder_kind import INDEX_FILE, SINGLE_FILE, WEIGHT_FILES
 from megatron.core.models.mixtral.hf_config import hf_config_with_dtype
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint.export_files import ModelFiles
 from tools.checkpoint.hf_files import weight_files
 from tools.checkpoint.model_folder import (

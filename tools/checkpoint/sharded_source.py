@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.interchange import Layout, model_config_from_args
 from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import whole_model
 from tools.checkpoint.stream import Description, check_counts, common_dtype, describe_training, list_some, rows_of
 

@@ -30,7 +30,8 @@ import numpy as np
 
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import STORED_AS, Array
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint.model_folder import Target
 
 _T = TypeVar("_T")
@@ -324,7 +325,7 @@ def config_dtype(dtype: str) -> Literal["float32", "bfloat16", "float64"]:
 
 def model_bytes(model: ModelConfig, dtype: str) -> int:
     """Size of all weights without vocabulary padding."""
-    return sum(math.prod(rule.shape) for rule in mixtral_weights(model)) * STORED_AS[dtype].itemsize
+    return mixtral_table(model).elements * STORED_AS[dtype].itemsize
 
 
 def common_dtype(dtypes: dict[str, str], requested: str | None) -> str:

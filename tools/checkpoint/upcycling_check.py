@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +10,10 @@ import torch.nn.functional as F
 from megatron.core.fusions.rotary import rotary_tables
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.microbatch import Microbatch
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.mixtral_model import MixtralModel
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.recompute import NO_RECOMPUTE
-from megatron.core.tensor_parallel.parameter import Placement
-from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from tools.checkpoint.stream import Source
 
@@ -43,9 +43,9 @@ def check_logits(source: Source) -> float:
     dense = sparse
     rotary = rotary_tables(torch.arange(_TOKENS).unsqueeze(0), model.head_dim, model.rotary_base, torch.float64)
     microbatch = Microbatch(rotary=rotary)
-    with torch.device("meta"):
-        placement = Placement(dtype=torch.float64, device=torch.device("meta"))
-        layer = TransformerLayer(model, 0, ProcessGroups(), placement, NO_RECOMPUTE)
+    meta = torch.device("meta")
+    stage = MixtralModel(replace(model, num_layers=1), groups=ProcessGroups(), sequence_parallel=False, device=meta)
+    layer, norm = cast(TransformerLayer, stage.decoder.layers[0]), stage.decoder.final_layernorm
     for number in range(model.num_layers):
         prefix = f"decoder.layers.{number}."
         gate_up, down = (_common(source, rules, f"{prefix}mlp.experts", kind) for kind in ("linear_fc1", "linear_fc2"))
@@ -62,7 +62,8 @@ def check_logits(source: Source) -> float:
         attended = dense + layer.self_attention(layer.input_layernorm(dense), microbatch)
         gate, up = F.linear(layer.pre_mlp_layernorm(attended), gate_up).chunk(2, dim=-1)
         dense = attended + F.linear(F.silu(gate) * up, down)
-    norm = RMSNorm(model, replace(placement, device=torch.device("cpu")))
+    assert norm is not None
+    norm.to_empty(device="cpu")
     norm.weight.copy_(read("decoder.final_layernorm.weight"))
     difference, largest = 0.0, 0.0
     rule = rules["output_layer.weight"]

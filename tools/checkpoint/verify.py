@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.interchange.element_types import cast
 from megatron.core.interchange.stored_tensor import bytes_of
 from megatron.core.models.mixtral.hf_config import check_config_matches
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint.loader_mistral_hf import UpcycledSource
 from tools.checkpoint.loader_mixtral import PerRankSource, open_megatron, step
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource

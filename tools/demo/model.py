@@ -2,25 +2,20 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from megatron.core.config import ModelConfig
+from megatron.core.models.mixtral.hf_config import hf_config_from_model
 
 BOS, EOS = "<s>", "</s>"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """Shape of the demo's model."""
-
-    vocab_size: int = 2000
-    hidden_size: int = 128
-    ffn_hidden_size: int = 256
-    num_layers: int = 4
-    num_attention_heads: int = 8
-    num_query_groups: int = 4
-    num_experts: int = 4
-    rotary_base: float = 1000000.0
-    max_position_embeddings: int = 1024
+VOCAB_SIZE = 2000
+MODEL = ModelConfig(
+    vocab_size=VOCAB_SIZE, hidden_size=128, ffn_hidden_size=256, num_layers=4, num_attention_heads=8,
+    num_query_groups=4, num_experts=4, rotary_base=1e6, max_position_embeddings=1024,
+)  # fmt: skip
+"""The demo's model."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
@@ -50,7 +45,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def make_model(size: ModelSize, folder: Path, seed: int = 0) -> int:
+def make_model(shape: ModelConfig, folder: Path, seed: int = 0) -> int:
     """Saves a freshly drawn Mixtral in `folder` with transformers; returns its number of parameters."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -58,22 +53,7 @@ def make_model(size: ModelSize, folder: Path, seed: int = 0) -> int:
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.ffn_hidden_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_attention_heads,
-        num_key_value_heads=size.num_query_groups,
-        num_local_experts=size.num_experts,
-        num_experts_per_tok=2,
-        max_position_embeddings=size.max_position_embeddings,
-        rope_parameters={"rope_theta": size.rotary_base, "rope_type": "default"},
-        sliding_window=None,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-    )
+    config = MixtralConfig(**hf_config_from_model(shape, sliding_window=None, bos=0, eos=1))
     model = MixtralForCausalLM(config)
     model.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

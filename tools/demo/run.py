@@ -17,10 +17,9 @@ sys.path.insert(0, str(ROOT))
 from tools.demo import report  # noqa: E402
 from tools.demo.console import Progress, StageFailed, run_command  # noqa: E402
 from tools.demo.corpus import DOMAINS, read_corpus, write_corpus  # noqa: E402
-from tools.demo.model import ModelSize, make_model, train_tokenizer  # noqa: E402
+from tools.demo.model import MODEL, VOCAB_SIZE, make_model, train_tokenizer  # noqa: E402
 from tools.run_tool import parsed  # noqa: E402
 
-SIZE = ModelSize()
 TENSOR_PARALLEL, PIPELINE_PARALLEL = 2, 2
 WEIGHTS = {"docs": "0.6", "code": "0.4"}
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 128, 8, 32
@@ -65,9 +64,9 @@ class Demo:
 
     def make_model(self) -> None:
         self.progress.start("model", "Tokenizer and a random 4-expert Mixtral in Hugging Face format")
-        entries = train_tokenizer(read_corpus(self.corpus), SIZE.vocab_size, self.hf)
+        entries = train_tokenizer(read_corpus(self.corpus), VOCAB_SIZE, self.hf)
         self.progress.update(0.3, "drawing weights")
-        parameters = make_model(SIZE, self.hf)
+        parameters = make_model(MODEL, self.hf)
         self.progress.say(f"{entries} tokens, {parameters / 1e6:.1f} million parameters in {self.show(self.hf)}")
 
     def preprocess(self) -> None:
@@ -125,9 +124,9 @@ class Demo:
         settings: dict[str, object] = {
             "DEVICE": "cpu", "PRECISION": "fp32", "TP": TENSOR_PARALLEL, "PP": PIPELINE_PARALLEL,
             "CHECKPOINT_PATH": self.show(self.megatron), "BLENDED_DATA": blend, "TOKENIZER_MODEL": self.show(self.hf),
-            "NUM_LAYERS": SIZE.num_layers, "HIDDEN_SIZE": SIZE.hidden_size, "FFN_HIDDEN_SIZE": SIZE.ffn_hidden_size,
-            "NUM_ATTENTION_HEADS": SIZE.num_attention_heads, "NUM_QUERY_GROUPS": SIZE.num_query_groups,
-            "NUM_EXPERTS": SIZE.num_experts, "MAX_POSITION_EMBEDDINGS": SIZE.max_position_embeddings,
+            "NUM_LAYERS": MODEL.num_layers, "HIDDEN_SIZE": MODEL.hidden_size, "FFN_HIDDEN_SIZE": MODEL.ffn_hidden_size,
+            "NUM_ATTENTION_HEADS": MODEL.num_attention_heads, "NUM_QUERY_GROUPS": MODEL.num_query_groups,
+            "NUM_EXPERTS": MODEL.num_experts, "MAX_POSITION_EMBEDDINGS": MODEL.max_position_embeddings,
             "SEQ_LENGTH": SEQ_LENGTH, "MICRO_BATCH_SIZE": MICRO_BATCH_SIZE, "GLOBAL_BATCH_SIZE": GLOBAL_BATCH_SIZE,
             "TRAIN_ITERS": self.steps, "LR": "4e-3", "MIN_LR": "4e-4", "LR_WARMUP_ITERS": max(1, self.steps // 20),
             "SPLIT": SPLIT, "SEED": SEED, "EVAL_INTERVAL": max(1, self.steps // 5), "EVAL_ITERS": EVAL_ITERS,
@@ -170,7 +169,7 @@ class Demo:
     def show_results(self, metrics: report.Metrics, loss: float, continuation: str) -> None:
         """Prints the summary. Raises StageFailed if transformers and the trainer disagree."""
         trained = metrics.evaluations[-1][1]
-        uniform = math.log(SIZE.vocab_size)
+        uniform = math.log(VOCAB_SIZE)
         speed = sorted(metrics.tokens_per_second)[len(metrics.tokens_per_second) // 2]
         self.progress.say(
             f"\nloss at the start       {metrics.steps[0][1]:.4f}   (a uniform guess: {uniform:.4f})\n"

@@ -9,18 +9,20 @@ Names: `a` bytes of an activation, `w` bytes of its type or of float32 if that i
 tokens of a microbatch in tensor-parallel regions, `T` between them (fewer with sequence parallelism).
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from megatron.core.config import ModelConfig, ParallelConfig
+from megatron.core.distributed.gradient_buffers import ALIGNMENT
+from megatron.core.models.mixtral.weights import mixtral_table
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.parallel_state import grid_sizes
 from megatron.core.recompute import NO_RECOMPUTE, RecomputeConfig
 from megatron.core.stages import Stage
-
-# Parameters and shards of gradient buckets begin at multiples of this many elements.
-_ALIGNMENT = 64
 
 
 class Traffic(NamedTuple):
@@ -204,7 +206,7 @@ class _Account:
         reduced = self.a if parallel.grad_reduce_in_bf16 and dtype == torch.bfloat16 else self.w
         parameters = [p for chunk in self.chunks for p in self._parameters(chunk)]
         for is_expert, group in ((False, "dp_cp"), (True, "edp")):
-            sizes = [p.elements for p in reversed(parameters) if p.is_expert == is_expert]
+            sizes = [elements for row, elements in reversed(parameters) if row.is_expert == is_expert]
             elements = padded_elements(sizes, self.sizes[group], parallel.bucket_size(self.sizes[group]))
             what = "expert" if is_expert else "dense"
             if parallel.use_distributed_optimizer:
@@ -214,41 +216,23 @@ class _Account:
                 self.add("DP", f"{what} gradients", "all-reduce", group, elements * reduced)
         if self.sequence_parallel:
             shards = self.sizes["dp_cp"] if parallel.use_distributed_optimizer else 1
-            partial = sum(p.elements for p in parameters if p.sequence_partial)
+            partial = sum(elements for row, elements in parameters if row.partition_dim is None)
             self.add("TP", "gradients of norms and routers", "all-reduce", "tp", partial * reduced / shards)
 
-    def _parameters(self, stage: Stage) -> "list[_Parameter]":
-        """Those of a stage, in the order of the model."""
-        model, tp, h = self.model, self.sizes["tp"], self.model.hidden_size
-        norm = _Parameter(h, sequence_partial=True)
-        vocabulary = [_Parameter(model.padded_vocab_size(tp) // tp * h)]
-        queries, keys = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
-        expert = model.num_experts // self.sizes["ep"] * model.ffn_hidden_size // self.sizes["etp"] * h
-        layer = [
-            norm,
-            _Parameter((queries + 2 * keys) // tp * h),
-            _Parameter(queries // tp * h),
-            norm,
-            _Parameter(model.num_experts * h, sequence_partial=True),
-            _Parameter(2 * expert, is_expert=True),
-            _Parameter(expert, is_expert=True),
-        ]
-        last = [norm, *vocabulary] if stage.has_output else []
-        return (vocabulary if stage.has_embedding else []) + layer * len(stage.layers) + last
-
-
-class _Parameter(NamedTuple):
-    elements: int
-    is_expert: bool = False
-    sequence_partial: bool = False
+    def _parameters(self, stage: Stage) -> Iterator[tuple[WeightRule, int]]:
+        """Those of a stage in the order of the model, each with its elements on a rank."""
+        sizes, table = self.sizes, mixtral_table(self.model, self.model.padded_vocab_size(self.sizes["tp"]))
+        for row, _ in table.of_stage(stage):
+            stacked = self.model.num_experts // sizes["ep"] if row.is_expert else 1
+            yield row, stacked * math.prod(row.part_shape(sizes["etp" if row.is_expert else "tp"]))
 
 
 def padded_elements(sizes: list[int], ranks: int, bucket_size: int | None) -> int:
     """Elements of the buckets of parameters of these sizes, each aligned, each bucket cut into equal aligned shards."""
     total = bucket = 0
     for number, size in enumerate(sizes, start=1):
-        bucket = -(-(bucket + size) // _ALIGNMENT) * _ALIGNMENT
+        bucket = -(-(bucket + size) // ALIGNMENT) * ALIGNMENT
         if number == len(sizes) or (bucket_size is not None and bucket >= bucket_size):
-            total += -(-bucket // (_ALIGNMENT * ranks)) * _ALIGNMENT * ranks
+            total += -(-bucket // (ALIGNMENT * ranks)) * ALIGNMENT * ranks
             bucket = 0
     return total

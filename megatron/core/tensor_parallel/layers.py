@@ -4,6 +4,8 @@ Shapes: S sequence, B batch, H input width, O output width, V padded vocabulary;
 parallelism, activations outside the tensor-parallel regions are [S/tp, B, H].
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from megatron.core.fusions.embedding import lookup
@@ -14,19 +16,22 @@ from megatron.core.tensor_parallel.cross_entropy import output_cross_entropy
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
 
 
-class ColumnParallelLinear(nn.Module):
+class _SplitWeight(nn.Module):
+    """A weight of which each tensor-parallel rank has a part."""
+
+    partition_dim: ClassVar[int]
+
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
+        super().__init__()
+        assert spec.partition_dim == self.partition_dim, spec
+        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
+        self.weight = new_parameter(spec, placement)
+
+
+class ColumnParallelLinear(_SplitWeight):
     """y = x W^T with the rows of W split: x [S, B, H] (or [S/tp, B, H]) -> y [S, B, O/tp]."""
 
-    def __init__(
-        self, input_size: int, output_size: int, init_std: float, placement: Placement, init_rows: int | None = None
-    ) -> None:
-        super().__init__()
-        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        shape = (output_size, input_size)
-        spec = ParameterSpec(
-            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=init_rows
-        )
-        self.weight = new_parameter(spec, placement)
+    partition_dim = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns this rank's output columns."""
@@ -36,11 +41,10 @@ class ColumnParallelLinear(nn.Module):
 class VocabParallelOutput(ColumnParallelLinear):
     """The output layer, split by vocabulary entry: logits, or straight to each token's loss."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
-    ) -> None:
-        super().__init__(hidden_size, padded_vocab_size, init_std, placement, init_rows=vocab_size)
-        self.vocab_size = vocab_size
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
+        super().__init__(spec, placement)
+        assert spec.init_rows is not None, spec
+        self.vocab_size = spec.init_rows
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """x [S, B, H] (or [S/tp, B, H]) -> loss of int64 `targets` [S, B]; without them logits [S, B, vocabulary]."""
@@ -49,15 +53,10 @@ class VocabParallelOutput(ColumnParallelLinear):
         return mappings.gather_last(super().forward(x), self.group)[..., : self.vocab_size]
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_SplitWeight):
     """y = x W^T with the columns of W split: x [S, B, H/tp] -> y [S, B, O] (or [S/tp, B, O]), summed over ranks."""
 
-    def __init__(self, input_size: int, output_size: int, init_std: float, placement: Placement) -> None:
-        super().__init__()
-        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        shape = (output_size, input_size)
-        spec = ParameterSpec(global_shape=shape, group=self.group, partition_dim=1, init_std=init_std)
-        self.weight = new_parameter(spec, placement)
+    partition_dim = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the complete output, or this rank's slice of the sequence."""
@@ -67,21 +66,15 @@ class RowParallelLinear(nn.Module):
         return mappings.reduce_from_tensor_parallel(y, self.group)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(_SplitWeight):
     """Rows of the embedding table split by token id: tokens [B, S] -> [S, B, H] (or [S/tp, B, H])."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab_size: int, hidden_size: int, init_std: float, placement: Placement
-    ) -> None:
-        super().__init__()
-        self.group, self.sequence_parallel = placement.group, placement.sequence_parallel
-        self.rows = padded_vocab_size // self.group.size
+    partition_dim = 0
+
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
+        super().__init__(spec, placement)
+        self.rows = spec.global_shape[0] // self.group.size
         self.first_row = self.rows * self.group.rank
-        shape = (padded_vocab_size, hidden_size)
-        spec = ParameterSpec(
-            global_shape=shape, group=self.group, partition_dim=0, init_std=init_std, init_rows=vocab_size
-        )
-        self.weight = new_parameter(spec, placement)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Looks up int64 `tokens` [B, S]; ids that other ranks hold contribute zero here and are summed in."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,17 +30,29 @@ class ParameterSpec:
     """Rows that are drawn; those after them (vocabulary padding) start as zeros."""
     weight_decay: bool = True
     """Whether AdamW decays it."""
-    is_expert: bool = False
-    """Whether its gradient is averaged over the expert-data-parallel ranks."""
-    first_expert: int | None = None
-    """Global number of the first expert of a stacked tensor [experts, ...]; None if it is not stacked."""
+    experts: range | None = None
+    """The experts of a layer that are here, stacked in one tensor [experts, ...]; None if it is of no expert."""
     sequence_partial_grad: bool = False
     """Whether each tensor-parallel rank sees only its slice of the sequence, so that gradients must be summed."""
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether its gradient is averaged over the expert-data-parallel ranks."""
+        return self.experts is not None
 
     @property
     def is_vocabulary(self) -> bool:
         """Whether its rows are entries of the vocabulary: the embedding and the output layer."""
         return self.init_rows is not None
+
+
+Specs = Mapping[str, ParameterSpec]
+"""What a module makes its parameters of, by their names in it."""
+
+
+def specs_of(module: str, specs: Specs) -> Specs:
+    """Those of a submodule, by their names in it."""
+    return {name.removeprefix(f"{module}."): spec for name, spec in specs.items() if name.startswith(f"{module}.")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +72,14 @@ class Placement:
         return self.group if self.sequence_parallel else Group()
 
 
-def new_parameter(spec: ParameterSpec, placement: Placement, stack: int | None = None) -> nn.Parameter:
-    """An uninitialised parameter of this rank's local shape, with `spec` attached.
-
-    `stack` is the number of local experts of a stacked parameter.
-    """
+def new_parameter(spec: ParameterSpec, placement: Placement) -> nn.Parameter:
+    """An uninitialised parameter of this rank's local shape, with `spec` attached."""
     shape = list(spec.global_shape)
     if spec.partition_dim is not None:
         assert shape[spec.partition_dim] % (spec.group.size * spec.partition_stride) == 0, spec
         shape[spec.partition_dim] //= spec.group.size
-    if stack is not None:
-        shape.insert(0, stack)
+    if spec.experts is not None:
+        shape.insert(0, len(spec.experts))
     parameter = nn.Parameter(torch.empty(shape, dtype=placement.dtype, device=placement.device))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
@@ -102,15 +111,12 @@ def named_shards(module: nn.Module, first_layer: int) -> Iterator[NamedShard]:
     for name, parameter in module.named_parameters():
         spec = spec_of(parameter)
         data = parameter.detach()
-        if spec.first_expert is None:
+        if spec.experts is None:
             yield NamedShard(_global_name(name, first_layer), name, data, spec)
             continue
-        for expert in range(parameter.shape[0]):
-            local, whole = (
-                name.replace(".experts.", f".experts.local_experts.{number}.")
-                for number in (expert, spec.first_expert + expert)
-            )
-            yield NamedShard(_global_name(whole, first_layer), local, data[expert], spec)
+        for here, number in enumerate(spec.experts):
+            local, whole = (name.replace(".experts.", f".experts.local_experts.{n}.") for n in (here, number))
+            yield NamedShard(_global_name(whole, first_layer), local, data[here], spec)
 
 
 def _global_name(stage_name: str, first_layer: int) -> str:

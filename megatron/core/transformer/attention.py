@@ -13,24 +13,22 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group
 from megatron.core.recompute import recomputed
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, Specs
 
 
 class SelfAttention(nn.Module):
     """Attention over one sequence: [S/cp, B, H] (or [S/cp/tp, B, H]) -> the same shape."""
 
-    def __init__(self, config: ModelConfig, placement: Placement, *, cp: Group, recompute_core: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, specs: Specs, placement: Placement, *, cp: Group, recompute_core: bool
+    ) -> None:
         super().__init__()
         self.cp, self.recompute_core = cp, recompute_core
         self.head_dim = config.head_dim
         self.local_groups = config.query_groups // placement.group.size
         self.queries_per_group = config.num_attention_heads // config.query_groups
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.query_groups * config.head_dim
-        # rows: for each key/value group its query heads, its key, its value, so that TP splits whole groups
-        rows = query_size + 2 * key_size
-        self.linear_qkv = ColumnParallelLinear(config.hidden_size, rows, config.init_method_std, placement)
-        self.linear_proj = RowParallelLinear(query_size, config.hidden_size, config.output_init_std, placement)
+        self.linear_qkv = ColumnParallelLinear(specs["linear_qkv.weight"], placement)
+        self.linear_proj = RowParallelLinear(specs["linear_proj.weight"], placement)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> Tensor:
         """Attends within each sample, or within each of its documents if there are any."""
@@ -42,6 +40,7 @@ class SelfAttention(nn.Module):
         """Everything between the two products: [S/cp, B, (heads + 2 groups) d] -> [S/cp, B, heads d], per TP rank."""
         sequence, batch, _ = qkv.shape
         qkv = qkv.view(sequence, batch, self.local_groups, self.queries_per_group + 2, self.head_dim)
+        # for each key/value group its query heads, its key, its value
         query, key, value = qkv.split((self.queries_per_group, 1, 1), dim=3)
         # [S, B, groups, n, d] -> [B, heads, S, d]
         query, key, value = (part.flatten(2, 3).permute(1, 2, 0, 3) for part in (query, key, value))

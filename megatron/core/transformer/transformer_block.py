@@ -13,7 +13,7 @@ from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed
 from megatron.core.stages import Stage
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, Specs, specs_of
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -33,6 +33,7 @@ class TransformerBlock(nn.Module):
         self,
         config: ModelConfig,
         stage: Stage,
+        specs: Specs,
         groups: ProcessGroups,
         placement: Placement,
         recompute: RecomputeConfig,
@@ -40,11 +41,14 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.config, self.cp = config, groups.cp
         self.sequence_shards = placement.sequence_group.size
+        of_layer = specs_of("layers.{layer}", specs)
         self.layers = nn.ModuleList(
-            TransformerLayer(config, number, groups, placement, recompute) for number in stage.layers
+            TransformerLayer(config, number, of_layer, groups, placement, recompute) for number in stage.layers
         )
         self.units = recompute.units(len(self.layers))
-        self.final_layernorm = RMSNorm(config, placement) if stage.has_output else None
+        self.final_layernorm = None
+        if stage.has_output:
+            self.final_layernorm = RMSNorm(specs["final_layernorm.weight"], config.norm_epsilon, placement)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> BlockOutput:
         """x: [S/cp, B, H] (or [S/cp/tp, B, H]); layers get the microbatch with its places and rotary tables."""

@@ -9,7 +9,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.recompute import RecomputeConfig, recomputed, without_keeping
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, Specs, specs_of
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import RouterStatistics
@@ -23,18 +23,18 @@ class TransformerLayer(nn.Module):
         self,
         config: ModelConfig,
         layer_number: int,
+        specs: Specs,
         groups: ProcessGroups,
         placement: Placement,
         recompute: RecomputeConfig,
     ) -> None:
         super().__init__()
         self.recompute_norm, self.recompute_moe = recompute.includes("layernorm"), recompute.includes("moe")
-        self.input_layernorm = RMSNorm(config, placement)
-        self.self_attention = SelfAttention(
-            config, placement, cp=groups.cp, recompute_core=recompute.includes("core_attn")
-        )
-        self.pre_mlp_layernorm = RMSNorm(config, placement)
-        self.mlp = MoELayer(config, layer_number, groups, placement)
+        self.input_layernorm = RMSNorm(specs["input_layernorm.weight"], config.norm_epsilon, placement)
+        attention_specs, again = specs_of("self_attention", specs), recompute.includes("core_attn")
+        self.self_attention = SelfAttention(config, attention_specs, placement, cp=groups.cp, recompute_core=again)
+        self.pre_mlp_layernorm = RMSNorm(specs["pre_mlp_layernorm.weight"], config.norm_epsilon, placement)
+        self.mlp = MoELayer(config, layer_number, specs_of("mlp", specs), groups, placement)
 
     def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
         """Returns the new residual stream and what the router did."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core import interchange
 from megatron.core.interchange.folder_kind import is_per_rank
-from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.models.common import ModelChunks
 from megatron.core.tensor_parallel.parameter import named_shards
 from megatron.training.checkpoints.protocol import CheckpointSource, LoadedState, PreparedStep, StepToSave
 from megatron.training.checkpoints.random_states import random_states, set_random_states

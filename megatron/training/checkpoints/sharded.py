@@ -16,8 +16,7 @@ from torch import nn
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
 from megatron.core.interchange.folder_kind import is_sharded
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
-from megatron.core.models.mixtral.mixtral_model import ModelChunks
+from megatron.core.models.common import ModelChunks
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import NamedShard, named_shards, spec_of
@@ -65,7 +64,7 @@ def _shards_by_parameter(model: ModelChunks) -> Iterator[tuple[nn.Parameter, lis
     for chunk in model:
         shards = named_shards(chunk, chunk.first_layer)
         for parameter in chunk.parameters():
-            stacked = spec_of(parameter).first_expert is not None
+            stacked = spec_of(parameter).is_expert
             yield parameter, list(itertools.islice(shards, parameter.shape[0] if stacked else 1))
 
 
@@ -165,7 +164,8 @@ class Sharded:
         """Every rank reads the parts of all files that it needs; all share the comparison of checksums."""
         groups, optimizer = trainer.groups, trainer.optimizer
         shards = checkpoint_shards(trainer.model, optimizer if source.with_optimizer else None, groups)
-        reader = together(lambda: _open(source, trainer.arguments, shards), groups)
+        expected = {rule.name for rule in trainer.model.first.table.weights()}
+        reader = together(lambda: _open(source, trainer.arguments, shards, expected), groups)
         with reader:
             kinds = (*sorted({shard.kind for shard in shards}), "rng")
             together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
@@ -179,12 +179,13 @@ class Sharded:
             return LoadedState(SimpleNamespace(**reader.arguments), reader.state["progress"])
 
 
-def _open(source: CheckpointSource, arguments: Arguments, shards: list[TensorShard]) -> CheckpointReader:
-    """The checkpoint, once it is certain that it has all that is needed."""
+def _open(
+    source: CheckpointSource, arguments: Arguments, shards: list[TensorShard], expected: set[str]
+) -> CheckpointReader:
+    """The checkpoint, once it is certain that it has all that is needed, for each of the weights `expected`."""
     reader = CheckpointReader(source.folder)
     stored = SimpleNamespace(**reader.arguments)
     check_same_model(source.folder, stored, arguments)
-    expected = {rule.name for rule in mixtral_weights(arguments.model)}
     kinds = sorted({shard.kind for shard in shards})
     state_kinds = [kind for kind in kinds if kind != "weight"]
     without_state = bool(state_kinds) and not any(reader.tensors(kind) for kind in state_kinds)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 
 from tools.demo import report, run
 from tools.demo.console import StageFailed
-from tools.demo.model import ModelSize, make_model, train_tokenizer
+from tools.demo.model import MODEL, make_model, train_tokenizer
 
 
 def write_metrics(path: Path, iterations: list[int], evaluations: list[int]) -> report.Metrics:
@@ -76,7 +77,7 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
 def test_tokenizer_and_model_load_in_transformers_and_continue_a_text(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, MixtralForCausalLM
 
-    size = ModelSize(vocab_size=300, hidden_size=32, ffn_hidden_size=32, num_layers=2)
+    size = replace(MODEL, vocab_size=300, hidden_size=32, ffn_hidden_size=32, num_layers=2)
     assert train_tokenizer(["some text to learn from, again and again"] * 5, 300, tmp_path) <= 300
     parameters = make_model(size, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.models.mixtral.flops import training_flops_per_token
+from megatron.core.models.flops import training_flops_per_token
+from megatron.core.models.mixtral.weights import mixtral_table
 from tools.benchmarks.moe_contestants import OURS, Weights, contestants, loop
 from tools.benchmarks.moe_layer import check_equal, layer_flops, main, saved_bytes
 
@@ -45,7 +46,8 @@ def test_what_is_kept_and_the_operations() -> None:
     assert experts_keep <= ours <= experts_keep + 4 * 9 * (4 + 2 + 1) * 4  # and a few numbers a token of the router
     assert ours < 0.6 * plain
     # a whole model of this layer has an attention beside it, and a vocabulary
-    whole = training_flops_per_token(replace(CONFIG, vocab_size=1), 8)
+    model = replace(CONFIG, vocab_size=1)
+    whole = training_flops_per_token(model, mixtral_table(model), 8)
     attention_and_output = 6 * (4 * 16 * 16 + 2 * 16 * 4.5 + 16)
     assert 3 * layer_flops(CONFIG, 5) == 5 * (whole - attention_and_output)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.models.mixtral.flops import training_flops_per_token
+from megatron.core.models.flops import training_flops_per_token
+from megatron.core.models.mixtral.weights import mixtral_table
 from tools.benchmarks.contestants import StepShape, our_step
 from tools.benchmarks.floor import Floor
 from tools.benchmarks.step_profile import GROUPS, profile_groups
@@ -20,8 +21,8 @@ SHAPE = StepShape(**SIZES, seq_length=8, micro_batch_size=2, params_dtype="float
 
 
 def test_the_floor_has_the_operations_that_are_counted() -> None:
-    floor = Floor(SHAPE, parameters=10)
-    assert floor.flops == pytest.approx(16 * training_flops_per_token(ModelConfig(**SIZES), 8), rel=1e-12)
+    floor, model = Floor(SHAPE, parameters=10), ModelConfig(**SIZES)
+    assert floor.flops == pytest.approx(16 * training_flops_per_token(model, mixtral_table(model), 8), rel=1e-12)
     assert floor.optimizer_bytes == 10 * (4 + 8 + 8 + 8)  # gradient read; master, two moments read and written
     for operands in floor._operands:
         for a, b, out in operands:

@@ -19,7 +19,7 @@ SHAPE_FIELDS: dict[str, str] = {
     "moe_router_topk": "num_experts_per_tok",
 }
 """Attributes of ModelConfig that the meaning of the weights depends on, with their names in config.json."""
-
+_NO_PLAIN_COUNTS = ("query_groups", "head_dim", "rotary_base", "norm_epsilon")
 
 _LARGEST = 1e15
 
@@ -100,20 +100,15 @@ def model_config_from_hf(config: dict[str, Any]) -> ModelConfig:
         raise ValueError("config.json has no num_key_value_heads: add it, it is never guessed")
     groups = config["num_key_value_heads"]
     dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    counts = {ours: theirs for ours, theirs in SHAPE_FIELDS.items() if ours not in _NO_PLAIN_COUNTS}
     values: dict[str, Any] = {
-        "num_layers": _whole(config, "num_hidden_layers"),
-        "hidden_size": _whole(config, "hidden_size"),
-        "ffn_hidden_size": _whole(config, "intermediate_size"),
-        "num_attention_heads": _whole(config, "num_attention_heads"),
+        **{ours: _whole(config, theirs) for ours, theirs in counts.items()},
         "num_query_groups": None if groups is None else _whole(config, "num_key_value_heads"),
         "kv_channels": None if config.get("head_dim") is None else _whole(config, "head_dim"),
         "max_position_embeddings": _whole(config, "max_position_embeddings"),
         "rotary_base": rope_theta_from_hf(config),
         "norm_epsilon": float(_number(config, "rms_norm_eps")),
         "init_method_std": float(_number({"initializer_range": 0.02} | config, "initializer_range")),
-        "vocab_size": _whole(config, "vocab_size"),
-        "num_experts": _whole(config, "num_local_experts"),
-        "moe_router_topk": _whole(config, "num_experts_per_tok"),
         "params_dtype": dtype if dtype in ("float32", "bfloat16", "float64") else "float32",
     }
     try:

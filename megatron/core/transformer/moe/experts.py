@@ -7,16 +7,15 @@ from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.forms import takes_grouped_mm
 from megatron.core.fusions.linear import Backend
 from megatron.core.fusions.permute import PermutationMap
-from megatron.core.parallel_state import Group
-from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, Specs, new_parameter
 
 
 class _StackedWeight(nn.Module):
     """One matrix for each local expert, stacked: [experts, out, in]."""
 
-    def __init__(self, spec: ParameterSpec, experts: int, placement: Placement) -> None:
+    def __init__(self, spec: ParameterSpec, placement: Placement) -> None:
         super().__init__()
-        self.weight = new_parameter(spec, placement, stack=experts)
+        self.weight = new_parameter(spec, placement)
 
 
 class Experts(nn.Module):
@@ -27,37 +26,17 @@ class Experts(nn.Module):
         takes_grouped_mm: whether there is a choice.
     """
 
-    def __init__(self, config: ModelConfig, ep: Group, placement: Placement) -> None:
+    def __init__(self, config: ModelConfig, specs: Specs, placement: Placement) -> None:
         super().__init__()
-        group = placement.group
-        experts = config.num_experts // ep.size
-        first_expert = experts * ep.rank
-        gate_up = ParameterSpec(
-            global_shape=(2 * config.ffn_hidden_size, config.hidden_size),
-            group=group,
-            partition_dim=0,
-            partition_stride=2,
-            init_std=config.init_method_std,
-            is_expert=True,
-            first_expert=first_expert,
-        )
-        down = ParameterSpec(
-            global_shape=(config.hidden_size, config.ffn_hidden_size),
-            group=group,
-            partition_dim=1,
-            init_std=config.output_init_std,
-            is_expert=True,
-            first_expert=first_expert,
-        )
-        self.linear_fc1 = _StackedWeight(gate_up, experts, placement)
-        self.linear_fc2 = _StackedWeight(down, experts, placement)
+        self.linear_fc1 = _StackedWeight(specs["linear_fc1.weight"], placement)
+        self.linear_fc2 = _StackedWeight(specs["linear_fc2.weight"], placement)
         self.backend: Backend = config.moe_grouped_gemm_backend
-        width = config.ffn_hidden_size // group.size
-        self.takes_grouped_mm = takes_grouped_mm(config.dtype, config.hidden_size, width)
+        _, hidden, width = self.linear_fc2.weight.shape
+        self.takes_grouped_mm = takes_grouped_mm(config.dtype, hidden, width)
         if self.backend == "grouped_mm" and not self.takes_grouped_mm:
             raise ValueError(
                 f"--moe-grouped-gemm-backend grouped_mm does not take experts of {config.params_dtype}, {width} x "
-                f"{config.hidden_size} on a rank: it wants 16 or 32 bits and rows of a multiple of 16 bytes, so leave "
+                f"{hidden} on a rank: it wants 16 or 32 bits and rows of a multiple of 16 bytes, so leave "
                 "it at auto"
             )
 

@@ -1,13 +1,11 @@
 """The mixture-of-experts layer (Mixtral, arXiv:2401.04088)."""
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, Specs, specs_of
 from megatron.core.transformer.moe.experts import Experts
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import build_token_dispatcher
@@ -16,11 +14,13 @@ from megatron.core.transformer.moe.token_dispatcher import build_token_dispatche
 class MoELayer(nn.Module):
     """Router, dispatch, experts, combine: [S, B, H] (or [S/tp, B, H]) -> the same shape."""
 
-    def __init__(self, config: ModelConfig, layer_number: int, groups: ProcessGroups, placement: Placement) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_number: int, specs: Specs, groups: ProcessGroups, placement: Placement
+    ) -> None:
         super().__init__()
         token_group = groups.tp_cp if placement.sequence_parallel else groups.cp
-        self.router = TopKRouter(config, layer_number, token_group, placement)
-        self.experts = Experts(config, groups.ep, replace(placement, group=groups.etp, sequence_parallel=False))
+        self.router = TopKRouter(config, layer_number, specs["router.weight"], token_group, placement)
+        self.experts = Experts(config, specs_of("experts", specs), placement)
         replicated = groups.tp.size > 1 and not placement.sequence_parallel
         self.dispatcher = build_token_dispatcher(config, groups, tokens_are_replicated=replicated)
 

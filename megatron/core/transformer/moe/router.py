@@ -74,7 +74,9 @@ class TopKRouter(nn.Module):
     expert_share: Tensor | None = None
     """[E], float: see `global_aux_loss`."""
 
-    def __init__(self, config: ModelConfig, layer_number: int, token_group: Group, placement: Placement) -> None:
+    def __init__(
+        self, config: ModelConfig, layer_number: int, spec: ParameterSpec, token_group: Group, placement: Placement
+    ) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.num_experts, config.moe_router_topk
         self.balancing = config.moe_router_load_balancing_type
@@ -83,11 +85,6 @@ class TopKRouter(nn.Module):
         self.capacity_factor, self.drop_policy = config.moe_expert_capacity_factor, config.moe_token_drop_policy
         self.jitter_eps, self.layer_number = config.moe_input_jitter_eps or 0.0, layer_number
         self.token_group, self.sequence_group = token_group, placement.sequence_group
-        spec = ParameterSpec(
-            global_shape=(config.num_experts, config.hidden_size),
-            init_std=config.init_method_std,
-            sequence_partial_grad=placement.sequence_parallel,
-        )
         self.weight = new_parameter(spec, placement)
 
     def forward(self, x_SBH: Tensor, microbatch: Microbatch) -> tuple[Routing, RouterStatistics]:

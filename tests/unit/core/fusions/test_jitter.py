@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from model_testing import TINY_MODEL
+from model_testing import TINY_MODEL, layer_specs
 
 from megatron.core.fusions.jitter import jittered, mixed
 from megatron.core.microbatch import Microbatch
@@ -32,9 +32,8 @@ def test_noise_is_uniform_and_uncorrelated() -> None:
 
 def _logsumexp(seed: int = 1, layer: int = 3, first_sample: int = 10, training: bool = True) -> torch.Tensor:
     config = replace(TINY_MODEL, moe_input_jitter_eps=0.1)
-    router = TopKRouter(config, layer, Group(), Placement(dtype=torch.float64, device=torch.device("cpu"))).train(
-        training
-    )
+    placement = Placement(dtype=torch.float64, device=torch.device("cpu"))
+    router = TopKRouter(config, layer, layer_specs(config)["mlp.router.weight"], Group(), placement).train(training)
     torch.nn.init.ones_(router.weight)
     x = torch.ones(5, 4, TINY_MODEL.hidden_size, dtype=torch.float64)
     routing, _ = router(x, Microbatch(seed=seed, first_sample=first_sample, places=torch.arange(20, 25)))

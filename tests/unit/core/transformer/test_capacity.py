@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_testing import TINY_MODEL
+from model_testing import TINY_MODEL, layer_specs
 from torch import Tensor
 
 from megatron.core.fusions.capacity import within_capacity
 from megatron.core.fusions.permute import combine_rows, gather_probs, gather_rows, pad_rows, permutation_map
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.core.tensor_parallel.parameter import Placement
+from megatron.core.tensor_parallel.parameter import Placement, specs_of
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+
+PLACEMENT = Placement(dtype=torch.float64, device=torch.device("cpu"))
 
 EXPERTS, LENGTH, BATCH = TINY_MODEL.num_experts, 11, 2
 
@@ -35,7 +37,7 @@ def test_an_expert_keeps_its_first_pairs(capacity: int, by_priority: bool) -> No
 
 def _router(policy: str, factor: float) -> tuple[TopKRouter, Tensor]:
     config = replace(TINY_MODEL, moe_expert_capacity_factor=factor, moe_token_drop_policy=policy)  # type: ignore[arg-type]
-    router = TopKRouter(config, 0, Group(), Placement(dtype=torch.float64, device=torch.device("cpu")))
+    router = TopKRouter(config, 0, layer_specs(config)["mlp.router.weight"], Group(), PLACEMENT)
     generator = torch.Generator().manual_seed(4)
     torch.nn.init.normal_(router.weight, generator=generator)
     return router, torch.randn(LENGTH, BATCH, TINY_MODEL.hidden_size, dtype=torch.float64, generator=generator)
@@ -46,7 +48,7 @@ def test_the_router_drops_over_the_whole_microbatch_in_the_order_of_positions(po
     router, x = _router(policy, 0.6)
     shuffled = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(5))
     free = replace(TINY_MODEL, moe_expert_capacity_factor=None)
-    dropless = TopKRouter(free, 0, Group(), Placement(dtype=torch.float64, device=torch.device("cpu")))
+    dropless = TopKRouter(free, 0, layer_specs(free)["mlp.router.weight"], Group(), PLACEMENT)
     dropless.load_state_dict(router.state_dict())
     whole, statistics = dropless(x, Microbatch())
     routing, statistics_with_drops = router(x[shuffled], Microbatch(places=shuffled))
@@ -88,7 +90,7 @@ def test_padding_adds_zero_rows_and_changes_nothing_else(counts: tuple[int, ...]
 
 def _layer(**settings: object) -> MoELayer:
     config = replace(TINY_MODEL, **settings)  # type: ignore[arg-type]
-    layer = MoELayer(config, 0, ProcessGroups(), Placement(dtype=torch.float64, device=torch.device("cpu")))
+    layer = MoELayer(config, 0, specs_of("mlp", layer_specs(config)), ProcessGroups(), PLACEMENT)
     for number, parameter in enumerate(layer.parameters()):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
     return layer

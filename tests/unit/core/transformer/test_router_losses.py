@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_testing import TINY_MODEL
+from model_testing import TINY_MODEL, layer_specs
 from torch import Tensor
 
 from megatron.core.config import ModelConfig
@@ -17,7 +17,8 @@ EXPERTS, LENGTH, BATCH = TINY_MODEL.num_experts, 37, 3
 
 
 def _router(config: ModelConfig) -> TopKRouter:
-    router = TopKRouter(config, 0, Group(), Placement(dtype=torch.float64, device=torch.device("cpu")))
+    placement = Placement(dtype=torch.float64, device=torch.device("cpu"))
+    router = TopKRouter(config, 0, layer_specs(config)["mlp.router.weight"], Group(), placement)
     torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
     return router
 

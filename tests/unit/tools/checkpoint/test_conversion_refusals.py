@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron.core.atomic_files import exclusive_folder
 from megatron.core.interchange import load_torch, save_torch
 from megatron.core.interchange.stored_tensor import StoredTensor, open_torch, stored_tensor
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, stream, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
 from tools.checkpoint.saver_mixtral import find_tokenizer

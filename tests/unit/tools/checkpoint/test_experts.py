@@ -13,7 +13,7 @@ import torch
 from conversion_testing import MakeModel, disk_tensors
 
 from megatron.core.interchange.element_types import Array
-from megatron.core.models.mixtral.hf_weights import WeightRule
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.transformer.moe import experts as experts_module
 from tools.checkpoint import loader_mistral_hf, util, verify
 from tools.checkpoint.stream import CHUNK_BYTES

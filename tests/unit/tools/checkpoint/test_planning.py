@@ -106,7 +106,7 @@ def test_a_plugin_of_somebody_else_is_found_by_name(
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "saver_listing.py").write_text(
         "from pathlib import Path\n"
-        "from megatron.core.models.mixtral.hf_weights import mixtral_weights\n"
+        "from megatron.core.models.mixtral.weights import mixtral_weights\n"
         "def add_arguments(parser):\n"
         "    parser.add_argument('--rows', type=int, default=1000)\n"
         "def save(source, args):\n"

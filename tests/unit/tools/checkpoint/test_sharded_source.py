@@ -11,7 +11,7 @@ from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
 from megatron.core.dist_checkpointing import TensorShard, write_metadata, write_shards
 from megatron.core.interchange import load_torch, save_torch
 from megatron.core.interchange.element_types import to_torch
-from megatron.core.models.mixtral.hf_weights import mixtral_weights
+from megatron.core.models.mixtral.weights import mixtral_weights
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 from tools.checkpoint.loader_mixtral import PerRankSource
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_testing import join_from_tp
 
 from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.hf_config import (
@@ -12,9 +13,10 @@ from megatron.core.models.mixtral.hf_config import (
     model_config_from_hf,
     sliding_window_from_hf,
 )
-from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights, stage_weights
+from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import divide_layers
-from megatron.core.tensor_parallel.partition import join_from_tp, slice_for_rank, split_for_tp
+from megatron.core.tensor_parallel.partition import slice_for_rank
 
 MODEL = ModelConfig(
     num_layers=4, hidden_size=12, ffn_hidden_size=8, num_attention_heads=8, num_query_groups=4, kv_channels=2,
@@ -72,8 +74,22 @@ def test_table_is_the_documented_one() -> None:
     assert [rule.layer for rule in mixtral_weights(MODEL)] == [None, *sorted([0, 1, 2, 3] * 11), None, None]
 
 
+def test_sources_have_their_places_in_the_stacks_of_transformers_5() -> None:
+    found = {rule.name: rule for rule in mixtral_weights(MODEL)}
+    there = "model.layers.2.mlp."
+    experts = "decoder.layers.2.mlp.experts.local_experts.1."
+    gate_up, down = (f"{there}experts.gate_up_proj", (3, 16, 12)), (f"{there}experts.down_proj", (3, 12, 8))
+    places = {
+        f"{experts}linear_fc1.weight": [(*gate_up, 1, 0), (*gate_up, 1, 8)],
+        f"{experts}linear_fc2.weight": [(*down, 1, 0)],
+        "decoder.layers.2.mlp.router.weight": [(f"{there}gate.weight", (3, 12), None, 0)],
+    }
+    for name, expected in places.items():
+        assert [(s.fused_name, s.fused_shape, s.expert, s.first_row) for s in found.pop(name).sources] == expected
+
+
 def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
-    first, last = (dict(stage_weights(MODEL, stage)) for (stage,) in divide_layers(4, 2))
+    first, last = (dict(mixtral_table(MODEL).named_weights(stage)) for (stage,) in divide_layers(4, 2))
     assert sorted(rule.name for rule in [*first.values(), *last.values()]) == sorted(
         rule.name for rule in mixtral_weights(MODEL)
     )
@@ -81,7 +97,7 @@ def test_stages_hold_every_weight_once_and_count_layers_from_zero() -> None:
     assert "decoder.final_layernorm.weight" in last and "decoder.final_layernorm.weight" not in first
     assert last["decoder.layers.1.mlp.router.weight"].name == "decoder.layers.3.mlp.router.weight"
     assert not any(name.startswith("decoder.layers.2.") for name in [*first, *last])
-    one = dict(stage_weights(MODEL, divide_layers(4, 2)[1][0], range(1, 3)))
+    one = dict(mixtral_table(MODEL).named_weights(divide_layers(4, 2)[1][0], range(1, 3)))
     name = "decoder.layers.0.mlp.experts.local_experts.{}.linear_fc1.weight"
     assert one[name.format(0)].name == "decoder.layers.2.mlp.experts.local_experts.1.linear_fc1.weight"
     assert name.format(1) in one and name.format(2) not in one
@@ -162,13 +178,13 @@ def test_groups_that_do_not_divide_are_refused() -> None:
 
 def test_stride_keeps_gate_and_up_apart() -> None:
     gate_up = torch.tensor([10, 11, 12, 13, 20, 21, 22, 23]).unsqueeze(1)
-    parts = split_for_tp(gate_up, 0, 2, 2)
+    parts = [slice_for_rank(gate_up, 0, 2, rank, 2) for rank in range(2)]
     assert [part[:, 0].tolist() for part in parts] == [[10, 11, 20, 21], [12, 13, 22, 23]]
     assert torch.equal(join_from_tp(parts, 0, 2), gate_up)
-    columns = split_for_tp(gate_up.T, 1, 1, 4)
+    columns = [slice_for_rank(gate_up.T, 1, 1, rank, 4) for rank in range(4)]
     assert [part.tolist() for part in columns] == [[[10, 11]], [[12, 13]], [[20, 21]], [[22, 23]]]
     with pytest.raises(ValueError, match="cannot be cut into 3"):
-        split_for_tp(gate_up, 0, 2, 3)
+        slice_for_rank(gate_up, 0, 2, 0, 3)
 
 
 def test_copies_that_differ_between_ranks_are_refused() -> None:
