@@ -142,7 +142,7 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline rank, if not an equal share."""
     no_overlap_p2p_communication: bool = False
-    """In an interleaved pipeline, end every message between stages before computing on, not meanwhile."""
+    """In an interleaved pipeline, end every message between stages before the next pass, without overlap."""
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: int | None = None
@@ -313,7 +313,7 @@ class DataConfig:
     per_split_data_args_path: str | None = None
     """JSON file with the values of these three flags under the keys train, valid and test."""
     data_cache_path: str | None = None
-    """Folder for index files; a folder 'cache' beside the first data set if not given."""
+    """Folder for index files; a folder 'cache' next to the first data set if not given."""
     eod_mask_loss: bool = False
     """Take no loss where the input is an end-of-document token."""
     reset_position_ids: bool = False
@@ -344,7 +344,7 @@ class DataConfig:
             names = " and ".join("--" + name.replace("_", "-").replace(", ", ", --") for name in sorted(given))
             raise ValueError(f"{names} exclude each other: say in one way where the data are")
         if (self.valid_data_path or self.test_data_path) and not self.train_data_path:
-            raise ValueError("--valid-data-path and --test-data-path need --train-data-path beside them")
+            raise ValueError("--valid-data-path and --test-data-path need --train-data-path too")
         if self.split is not None and (self.train_data_path or self.per_split_data_args_path):
             raise ValueError(f"--split {self.split} divides --data-path, not data that are given by split: remove it")
 

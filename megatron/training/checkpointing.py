@@ -232,7 +232,7 @@ def load_checkpoint(
     load_format = load_state if source.format == "torch_dist" else load_rank_file
     loaded = load_format(source, arguments, groups, model, optimizer)
     if source.weights_only:
-        return Progress(), f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
+        return Progress(), f"loaded the weights of {source.folder}; optimizer, schedule and data start from scratch"
     progress = Progress(**loaded.progress)
     taken = ["weights", "schedule and data position"]
     left: list[str] = []

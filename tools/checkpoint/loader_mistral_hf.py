@@ -149,5 +149,5 @@ class UpcycledSource(HuggingFaceSource):
         found = []
         for source in rule.sources:
             name, _ = self._name_and_shape(source)
-            found.append("drawn anew" if name is None else f"{self._folder.tensors[name].file.name}: {name}")
+            found.append("freshly initialized" if name is None else f"{self._folder.tensors[name].file.name}: {name}")
         return [*found, f"noise of deviation {self._noise}"] if rule.expert is not None and self._noise else found

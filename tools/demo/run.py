@@ -118,7 +118,7 @@ class Demo:
             raise StageFailed(f"training should have ended at iteration {last}, not {reached}: see {self.logs / log}")
 
     def training_variables(self) -> dict[str, str]:
-        """What the example script is told through its environment."""
+        """What the example script gets through its environment."""
         blend = " ".join(
             f"{WEIGHTS[domain]} {shlex.quote(self.show(prefix))}" for domain, prefix in self.prefixes().items()
         )

@@ -228,7 +228,7 @@ def _gpt2_json(vocab_file: Path, merge_file: Path) -> str:
 
 
 def probes(reference: Tokenizer, source: str | None) -> list[str]:
-    """`PROBES`, and each token that text can name, beside, between and within words, and in capitals."""
+    """`PROBES`, and each token that text can name, next to, between and within words, and in capitals."""
     texts = list(PROBES)
     tokens = dict.fromkeys(reference.added_tokens)
     if source is not None and source.startswith("{"):

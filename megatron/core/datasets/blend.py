@@ -85,7 +85,7 @@ def _check_words(flag: str, arguments: Sequence[str]) -> None:
     joined = next((word for word in arguments if _SEPARATOR.search(word)), None)
     if joined is not None and not os.path.exists(f"{_prefix(joined)}.idx"):
         raise ValueError(
-            f"{flag} {joined!r} is no data set; give every weight and every data set as a word of its own, without "
+            f"{flag} {joined!r} is no data set; give every weight and every data set as a separate word, without "
             "quotes around several and without commas, for example 0.6 a_text_document 0.4 b_text_document"
         )
 

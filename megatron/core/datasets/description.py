@@ -1,4 +1,4 @@
-"""The small JSON beside an indexed data set, `<prefix>.json`: which tokenizer wrote it, how much is in it, checksums.
+"""The small JSON file of an indexed data set, `<prefix>.json`: which tokenizer wrote it, how much is in it, checksums.
 
 Data sets from elsewhere have none; everything here works without torch.
 """

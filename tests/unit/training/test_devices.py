@@ -43,7 +43,7 @@ def test_processes_that_see_one_gpu_must_see_different_ones(identities: str) -> 
     assert found == 4 or f"{found} GPU(s) for 4 processes" in answers.pop()
 
 
-def test_a_missing_compiler_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("while compiling\nFailed to find C compiler. Please specify via CC environment variable.")
 

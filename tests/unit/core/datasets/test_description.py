@@ -1,4 +1,4 @@
-"""The JSON beside a data set."""
+"""The JSON file of a data set."""
 
 import hashlib
 import json

@@ -220,7 +220,7 @@ def test_own_products_are_never_input(tmp_path: Path, capsys) -> None:
         assert not is_product(corpus), "lines of a corpus that begin in the same way"
 
 
-def test_the_rest_of_a_folder_is_told_by_ending(tmp_path: Path, capsys) -> None:
+def test_the_rest_of_a_folder_is_reported_by_ending(tmp_path: Path, capsys) -> None:
     put(tmp_path / "in" / "a.jsonl", GOOD)
     for name in ("README.md", "b.TXT", "c.txt", "d.tar.gz", "LICENSE", ".hidden"):
         put(tmp_path / "in" / name, GOOD)
