@@ -128,7 +128,9 @@ def check_description(indexed: IndexedDataset, description: DatasetDescription) 
         )
     for suffix in ("idx", "bin"):
         if file_sha256(f"{indexed.prefix}.{suffix}") != description.sha256.get(suffix):
-            raise ValueError(f"{indexed.prefix}.{suffix} has another SHA-256 than {path} states: it was changed since")
+            raise ValueError(
+                f"{indexed.prefix}.{suffix} has a different SHA-256 than {path} states: it has changed since"
+            )
     eod = description.tokenizer.get("eod")
     if description.append_eod and eod is not None:
         without = document_not_ending_with(indexed, eod)

@@ -59,7 +59,7 @@ def find_peers(megatron_core: str | None) -> tuple[dict[str, tuple[str, str]], d
         else:
             found[name] = ("transformers", implementation)
     if megatron_core is not None and not Path(megatron_core, "megatron", "core", "package_info.py").exists():
-        raise ValueError(f"--megatron-core {megatron_core}: no Megatron-Core (megatron/core) lies in that folder")
+        raise ValueError(f"--megatron-core {megatron_core}: there is no Megatron-Core (megatron/core) in that folder")
     folder = megatron_core or installed_megatron_core()
     if folder is None:
         absent["Megatron-Core"] = "not installed; give its folder with --megatron-core"

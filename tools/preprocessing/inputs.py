@@ -106,7 +106,7 @@ def _files_of(pattern: str) -> tuple[list[str], list[str]]:
     if not taken and os.path.isdir(pattern):
         raise ValueError(f"--input {pattern} has no files in it that end in {ENDINGS_IN_WORDS}")
     if not taken:
-        raise ValueError(f"--input {pattern} is no file, no folder, and no pattern that matches a file")
+        raise ValueError(f"--input {pattern} is not a file, a folder, or a pattern that matches a file")
     chosen = set(taken)
     return taken, [path for path in [*named, *files] if path not in chosen]
 
@@ -133,7 +133,7 @@ def _walk(folder: str) -> Iterator[str]:
             if name.startswith("."):
                 continue
             if is_corpus_name(name) and not os.path.isfile(os.path.join(path, name)):
-                raise ValueError(f"{os.path.join(path, name)} is a link to nothing: mend or remove it")
+                raise ValueError(f"{os.path.join(path, name)} is a link to nothing: fix or remove it")
             yield os.path.join(path, name)
 
 

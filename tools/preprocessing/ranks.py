@@ -59,8 +59,8 @@ def place_from(environment: Mapping[str, str]) -> Place:
             place = Place(-1, 0)
         if not 0 <= place.rank < place.ranks:
             raise ValueError(
-                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are no rank of a job: "
-                f"unset {rank_name} to run alone"
+                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are not a rank of a "
+                f"job: unset {rank_name} to run alone"
             )
         if rank_name == "SLURM_PROCID" and "SLURM_PTY_PORT" in environment:
             if place.rank:

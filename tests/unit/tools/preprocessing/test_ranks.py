@@ -168,5 +168,5 @@ def test_places_are_read_from_the_environment() -> None:
     with pytest.raises(ValueError, match="leave --pty out"):
         place_from(shell | {"SLURM_PROCID": "1"})
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
-        with pytest.raises(ValueError, match="are no rank of a job"):
+        with pytest.raises(ValueError, match="are not a rank of a job"):
             place_from(wrong)
