@@ -98,7 +98,7 @@ class GigatokenEngine:
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]]) -> None:
-    """Raises EngineUnavailable for what gigatoken does not heed, which shows in few texts only."""
+    """Raises EngineUnavailable for what gigatoken ignores, which shows in few texts only."""
     spaced = any(token["content"][:1].isspace() for token in tokens)
     for token in tokens:
         if token.get("single_word") or (spaced and token.get("rstrip")):

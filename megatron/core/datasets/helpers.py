@@ -42,7 +42,7 @@ def sample_starts(
 def sample_starts_numpy(
     lengths: NDArray[np.int32], order: NDArray[np.integer], seq_length: int, first: int, tokens: int
 ) -> NDArray[np.integer]:
-    """The NumPy twin of `sample_starts`."""
+    """The NumPy fallback of `sample_starts`."""
     rows = np.empty((max(0, -(-(tokens - first) // seq_length)), 2), order.dtype)
     filled = begin = 0
     for start in range(0, len(order), _BLOCK):

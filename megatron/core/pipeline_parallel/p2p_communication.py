@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import Forward, Pass
 
 @dataclass
 class Message:
-    """A tensor on its way, in either direction."""
+    """A tensor that is being sent, in either direction."""
 
     _tensor: Tensor
     _work: dist.Work
