@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 import megatron.core
+from megatron.training.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINE_LIMIT = 120
 MEASURED = re.compile(r"\d\s*(?:[MG]B/s|[GT]FLOP/s|tokens a second|m?s\b|seconds|minutes|times as|[秒倍]|分钟|毫秒)")
+
+# Flags of pip, srun, sbatch, torchrun and py-spy.
+FOREIGN = set(
+    "--no-deps --target --max-restarts --rdzv-backend --nnodes --nproc-per-node --pid --cpus-per-task --gpus-per-node "
+    "--job-name --label --nodes --ntasks --ntasks-per-node --time --pty".split()
+)
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
@@ -109,6 +116,30 @@ def test_readmes_leave_measured_figures_to_the_benchmarks(name: str) -> None:
 @pytest.mark.parametrize("figure", ["46 MB/s", "in 2.2 s", "took 109 seconds", "用时 2.2 秒", "10 倍", "2 分钟"])
 def test_a_measured_figure_is_found(figure: str) -> None:
     assert MEASURED.search(figure)
+
+
+def flags(text: str) -> set[str]:
+    """All flags in a text, with dashes."""
+    return {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+
+
+def test_the_flags_of_the_pages_exist() -> None:
+    known = FOREIGN | flags(" ".join(build_parser()._option_string_actions))
+    for path in ROOT.glob("tools/**/*.py"):
+        known |= flags(path.read_text(encoding="utf-8"))
+    unknown = {page.name: flags(page.read_text(encoding="utf-8")) - known for page in PAGES}
+    assert {page: sorted(names) for page, names in unknown.items() if names} == {}
+    assert flags("`--append-eods 3`, --json_keys") - known == {"--append-eods"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md", "docs/clusters.md"])
+def test_the_variables_of_the_pages_are_the_scripts(name: str) -> None:
+    script = (ROOT / "mixtral_4x7b_example.sh").read_text(encoding="utf-8")
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL) if "example.sh" in block]
+    rows = [line for line in text.splitlines() if re.match(r"\|.*`\w+=", line)]
+    given = set(re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(blocks + rows)))
+    assert given and given - {"TRITON_CACHE_DIR"} <= set(re.findall(r"\b([A-Z][A-Z_]+):=", script))
 
 
 def test_the_readme_links_every_page() -> None:
