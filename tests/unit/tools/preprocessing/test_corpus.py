@@ -145,7 +145,7 @@ LINES = b"".join(b'{"text": "%d"}\n' % (i * i % 99) for i in range(20_000))
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_file_that_ended_early_is_refused_however_little_it_seems_to_withhold(
+def test_a_truncated_file_is_refused_however_little_seems_to_be_lost(
     tmp_path: Path, compression: str, share: float, capsys
 ) -> None:
     content = COMPRESSIONS[compression](LINES)
