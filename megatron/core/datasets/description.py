@@ -112,7 +112,7 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
     names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
     missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
     problems = [f"it lacks {', '.join(missing)}"] if missing else []
-    problems += [f"it has unknown fields {', '.join(unknown)}"] if unknown else []
+    problems += [f"it has unknown fields {str(unknown[:5])[1:-1]:.200}"] if unknown else []
     if problems:
         raise ValueError(
             f"{path} is not a description of a data set: {'; '.join(problems)}; prepare the data again, or remove it"

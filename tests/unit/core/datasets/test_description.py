@@ -61,6 +61,15 @@ def test_broken_descriptions_are_refused(tmp_path: Path, content: str) -> None:
         read_description(tmp_path / "a")
 
 
+def test_unknown_fields_are_named_without_their_control_characters(tmp_path: Path) -> None:
+    content = asdict(DESCRIPTION) | {"a\x1b[31m": 1, **{f"more{number}" + "x" * 300: 1 for number in range(50)}}
+    del content["tokens"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"it lacks tokens; it has unknown fields 'a\\x1b\[31m', 'more0") as error:
+        read_description(tmp_path / "a")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
 def test_differences_of_tokenizers_are_named() -> None:
     assert DESCRIPTION.tokenizer_differences(TOKENIZER) == []
     other = TOKENIZER | {"eod": 0, "vocab_size": 10, "sha256": {"tokenizer.model": "cd" * 32, "x": "1"}}
