@@ -37,7 +37,7 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard setup.py) $(CPP)
 	$(PIP_INSTALL) --no-build-isolation -e '.[dev,data,demo,tensorboard]'
 	@printf %s "$(CURDIR)" > $@
 
-demo: $(STAMP) ## the whole road on real text: data, model, training, back to Hugging Face (ARGS='--help')
+demo: $(STAMP) ## all steps on real text: data, model, training, back to Hugging Face (ARGS='--help')
 	@$(BIN)/python tools/demo/run.py $(ARGS)
 
 test: $(STAMP) ## run the tests

@@ -125,7 +125,9 @@ def check_description(indexed: IndexedDataset, description: DatasetDescription) 
         )
     for suffix in ("idx", "bin"):
         if file_sha256(f"{indexed.prefix}.{suffix}") != description.sha256.get(suffix):
-            raise ValueError(f"{indexed.prefix}.{suffix} has another SHA-256 than {path} states: it was changed since")
+            raise ValueError(
+                f"{indexed.prefix}.{suffix} has a different SHA-256 than {path} states: it has changed since"
+            )
     eod = description.tokenizer.get("eod")
     if description.append_eod and eod is not None:
         without = document_not_ending_with(indexed, eod)
@@ -249,7 +251,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--vocab-file", metavar="FILE", help="vocab.json of a GPT-2 tokenizer")
     one.add_argument("--merge-file", metavar="FILE", help="merges.txt of a GPT-2 tokenizer")
     one.add_argument("--vocab-size", type=int, metavar="N", help="entries of the vocabulary, for NullTokenizer")
-    one.add_argument("--trust-remote-code", action="store_true", help="allow a tokenizer to run code of its own")
+    one.add_argument("--trust-remote-code", action="store_true", help="allow a tokenizer to run the code in its folder")
     add_build_index(command("build-index", build_index, "Build a run's indices ahead, with the flags of that run."))
     return parsed(parser, argv)
 
@@ -265,7 +267,7 @@ def add_build_index(parser: argparse.ArgumentParser) -> None:
     add(
         "--data-cache-path",
         metavar="DIR",
-        help="where indices go; a folder 'cache' beside the first data set if absent",
+        help="where indices go; a folder 'cache' next to the first data set if absent",
     )
     add("--seq-length", type=int, default=4096, metavar="N", help="tokens in a sample (default: 4096)")
     add("--seed", type=int, default=1234, metavar="N", help="seed of the order (default: 1234)")

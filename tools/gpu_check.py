@@ -1,6 +1,6 @@
 """The first hour on a GPU in one command: does everything run, are the numbers right, how fast is it.
 
-Six parts run one after another, each in processes of its own within its share of the time. A part that fails or takes
+Six parts run one after another, each in its own processes within its share of the time. A part that fails or takes
 too long does not keep the next ones from running. After each part the report is rewritten, as report.md and
 report.json. Nothing is installed and no network is used. Ends with status 1 if a part failed, and with 3 if none failed
 but one was not finished in its share.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
-    # NumPy would start threads of its own when it is loaded; this process is forked, and does no algebra.
+    # NumPy would start its own threads when it is loaded; this process is forked, and does no algebra.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from megatron.core.atomic_files import error_sentence
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--log-interval", type=int, default=10000, metavar="N", help="documents between lines of progress in a log")
     add("--rank-timeout", type=float, default=60, metavar="SECONDS",
         help="with several ranks, how long one may be silent before it counts as dead (default: 60)")  # fmt: skip
-    add("--trust-remote-code", action="store_true", help="allow a Hugging Face tokenizer to run code of its own")
+    add("--trust-remote-code", action="store_true", help="allow a Hugging Face tokenizer to run the code in its folder")
     return parser
 
 

@@ -54,7 +54,7 @@ def report(operations: Iterable[str]) -> str:
     """For every kind of device here. Raises ValueError for an operation that there is not."""
     unknown = sorted(set(operations) - TABLE.keys())
     if unknown:
-        raise ValueError(f"--operation {unknown[0]}: there is no such operation; choose of {' '.join(TABLE)}")
+        raise ValueError(f"--operation {unknown[0]}: there is no such operation; choose from {' '.join(TABLE)}")
     cpp, triton = load("cpu.wrapper"), load("triton.swiglu")
     lines = [
         f"torch {torch.__version__}; C++: {cpp if isinstance(cpp, str) else instruction_set()}; "

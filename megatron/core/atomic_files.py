@@ -65,7 +65,7 @@ def atomic_writer(path: Path, keep_first: bool = False) -> Iterator[BinaryIO]:
     try:
         file = _locked_temporary(path)
     except OSError as error:
-        error.filename = str(path)  # not the temporary name, which nobody has seen
+        error.filename = str(path)  # not the temporary name, which no user has seen
         raise
     try:
         with naming(path), file:
@@ -152,7 +152,7 @@ _LONGEST_SENTENCE = 1000
 
 
 def error_sentence(error: ValueError | OSError) -> str:
-    """What a user is told: the message, and of an operating system's error the file and the reason.
+    """What a user reads: the message, and of an operating system's error the file and the reason.
 
     It is printable, and what a file says in it takes no more than a few lines.
     """

@@ -142,7 +142,7 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline rank, if not an equal share."""
     no_overlap_p2p_communication: bool = False
-    """In an interleaved pipeline, end every message between stages before computing on, not meanwhile."""
+    """In an interleaved pipeline, end every message between stages before the next pass, without overlap."""
     expert_model_parallel_size: int = 1
     """Ranks that share out the experts of a layer (EP)."""
     expert_tensor_parallel_size: int | None = None
@@ -172,7 +172,9 @@ class ParallelConfig:
             "decoder_last_pipeline_num_layers", "ddp_bucket_size",
         )  # fmt: skip
         if self.overlap_param_gather and not self.use_distributed_optimizer:
-            raise ValueError("--overlap-param-gather needs --use-distributed-optimizer: add it, or leave this away")
+            raise ValueError(
+                "--overlap-param-gather needs --use-distributed-optimizer: add it, or remove --overlap-param-gather"
+            )
         self._check_virtual_stages()
         experts_differ = (
             self.expert_model_parallel_size > 1 or self.expert_tensor_parallel != self.tensor_model_parallel_size
@@ -306,15 +308,15 @@ class DataConfig:
     split: str | None = None
     """Shares of documents for training, validation and test; 969,30,1 if not given."""
     train_data_path: tuple[str, ...] = ()
-    """Data sets for training alone, written like --data-path; instead of --data-path and --split."""
+    """Data sets for training only, written like --data-path; instead of --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
-    """Data sets for validation alone."""
+    """Data sets for validation only."""
     test_data_path: tuple[str, ...] = ()
-    """Data sets for the test at the end alone."""
+    """Data sets for the test at the end only."""
     per_split_data_args_path: str | None = None
     """JSON file with the values of these three flags under the keys train, valid and test."""
     data_cache_path: str | None = None
-    """Folder for index files; a folder 'cache' beside the first data set if not given."""
+    """Folder for index files; a folder 'cache' next to the first data set if not given."""
     eod_mask_loss: bool = False
     """Take no loss where the input is an end-of-document token."""
     reset_position_ids: bool = False
@@ -343,9 +345,9 @@ class DataConfig:
             given.add("train_data_path, valid_data_path and test_data_path")
         if len(given) > 1:
             names = " and ".join("--" + name.replace("_", "-").replace(", ", ", --") for name in sorted(given))
-            raise ValueError(f"{names} exclude each other: say in one way where the data are")
+            raise ValueError(f"{names} exclude each other: give only one of them")
         if (self.valid_data_path or self.test_data_path) and not self.train_data_path:
-            raise ValueError("--valid-data-path and --test-data-path need --train-data-path beside them")
+            raise ValueError("--valid-data-path and --test-data-path need --train-data-path too")
         if self.split is not None and (self.train_data_path or self.per_split_data_args_path):
             raise ValueError(f"--split {self.split} divides --data-path, not data that are given by split: remove it")
 

@@ -46,7 +46,7 @@ def _prefer_huge_pages(address: int, size: int) -> None:
 
 
 def zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[size] for as long as the run lasts; on a CPU in huge pages, of which it needs fewer addresses at hand."""
+    """[size] for as long as the run lasts; on a CPU in huge pages, so that it misses the TLB less."""
     tensor = torch.empty(size, dtype=dtype, device=device)
     if device.type == "cpu":
         _prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)

@@ -27,7 +27,7 @@ class GradientFactors:
     num_microbatches: int = 1
     """Of the step, on each data-parallel rank."""
     dp: int = 1
-    """Data-parallel ranks, each with microbatches of its own."""
+    """Data-parallel ranks, each with its own microbatches."""
     cp: int = 1
     """Context-parallel ranks, each with a part of every sequence."""
 
@@ -56,7 +56,7 @@ class GradientFactors:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Microbatch:
-    """What a stage is told of a microbatch beside its tokens; an ordinary one needs nothing of it."""
+    """What a stage gets with a microbatch besides its tokens; an ordinary one needs none of it."""
 
     seed: int = 0
     """Seed of the run."""

@@ -131,8 +131,8 @@ _GROUP_AXES = {
 # Groups whose communication overlaps with that of the others.
 _REPLICAS = {"dp_cp", "edp"}
 
-# A message between two stages is small beside what is computed meanwhile, and each of these thread blocks takes a
-# multiprocessor from that while it waits for the other side.
+# A message between two stages is small compared with what is computed at the same time, and each of these thread
+# blocks takes a multiprocessor from that while it waits for the other side.
 CHANNEL_CTAS = 4
 
 

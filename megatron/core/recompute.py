@@ -56,7 +56,7 @@ class RecomputeConfig:
             if name in _ABSENT:
                 raise ValueError(f"--recompute-modules {name} is not supported: {_ABSENT[name]}")
             if name not in _MODULES:
-                raise ValueError(f"--recompute-modules {name} is unknown: choose of {' '.join(_MODULES)}")
+                raise ValueError(f"--recompute-modules {name} is unknown: choose from {' '.join(_MODULES)}")
         if self.recompute_modules and not self._selective:
             raise ValueError("--recompute-modules needs --recompute-granularity selective")
         if {"moe", "moe_act"} <= self._covered:

@@ -92,7 +92,7 @@ def open_standard_streams() -> None:
 
 @contextmanager
 def terminal_output(keep: bool = True) -> Iterator[None]:
-    """What is printed within is printable; if nobody reads it any more (`| head`), SystemExit(141) is raised.
+    """What is printed within is printable; if the reader has gone (`| head`), SystemExit(141) is raised.
 
     Raises OSError at the end if the last of it cannot be written, or drops that unless it is to be `keep`t.
     """

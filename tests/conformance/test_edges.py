@@ -116,7 +116,7 @@ def test_experts_repeat_themselves_and_leave_no_dirt(form: str) -> None:
     device, tokens, experts = _device(form), 13, 5
     x, probs = drawn(tokens, 24, device=device), drawn(tokens, 2, device=device, seed=1).sigmoid()
     scores = drawn(tokens, experts, device=device, seed=2)
-    scores[:, 1] -= 100  # nobody chooses this one
+    scores[:, 1] -= 100  # chosen by no token
 
     def run() -> list[torch.Tensor]:
         index = permutation_map(scores.topk(2).indices, experts)

@@ -107,7 +107,7 @@ def _permutation(top_k: int, here: int, multiple: int) -> Callable[..., Outputs]
 def _experts(backend: str) -> Callable[..., Outputs]:
     def run(x_TH: Tensor, gate_up: Tensor, down: Tensor, scores_TE: Tensor, probs_TK: Tensor) -> Outputs:
         scores_TE = scores_TE.detach().clone()
-        scores_TE[:, 1] -= 100  # nobody chooses this one
+        scores_TE[:, 1] -= 100  # chosen by no token
         index = permutation_map(scores_TE.topk(probs_TK.shape[1]).indices, gate_up.shape[0])
         return (expert_mlp(x_TH, probs_TK.sigmoid(), index, gate_up, down * 0.2, backend),)  # type: ignore[arg-type]
 

@@ -33,7 +33,7 @@ def _timeouts_and_error(rank: int, world_size: int) -> tuple[list[timedelta], st
             connect_control(alone)
         except ValueError as raised:
             error = str(raised)
-    together(lambda: None, groups)  # nobody leaves while the other still waits
+    together(lambda: None, groups)  # no rank leaves while the other still waits
     return timeouts, said, error
 
 

@@ -1,4 +1,4 @@
-"""A whole job that gets signals, or loses a rank: saved once, in order, and nobody is left hanging."""
+"""A whole job that gets signals, or loses a rank: saved once, in order, and no rank is left hanging."""
 
 import fcntl
 import os

@@ -25,7 +25,7 @@ FLAGS = (
 def pretrain(
     processes: int, *flags: str, script: Sequence[str] = (str(REPOSITORY / "pretrain_gpt.py"),), restarts: int = 0
 ) -> subprocess.CompletedProcess:
-    """Runs pretrain_gpt.py, or a script with arguments of its own, under torchrun."""
+    """Runs pretrain_gpt.py, or a script with its own arguments, under torchrun."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
         *("--nproc-per-node", str(processes)),

@@ -1,6 +1,6 @@
 """Random damage to every kind of file that users bring ends in a result or in one sentence, soon and in little memory.
 
-FUZZ_SECONDS is how long each parser is tried, a minute by default. What is found is told with a folder that has the
+FUZZ_SECONDS is how long each parser is tried, a minute by default. What is found is reported with a folder that has the
 damaged file; named NAME.SEED.FILE in regressions/TARGET it is tried in every run of the tests.
 """
 

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels that a training step launches, for GPUs that are not there; a program of its own.
+"""Compiles the Triton kernels that a training step launches, for GPUs that are not there; a separate program.
 
     PYTHONPATH=.:tests python tests/kernels/kernel_compilation.py 90 --types bfloat16 --models 8x7B
 

@@ -36,7 +36,7 @@ def obstacle() -> str:
         return "a pretended CUDA device needs Linux"
     version = runpy.run_path(str(_torch_folder() / "version.py"))
     if version.get("cuda") or version.get("hip"):
-        return "this torch has devices of its own: a pretended one needs a build for CPUs"
+        return "this torch has real devices: a pretended one needs a build for CPUs"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: its kernels could not be launched"
     return "" if _compiler() else "there is no C++ compiler: install one or name it in CXX"

@@ -75,7 +75,7 @@ class PretendedGPU(LiveMemory):
         self.launches: Counter[str] = Counter()
 
     def start(self) -> None:
-        """Begins to count anew."""
+        """Resets the counts."""
         self.peak = self.live
         for counter in (self.waits, self.collectives, self.launches):
             counter.clear()

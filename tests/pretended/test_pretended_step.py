@@ -1,4 +1,4 @@
-"""Whole training steps on a CUDA device that is not there: nothing is mixed up, nobody waits, the dry run is right.
+"""Whole training steps on a CUDA device that is not there: no mix-up of devices, no wait of the host, a true dry run.
 
 All jobs of a group run in one process, since torch has to be imported after the pretended device's helper.
 """

@@ -1,4 +1,4 @@
-"""How fast a rank saves and loads its part of a training checkpoint, beside copying the same bytes.
+"""How fast a rank saves and loads its part of a training checkpoint, compared with copying the same bytes.
 
 Examples:
   PYTHONPATH=$(pwd) python tools/benchmarks/checkpoint.py --folder /scratch --gigabytes 2

@@ -1,4 +1,4 @@
-"""The training steps that train_step.py compares, each in a process of its own that takes a step when it is told.
+"""The training steps that train_step.py compares, each in its own process, which takes a step on request.
 
 Megatron-Core has the top-level name of this project, and every program has its own imports, threads and allocator: so
 each runs as its users run it. A process reads one JSON line, what to build, and writes one when it is ready; then it

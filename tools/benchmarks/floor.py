@@ -39,7 +39,7 @@ class Product:
 
         def factor(rows: int, columns: int, transposed: bool) -> Tensor:
             stored = (columns, rows) if transposed else (rows, columns)
-            # multiplied in place, so that nothing of a wider type is made beside it
+            # multiplied in place, so that no copy of a wider type is made
             drawn = torch.randn((self.batch, *stored), dtype=dtype, device=device).mul_(0.1)
             return (drawn.transpose(1, 2) if transposed else drawn).squeeze(0)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long opening a data set and building its training index take, in what memory, and how fast samples are read.
 
-Each measurement is a process of its own; its memory is what it holds beside mapped files. For building, the data set
+Each measurement is a separate process; its memory is what it holds apart from mapped files. For building, the data set
 has lengths and offsets, but its tokens are a hole in a file; for reading, a small one has random tokens.
 
 Example:

@@ -25,7 +25,7 @@ OURS = "this project"
 
 @dataclass(frozen=True)
 class Weights:
-    """Of one layer; every contestant has parameters of its own on this memory."""
+    """Of one layer; every contestant has its own parameters on this memory."""
 
     router_EH: Tensor
     gate_up_EFH: Tensor
@@ -85,7 +85,7 @@ def _routed(x_TH: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def loop(config: ModelConfig, weights: Weights) -> Layer:
-    """Plain PyTorch, one expert after another, each with parameters of its own."""
+    """Plain PyTorch, one expert after another, each with its own parameters."""
     router = nn.Parameter(weights.router_EH)
     gate_up = [nn.Parameter(weight) for weight in weights.gate_up_EFH]
     down = [nn.Parameter(weight) for weight in weights.down_EHF]

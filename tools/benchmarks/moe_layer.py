@@ -1,8 +1,8 @@
 """Speed and memory of the MoE layer alone (router, experts and all between), against other ways to compute it.
 
-Beside this project's: a loop of products and torch's grouped_mm, both differentiated by autograd, and transformers'
-block. All have the same weights and input and take their turns in one run. Ours adds weight gradients to float32 main
-gradients, as in training; the others leave them in the type of the weights, which is less to write.
+Compared with this project's: a loop of products and torch's grouped_mm, both differentiated by autograd, and
+transformers' block. All have the same weights and input and take their turns in one run. Ours adds weight gradients to
+float32 main gradients, as in training; the others leave them in the type of the weights, which is less to write.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def saved_bytes(layer: Layer, x_TH: Tensor) -> int:
-    """What the layer keeps between forward and backward beside its weights; memory that is shared counts once."""
+    """What the layer keeps between forward and backward apart from its weights; memory that is shared counts once."""
     weights = {weight.untyped_storage().data_ptr() for weight in layer.parameters}
     kept: dict[int, int] = {}
 
@@ -101,7 +101,7 @@ class Measured:
         self._layer.forward(self._x_TH).backward(self._grad_TH)
 
     def round(self, counts: bool) -> None:
-        """Takes each measurement once; memory beside what is there before."""
+        """Takes each measurement once; memory on top of what was allocated before."""
         cuda = self._x_TH.is_cuda
         forward = self._watch.seconds(lambda: self._layer.forward(self._x_TH))
         if cuda:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How fast tools/preprocess_data.py is, beside bare tokenizers and other pipelines on the same text, in one run."""
+"""Speed of tools/preprocess_data.py, compared with bare tokenizers and other pipelines on the same text, in one run."""
 
 import argparse
 import itertools
@@ -174,7 +174,7 @@ def run_stand_in(flags: TokenizerFlags, path: str, workers: int, output: Path) -
 
 
 class Contestant(NamedTuple):
-    """What is measured: `seconds` of a file. A tool starts anew each time, a bare tokenizer has everything ready."""
+    """What is measured: `seconds` of a file. A tool is a new process each time, a bare tokenizer is ready."""
 
     name: str
     seconds: Callable[[str], Seconds]
@@ -291,7 +291,7 @@ def main() -> int:
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes of each contestant (default: all cores)")
     add("--rounds", type=int, default=5, help="measurements of each contestant (default: 5)")
     add("--megatron-lm", metavar="FOLDER", help="a checkout of Megatron-LM to measure too")
-    add("--only", nargs="+", metavar="WORD", help="beside this project's tool, only contestants with these in the name")
+    add("--only", nargs="+", metavar="WORD", help="besides this project's tool, only contestants with one in the name")
     args = parsed(parser)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

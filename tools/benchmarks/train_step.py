@@ -1,6 +1,6 @@
 """Time of one training step (forward, backward, clipping, AdamW) against peers' and against the floor of the machine.
 
-Every contestant runs in a process of its own; they take turns of two steps, of which the second counts, since in
+Every contestant runs in its own process; they take turns of two steps, of which the second counts, since in
 training a step follows another one. With each round the floor is timed again. The floor is the sum over all matrix
 products of a step, each at the rate torch.matmul reaches on its shape, plus the optimizer's bytes at the measured copy
 rate. The stricter floor takes all products at the highest of these rates.
@@ -60,7 +60,7 @@ def find_peers(megatron_core: str | None) -> tuple[dict[str, tuple[str, str]], d
         else:
             found[name] = ("transformers", implementation)
     if megatron_core is not None and not Path(megatron_core, "megatron", "core", "package_info.py").exists():
-        raise ValueError(f"--megatron-core {megatron_core}: no Megatron-Core (megatron/core) lies in that folder")
+        raise ValueError(f"--megatron-core {megatron_core}: there is no Megatron-Core (megatron/core) in that folder")
     folder = megatron_core or installed_megatron_core()
     if folder is None:
         absent["Megatron-Core"] = "not installed; give its folder with --megatron-core"
@@ -85,7 +85,7 @@ class Comparison:
         self.parameters: dict[str, int] = {}
         self.threads: dict[str, int] = {}
         self.products: dict[str, list[list[float]]] = {}
-        """By contestant, beside whose steps they were timed: seconds of each product, a list a round."""
+        """By contestant, next to whose steps they were timed: seconds of each product, a list a round."""
         self.copies: dict[str, list[float]] = {}
         self.absent: dict[str, str] = {}
         self.profile: dict[str, float] | None = None
@@ -114,7 +114,7 @@ class Comparison:
     def _round(self, number: int, contestants: dict[str, ContestantProcess], floor: Floor | None) -> None:
         order = list(contestants)
         first = number % len(order) if order else 0
-        for name in order[first:] + order[:first]:  # nobody always runs after the same neighbour
+        for name in order[first:] + order[:first]:  # no contestant always runs after the same one
             try:
                 contestants[name].ask("step")
                 answer = contestants[name].ask("step")

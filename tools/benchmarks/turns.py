@@ -20,7 +20,7 @@ class ContestantFailed(RuntimeError):
 
 
 class ContestantProcess:
-    """A contestant in a process of its own. Raises ContestantFailed if it cannot be built, or ends."""
+    """A contestant in its own process. Raises ContestantFailed if it cannot be built, or ends."""
 
     def __init__(self, kind: str, argument: str, shape: StepShape) -> None:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process

@@ -1,4 +1,4 @@
-"""What goes beside the weights of an exported model: config.json, from a folder or made, and the files around it."""
+"""What an exported model has besides weights: config.json, from a folder or made, and the files around it."""
 
 import json
 import sys

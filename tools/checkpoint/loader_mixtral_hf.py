@@ -90,7 +90,7 @@ class HuggingFaceSource:
         missing = []
         for source in sources:
             if source.name != source.fused_name and source.name in stored and source.fused_name in stored:
-                raise ValueError(f"{where} has both {source.name} and {source.fused_name}: which one counts?")
+                raise ValueError(f"{where} has both {source.name} and {source.fused_name}: remove one of them")
             name, shape = self._name_and_shape(source)
             if name is None:
                 continue

@@ -1,7 +1,7 @@
 """What the folders of a conversion are: decided here before the first weight is read, with --dry-run as without.
 
-The source is told apart from what only looks like it. Of a Hugging Face folder all that transformers reads beside the
-weights goes along, and nothing else. The target is where its links lead, apart from the source and empty.
+The source is distinguished from what only looks like it. Of a Hugging Face folder all that transformers reads besides
+the weights goes along, and nothing else. The target is where its links lead, apart from the source and empty.
 """
 
 import json
@@ -36,7 +36,7 @@ _COMPANIONS = (
     "preprocessor_config.json",
 )  # fmt: skip
 _COMPANION_FOLDERS = {"additional_chat_templates": "*.jinja", "custom_generate": "*"}
-# Settings of a quantization that older programs put beside config.json.
+# Settings of a quantization that older programs put next to config.json.
 _QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
@@ -117,7 +117,7 @@ def _is_hub_name(path: Path) -> bool:
 
 
 def companion_files(folder: Path) -> list[str]:
-    """Names of the files of a model folder, beside config.json and weights, that transformers reads.
+    """Names of the files of a model folder, apart from config.json and weights, that transformers reads.
 
     Each is there and can be opened. Raises ValueError or OSError naming one that cannot.
     """
@@ -203,7 +203,7 @@ def _check_apart(path: Path, folder: Path, source: Path, name: Path) -> None:
     if not source.exists():
         return
     if folder.exists() and folder.samefile(source):
-        raise ValueError(f"{path} is the folder that is read ({name}): what is written needs a folder of its own")
+        raise ValueError(f"{path} is the folder that is read ({name}): what is written needs another folder")
     if any(parent.exists() and parent.samefile(source) for parent in folder.parents):
         raise ValueError(f"{path} is inside the folder that is read ({name}): choose a folder outside it")
     if folder.exists() and any(parent.samefile(folder) for parent in source.parents):

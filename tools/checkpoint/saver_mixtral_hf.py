@@ -1,6 +1,6 @@
 """Saver: a Mixtral model folder that transformers loads, with the config and tokenizer of the model it came from.
 
-In a new folder: everything is written beside it and moved into place at the end. In one that is there and empty:
+In a new folder: everything is written next to it and moved into place at the end. In one that is there and empty:
 everything is written to a hidden folder in it and moved up at the end, config.json last. In the folder of the config
 itself: new shards are written to a hidden folder in it, moved in under names that no old file has, and take effect with
 one rename or removal (the index, or the single file that transformers prefers to it); until then the folder is the old

@@ -89,7 +89,7 @@ def _common(source: Source, rules: dict[str, WeightRule], experts: str, kind: st
         ]
         for expert, copy in enumerate(copies):
             if not torch.equal(copies[0], copy):
-                raise ValueError(f"{experts}: expert {expert} is not what expert 0 is, before noise")
+                raise ValueError(f"{experts}: expert {expert} differs from expert 0 before noise")
         parts.append(copies[0])
     return torch.cat(parts)
 

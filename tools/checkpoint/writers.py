@@ -153,7 +153,7 @@ _sync_file_range = _linux_call("sync_file_range", ctypes.c_int, ctypes.c_int64, 
 def _begin_sync(descriptor: int, offset: int, size: int) -> None:
     """Lets the kernel begin to write these bytes to the disk, and use the memory of earlier ones again.
 
-    Where it cannot be told so nothing is lost but time.
+    Where that is not possible, only time is lost.
     """
     _sync_file_range(descriptor, offset, size, 2)  # SYNC_FILE_RANGE_WRITE
     if hasattr(os, "posix_fadvise"):

@@ -1,1 +1,1 @@
-"""The whole road on real text that Python itself ships, on four CPU processes."""
+"""All steps on real text that Python itself ships, on four CPU processes."""

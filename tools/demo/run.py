@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Walks the whole road on real text: corpus, tokenizer, model, training on four CPU processes, and back."""
+"""Runs all steps on real text: corpus, tokenizer, model, training on four CPU processes, and back."""
 
 import argparse
 import math
@@ -117,7 +117,7 @@ class Demo:
             raise StageFailed(f"training should have ended at iteration {last}, not {reached}: see {self.logs / log}")
 
     def training_variables(self) -> dict[str, str]:
-        """What the example script is told through its environment."""
+        """What the example script gets through its environment."""
         blend = " ".join(
             f"{WEIGHTS[domain]} {shlex.quote(self.show(prefix))}" for domain, prefix in self.prefixes().items()
         )
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         demo = Demo(prepare(options.workdir), options.steps)
         demo.run()
-        demo.progress.say(f"The whole road took {time.monotonic() - start:.0f} seconds.")
+        demo.progress.say(f"All steps took {time.monotonic() - start:.0f} seconds.")
         return 0
     except (StageFailed, ValueError, OSError) as error:
         if demo is not None:

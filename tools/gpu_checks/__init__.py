@@ -1,1 +1,1 @@
-"""The parts of tools/gpu_check.py. Whatever imports torch runs in a process of its own, which can be ended."""
+"""The parts of tools/gpu_check.py. Whatever imports torch runs in a separate process, which can be ended."""

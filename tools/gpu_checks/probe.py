@@ -1,4 +1,4 @@
-"""Prints what this machine is as one line of JSON; a program of its own, since a broken driver can make torch hang."""
+"""Prints what this machine is as one line of JSON; a separate program, since a broken driver can make torch hang."""
 
 import importlib.metadata
 import importlib.util

@@ -53,7 +53,7 @@ class Machine:
 
 
 def probe(seconds: float) -> Machine:
-    """Asks torch in a process of its own. Raises ValueError if it cannot be imported or does not answer."""
+    """Asks torch in a separate process. Raises ValueError if it cannot be imported or does not answer."""
     (ran,) = run_together([[sys.executable, "-m", "tools.gpu_checks.probe"]], seconds)
     lines = ran.output.strip().splitlines()
     if ran.status != 0 or not lines:

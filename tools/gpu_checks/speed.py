@@ -1,4 +1,4 @@
-"""Part: the benchmarks of the MoE layer and of the training step, beside the peers that are installed."""
+"""Part: the benchmarks of the MoE layer and of the training step, against the peers that are installed."""
 
 import re
 from typing import NamedTuple

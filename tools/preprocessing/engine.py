@@ -98,7 +98,7 @@ class GigatokenEngine:
 
 
 def _check_added_tokens(tokens: list[dict[str, Any]]) -> None:
-    """Raises EngineUnavailable for what gigatoken does not heed, which shows in few texts only."""
+    """Raises EngineUnavailable for what gigatoken ignores, which shows in few texts only."""
     spaced = any(token["content"][:1].isspace() for token in tokens)
     for token in tokens:
         if token.get("single_word") or (spaced and token.get("rstrip")):
@@ -212,7 +212,7 @@ def _sentencepiece_json(model: Path) -> str:
 
 
 def probes(reference: Tokenizer, source: str | None) -> list[str]:
-    """`PROBES`, and each token that text can name, beside, between and within words, and in capitals."""
+    """`PROBES`, and each token that text can name, next to, between and within words, and in capitals."""
     texts = list(PROBES)
     tokens = dict.fromkeys(reference.added_tokens)
     if source is not None and source.startswith("{"):

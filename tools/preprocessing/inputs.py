@@ -123,7 +123,7 @@ def _files_of(pattern: str) -> tuple[list[str], list[str]]:
     if not taken and os.path.exists(pattern):
         raise ValueError(f"--input {pattern} is a pipe or a device, but files are read more than once: give a file")
     if not taken:
-        raise ValueError(f"--input {pattern} is no file, no folder, and no pattern that matches a file")
+        raise ValueError(f"--input {pattern} is not a file, a folder, or a pattern that matches a file")
     chosen = set(taken)
     return taken, [path for path in [*named, *files] if path not in chosen]
 
@@ -152,7 +152,7 @@ def _walk(folder: str) -> Iterator[str]:
             file = os.path.join(path, name)
             if is_corpus_name(name) and not os.path.isfile(file):
                 what = "a pipe, socket or device, not a file" if os.path.exists(file) else "a link to nothing"
-                raise ValueError(f"{file} is {what}: mend or remove it")
+                raise ValueError(f"{file} is {what}: fix or remove it")
             yield file
 
 

@@ -41,7 +41,7 @@ def read_journal(prefix: str) -> Journal | None:
     try:
         content = unseal(path.read_bytes())
         if content.pop("version") != VERSION:
-            raise ValueError("its version is another")
+            raise ValueError("it has another version")
         content["writers"] = [WriterState(*state) for state in content["writers"]]
         content["statistics"] = Statistics.from_record(content["statistics"])
         return Journal(**content)

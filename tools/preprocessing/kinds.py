@@ -59,7 +59,7 @@ def is_corpus_name(path: str) -> bool:
 
 
 def ending(path: str) -> str:
-    """What to count a file under that is left aside: its ending in small letters, both parts of .tar.gz."""
+    """What to count a skipped file under: its ending in small letters, both parts of .tar.gz."""
     stem, last = os.path.splitext(os.path.basename(path).lower())
     inner = os.path.splitext(stem)[1] if last in _COMPRESSION_ENDINGS else ""
     return inner + last or "no ending"

@@ -98,7 +98,7 @@ class PartRun:
         if found.fingerprint != part.fingerprint:
             raise ValueError(
                 f"--resume: the interrupted run of {part.prefix} had other inputs, keys or another tokenizer, or files "
-                "have changed since; give the same, or start anew without --resume"
+                "have changed since; give the same, or start from scratch without --resume"
             )
         documents = found.writers[0].documents
         print(f"{part.label}resuming after {documents} documents, {found.statistics.read_bytes / 1e6:.1f} MB")
@@ -141,7 +141,7 @@ class PartRun:
             os.replace(final, temporary)  # killed after it had been given its name
         self._quarantine = stack.enter_context(open(self._quarantine_temporary, "ab"))  # noqa: SIM115
         if os.path.getsize(temporary) < journal.quarantine_bytes:
-            raise ValueError(f"{temporary} is shorter than it was: start anew without --resume")
+            raise ValueError(f"{temporary} is shorter than it was: start from scratch without --resume")
         self._quarantine.truncate(journal.quarantine_bytes)
 
     @staticmethod

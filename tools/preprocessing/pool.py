@@ -1,7 +1,7 @@
 """Worker processes that encode blocks.
 
-Each has a pipe of its own, so that one that is killed in the middle of an answer is noticed (with the shared pipe of
-the standard library's executors the reader waits for the rest for ever).
+Each has its own pipe, so that one that is killed in the middle of an answer is noticed (with the shared pipe of
+the standard library's executors the reader waits forever for the rest).
 """
 
 import mmap

@@ -1,6 +1,6 @@
 """Several processes, on one machine or many, that share a folder: each takes a part, rank 0 puts the parts together.
 
-They need no network: every rank keeps a small status file beside its part, which rank 0 watches. A part that is
+They need no network: every rank keeps a small status file next to its part, which rank 0 watches. A part that is
 complete is known by the fingerprint of what it was made from, so that a part of an earlier run is not made twice.
 """
 
@@ -21,8 +21,8 @@ from tools.preprocessing.records import seal, unseal
 from tools.preprocessing.statistics import Statistics
 
 _SECONDS_BETWEEN_BEATS = 1.0
-# A failure that is there from the start is a leftover if its rank has begun anew by then, since its file is renewed.
-_SECONDS_TO_BEGIN_ANEW = 10.0
+# A failure found at the start is a leftover if its rank has restarted by then, since its file is replaced.
+_SECONDS_TO_RESTART = 10.0
 
 
 class Place(NamedTuple):
@@ -50,7 +50,7 @@ def place_from(environment: Mapping[str, str]) -> Place:
         size_name = next((name for name in size_names if name in environment), None)
         if rank_name not in environment or size_name is None:
             continue
-        # A batch script is itself rank 0 of nobody: only srun starts the other tasks.
+        # A batch script has rank 0 but no other ranks: only srun starts the other tasks.
         if rank_name == "SLURM_PROCID" and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
             continue
         try:
@@ -59,8 +59,8 @@ def place_from(environment: Mapping[str, str]) -> Place:
             place = Place(-1, 0)
         if not 0 <= place.rank < place.ranks:
             raise ValueError(
-                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are no rank of a job: "
-                f"unset {rank_name} to run alone"
+                f"{rank_name}={environment[rank_name]} and {size_name}={environment[size_name]} are not a rank of a "
+                f"job: unset {rank_name} to run alone"
             )
         if rank_name == "SLURM_PROCID" and "SLURM_PTY_PORT" in environment:
             if place.rank:
@@ -170,8 +170,8 @@ class Ranks:
         self._looked = now
         for place in self._others:
             failure = self._failure(place)
-            anew = failure != self._old_failures[place] or now - self._began > _SECONDS_TO_BEGIN_ANEW
-            if failure and anew:
+            is_new = failure != self._old_failures[place] or now - self._began > _SECONDS_TO_RESTART
+            if failure and is_new:
                 raise ValueError(f"rank {place.rank} failed: {json.loads(failure).get('error')}")
 
     def done(self, fingerprint: str, report: Report) -> None:

@@ -15,5 +15,5 @@ def unseal(data: bytes) -> dict[str, Any]:
     """The content of a record. Raises ValueError if it is damaged or was changed."""
     text, mark, checksum = data.rpartition(b', "checksum": ')
     if not mark or checksum != f"{zlib.crc32(text + b'}')}}}".encode():
-        raise ValueError("its checksum is not right")
+        raise ValueError("its checksum does not match")
     return json.loads(text + b"}")

@@ -103,13 +103,13 @@ def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, do
         raise TooManyBad(
             f"{100 * statistics.bad_fraction:.3g}% of the input is bad ({statistics.bad_summary()}; listed in "
             f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
-            f"allows: mend the input{form}, or give a larger fraction together with --resume to keep what is done"
+            f"allows: fix the input{form}, or give a larger fraction together with --resume to keep what is done"
         )
     if damaged:
         names = ", ".join(f"{printable(path)}: {statistics.files[path].trouble}" for path in damaged[:3])
         more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         raise TooManyBad(
-            f"{len(damaged)} of {len(corpus.files)} files ended early or gave nothing ({names}{more}): mend or remove "
+            f"{len(damaged)} of {len(corpus.files)} files ended early or gave nothing ({names}{more}): fix or remove "
             "them, or give --allow-damaged-files together with --resume to keep what could be read"
         )
     for key, count in zip(settings.json_keys, documents):

@@ -1,4 +1,4 @@
-"""What is counted on the way and told at the end."""
+"""What is counted on the way and reported at the end."""
 
 from dataclasses import dataclass, field
 from typing import Any

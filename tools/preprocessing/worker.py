@@ -16,7 +16,7 @@ BROKEN_FILE = "broken file"
 _CHECKED_CHARACTERS = 500
 _BLOCKS_BETWEEN_LOOKS = 8
 _BATCH = 64
-# An engine that holds more begins anew: what it has seen grows with the text.
+# An engine that holds more is replaced by a new one: its cache grows with the text.
 _MEMORY_OF_ALL = 600 << 20
 _MEMORY_OF_WORKER = 200 << 20
 

@@ -117,7 +117,7 @@ class _Account:
             self.add("TP", "attention", "all-reduce", "tp", (forward + backward) * x)
 
     def _ring(self) -> None:
-        """Keys and values go round forward and backward, their gradients once round and home."""
+        """Keys and values travel around the ring forward and backward, their gradients once around and home."""
         cp = self.sizes["cp"]
         keys_values = 2 * self.whole * self.model.query_groups // self.sizes["tp"] * self.model.head_dim
         again = self.again + (self.layers if self.step.recompute.includes("core_attn") else 0)

@@ -1,4 +1,4 @@
-"""Causal attention over a sequence that is split between ranks: keys and values go round in a ring (arXiv:2310.01889).
+"""Causal attention over a sequence that is split between ranks: keys and values travel in a ring (arXiv:2310.01889).
 
 Each rank keeps its queries. In step i it attends to the keys that rank r - i owns, while the next ones are on their
 way. The partial results are merged by their log-sum-exp in float32 or wider. In the backward pass the gradients of keys

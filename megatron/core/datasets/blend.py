@@ -55,9 +55,9 @@ def _number(text: str) -> float | None:
 def _check_shares(flag: str, shares: Sequence[float], text: str) -> None:
     for share in shares:
         if not math.isfinite(share) or share < 0:
-            raise ValueError(f"{flag} {text}: {share} is no weight; weights are finite numbers that are not negative")
+            raise ValueError(f"{flag} {text}: {share} is not a weight: weights are finite and not negative")
     if not 0 < sum(shares) < math.inf:
-        raise ValueError(f"{flag} {text}: at least one weight must be above 0, and their sum a number")
+        raise ValueError(f"{flag} {text}: at least one weight must be above 0, and their sum finite")
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -82,7 +82,7 @@ def _check_words(flag: str, arguments: Sequence[str]) -> None:
     joined = next((word for word in arguments if _SEPARATOR.search(word)), None)
     if joined is not None and not os.path.exists(f"{data_set_prefix(joined)}.idx"):
         raise ValueError(
-            f"{flag} {joined!r} is no data set; give every weight and every data set as a word of its own, without "
+            f"{flag} {joined!r} is not a data set; give every weight and every data set as a separate word, without "
             "quotes around several and without commas, for example 0.6 a_text_document 0.4 b_text_document"
         )
 
@@ -130,7 +130,7 @@ def _check_name(flag: str, prefix: str) -> None:
     except UnicodeEncodeError:
         usable = False
     if not usable:
-        raise ValueError(f"{flag} names the data set {shortened(prefix)!a}, which no file can be called")
+        raise ValueError(f"{flag} names the data set {shortened(prefix)!a}, which cannot be a file name")
 
 
 def _read_text(flag: str, path: str) -> str:

@@ -82,7 +82,7 @@ def _open(prefix: str, vocabulary: Vocabulary | None) -> IndexedDataset:
 
 
 def _check_description(indexed: IndexedDataset, vocabulary: Vocabulary) -> None:
-    """Raises ValueError if the JSON beside a data set says that it is not what it should be."""
+    """Raises ValueError if the JSON file of a data set does not describe it."""
     description, path = read_description(indexed.prefix), description_path(indexed.prefix)
     if description is None:
         _warn_of_no_description(str(path))
@@ -135,7 +135,7 @@ class _Builder:
             return self._dataset(*parts[0], which, num_samples)
         order = BlendOrder(weights)
         counts = order.counts(num_samples)
-        # A data set that is too rare for this many samples still needs one, which nobody reads.
+        # A data set that is too rare for this many samples still needs one, which is never read.
         datasets = [self._dataset(*part, which, max(count, 1)) for part, count in zip(parts, counts)]
         return BlendedDataset(datasets, order, num_samples)
 

@@ -1,4 +1,4 @@
-"""The small JSON beside an indexed data set, `<prefix>.json`: which tokenizer wrote it, how much is in it, checksums.
+"""The small JSON file of an indexed data set, `<prefix>.json`: which tokenizer wrote it, how much is in it, checksums.
 
 Data sets from elsewhere have none; everything here works without torch.
 """
@@ -104,16 +104,18 @@ def read_description(prefix: str | os.PathLike[str]) -> DatasetDescription | Non
     except ValueError as error:
         raise ValueError(f"{error}: prepare the data set again, or remove this file") from None
     if not isinstance(content, dict) or content.get("version") not in (VERSION, *_OLDER):
-        raise ValueError(f"{path} is no description of a data set of version {VERSION}: it is from another program")
+        raise ValueError(f"{path} is not a description of a data set of version {VERSION}: another program wrote it")
     content.setdefault("input", None)
     merged_from = content.pop("merged_from", [])
     if not isinstance(merged_from, list) or not all(isinstance(name, str) for name in merged_from):
         raise ValueError(f"{path}: merged_from must be a list of names")
     names = {field.name for field in fields(DatasetDescription)} - {"merged_from"}
     missing, unknown = sorted(names - content.keys()), sorted(content.keys() - names)
-    if missing or unknown:
+    problems = [f"it lacks {', '.join(missing)}"] if missing else []
+    problems += [f"it has unknown fields {str(unknown[:5])[1:-1]:.200}"] if unknown else []
+    if problems:
         raise ValueError(
-            f"{path} lacks {missing or 'nothing'} and has {unknown or 'nothing'} too much for a description"
+            f"{path} is not a description of a data set: {'; '.join(problems)}; prepare the data again, or remove it"
         )
     _check_types(path, content)
     return DatasetDescription(**content, merged_from=tuple(merged_from))

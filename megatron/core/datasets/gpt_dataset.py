@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 Sample = dict[str, NDArray]
 
 _DOCUMENTS, _SAMPLES = 0, 1
-# Beyond this the indices of a tiny data set would take minutes to build, and nobody means it.
+# Beyond this the indices of a tiny data set would take minutes to build, which is never meant.
 _MOST_EPOCHS = 100_000
 
 
@@ -84,7 +84,7 @@ def _shuffled(count: int, start: int, seed: int, epoch: int, purpose: int) -> ND
 class GPTDataset:
     """`num_samples` samples of `seq_length` tokens from a range of documents, over as many epochs as they take.
 
-    In each epoch the documents are shuffled and laid end to end after those of the epoch before; the stream is cut
+    In each epoch the documents are shuffled and appended to those of the epoch before; the stream is cut
     into samples that share one token with their neighbours, and the samples that end within an epoch are shuffled
     among themselves. So every epoch, the last and partial one too, is shuffled apart from the others, every token of
     an epoch is seen before the next begins (but for the sample across the edge), and sample k depends on the seed

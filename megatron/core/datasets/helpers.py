@@ -11,7 +11,7 @@ try:
     helpers_cpp = importlib.import_module("megatron.core.datasets.helpers_cpp")
 except ImportError:
     helpers_cpp = None
-# An extension that was built from another version of the source is no use either.
+# An extension that was built from another version of the source is ignored, too.
 if not hasattr(helpers_cpp, "sample_starts"):
     helpers_cpp = None
 
@@ -26,7 +26,7 @@ def smallest_integer(limit: int) -> np.dtype:
 def sample_starts(
     lengths: NDArray[np.int32], order: NDArray[np.integer], seq_length: int, first: int, tokens: int
 ) -> NDArray[np.integer]:
-    """Places of the tokens `first`, `first + seq_length`, ... of the documents laid end to end in `order`.
+    """Places of the tokens `first`, `first + seq_length`, ... of the documents concatenated in `order`.
 
     Row i of the result [rows, 2] is (position in `order`, offset in that document) of token first + i * seq_length, for
     all of them below `tokens`, the number of tokens in all; int32 where `order` is. Raises ValueError if there are
@@ -42,7 +42,7 @@ def sample_starts(
 def sample_starts_numpy(
     lengths: NDArray[np.int32], order: NDArray[np.integer], seq_length: int, first: int, tokens: int
 ) -> NDArray[np.integer]:
-    """The NumPy twin of `sample_starts`."""
+    """The NumPy fallback of `sample_starts`."""
     rows = np.empty((max(0, -(-(tokens - first) // seq_length)), 2), order.dtype)
     filled = begin = 0
     for start in range(0, len(order), _BLOCK):

@@ -46,7 +46,7 @@ def blocks(count: int) -> Iterator[slice]:
 class IndexedDataset:
     """Read-only, memory-mapped view of `<prefix>.bin` and `<prefix>.idx`; indexing gives one sequence.
 
-    With `random_access` the operating system is told not to read ahead in `.bin`, where that would be read in vain.
+    With `random_access` the operating system is asked not to read ahead in `.bin`, where read-ahead is wasted.
     Raises FileNotFoundError if a file is missing and ValueError, naming the file, if the two are not whole and
     consistent.
     """
@@ -168,7 +168,7 @@ class IndexedDataset:
         return self._tokens[start : start + length]
 
     def tokens(self, start: int, stop: int) -> NDArray:
-        """The tokens `[start, stop)` of all sequences laid end to end."""
+        """The tokens `[start, stop)` of all sequences, concatenated."""
         return self._tokens[start:stop]
 
     def token_blocks(self, size: int) -> Iterator[NDArray]:

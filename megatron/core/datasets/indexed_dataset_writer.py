@@ -53,7 +53,7 @@ def _open_exclusively(path: Path, size: int) -> BinaryIO:
         raise ValueError(busy)
     if os.fstat(file.fileno()).st_size < size:
         file.close()
-        raise ValueError(f"{path} is shorter than the {size} bytes to continue from: start anew")
+        raise ValueError(f"{path} is shorter than the {size} bytes to continue from: start from scratch")
     file.truncate(size)
     return file
 
@@ -70,7 +70,7 @@ NOTHING = WriterState()
 
 
 class IndexedDatasetWriter:
-    """Writes a data set to temporary files beside `prefix` and gives them their names only when it is complete.
+    """Writes a data set to temporary files next to `prefix` and gives them their names only when it is complete.
 
     Memory does not grow with the data: lengths and document indices are streamed to disk. Leaving the `with` block
     by an exception, or never calling `finalize`, leaves nothing behind unless `suspend` was called; a killed process
@@ -183,7 +183,7 @@ class IndexedDatasetWriter:
         """Complete both files, flush them to disk and give them their names, `.bin` first and `.idx` last.
 
         An older `.idx` of that name is removed before, so that at no moment an index meets another run's tokens. With
-        an `origin` a description is written beside them, which also tells of the `source` files; without one, an older
+        an `origin` a description is written with them, which also lists the `source` files; without one, an older
         description is removed.
         """
         assert self._open, "the writer is already closed"

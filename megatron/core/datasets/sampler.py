@@ -27,7 +27,7 @@ class PretrainingSampler:
             raise ValueError(
                 f"the data has {total_samples} samples and {consumed_samples} are already consumed: fewer than the "
                 f"{self._step} that one microbatch on every data-parallel rank takes are left; train on more "
-                "samples or start anew"
+                "samples or start from scratch"
             )
         self._total_samples = total_samples
         self._micro_batch_size = micro_batch_size

@@ -75,7 +75,7 @@ def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bo
 
     `ends_E` (int32) holds the end of each expert's rows, and its last entry must be R. Experts without rows are
     allowed. `backend` says what multiplies: `auto` is grouped_mm on CUDA where it takes the operands in one kernel,
-    `loop` is never grouped_mm. Without it each expert is a product of its own, on a CPU all of them one C++ kernel
+    `loop` is never grouped_mm. Without it each expert is a separate product, on a CPU all of them one C++ kernel
     where there is one.
     """
     matrices = weight_EOI.transpose(1, 2) if transpose else weight_EOI

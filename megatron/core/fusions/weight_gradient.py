@@ -1,6 +1,6 @@
 """Handing weight gradients to the buffers that accumulate them, without a tensor in between.
 
-Whoever accumulates gradients gives a parameter the attribute `gradient_sink`, a function that takes `write` and calls
+The gradient buffers give a parameter the attribute `gradient_sink`, a function that takes `write` and calls
 `write(main_grad, beta)` once, which must make main_grad = beta * main_grad + gradient (with beta 0 the old contents are
 ignored, NaN too). Each call counts as one gradient that has arrived.
 """

@@ -74,7 +74,7 @@ def foreign_kind(folder: Path) -> str | None:
     if is_adapter(folder):
         return (
             f"is a LoRA adapter ({_ADAPTER}), not a model: merge it into its model first (peft: merge_and_unload, then "
-            f"save_pretrained), or remove {_ADAPTER} if the weights beside it are merged"
+            f"save_pretrained), or remove {_ADAPTER} if the weights in this folder are merged"
         )
     snapshots = _snapshots(folder)
     if snapshots:

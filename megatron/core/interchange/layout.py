@@ -1,6 +1,6 @@
 """Names of checkpoint folders, the tracker file, and the atomic replacement of a whole step.
 
-A step is written to a hidden folder beside its place, moved there when all ranks are done, and only then named by the
+A step is written to a hidden folder next to its place, moved there when all ranks are done, and only then named by the
 tracker. An older copy of the same step is moved aside first and removed last; between the two moves, and after a kill
 there, the older copy is what `find_checkpoint` gives.
 """

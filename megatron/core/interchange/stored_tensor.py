@@ -76,7 +76,7 @@ class ZipRecords:
     def verify_next(self, offset: int, start: int, data: memoryview) -> None:
         """Raises ValueError if `data`, read from byte `start` of a record, ends it and the record is damaged.
 
-        Bytes that do not follow on those of the last call are no use for that: the whole record is read again.
+        Bytes that do not continue those of the last call cannot extend it: the whole record is read again.
         """
         if offset in self._good:
             return

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from megatron.core.interchange.pickle_machine import PickleMachine, checked_key
 
-# NVIDIA's checkpoints keep enumerations of its own in `args`. They are read as inert objects; their modules are never
+# NVIDIA's checkpoints keep Megatron's enumerations in `args`. They are read as inert objects; their modules are never
 # imported. Any other foreign name is refused.
 INERT_PREFIXES = ("megatron.", "transformer_engine.")
 INERT_NAMES = ("signal.Signals",)
@@ -71,7 +71,7 @@ class _Reader:
         self.storages: dict[str, int] = {}
         """Bytes of each storage that the pickle names."""
         self._sizes = sizes
-        self._namespace = type("Namespace", (Namespace,), {})  # a class of its own, which nothing can alter
+        self._namespace = type("Namespace", (Namespace,), {})  # a new class, which nothing can alter
         self._known: dict[str, object] = {
             "argparse.Namespace": self._namespace,
             "collections.OrderedDict": self._ordered,

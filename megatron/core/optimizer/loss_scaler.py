@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 class LossScaler:
     """The factor of the next step's loss; a dynamic one is lowered where gradients overflow and raised again later.
 
-    After `hysteresis` overflows (counted anew after every rise) each one halves the scale, down to `min_loss_scale`;
+    After `hysteresis` overflows (the count is reset by every rise) each one halves the scale, down to `min_loss_scale`;
     `loss_scale_window` steps without any double it, as in Megatron-LM.
     """
 

@@ -20,7 +20,7 @@ from megatron.core.parallel_state import ProcessGroups, all_gather_single
 from megatron.core.tensor_parallel.parameter import spec_of
 
 MASTER = "master"
-"""Name of the masters beside the rule's state in `StatePiece.tensors` and checkpoints."""
+"""Name of the masters next to the rule's state in `StatePiece.tensors` and checkpoints."""
 
 
 class StepResult(NamedTuple):
@@ -139,7 +139,7 @@ class MixedPrecisionOptimizer:
 
     @torch.no_grad()
     def reload_masters(self) -> None:
-        """Takes the masters anew from the model's parameters, after weights were loaded into it."""
+        """Resets the masters to the model's parameters, after weights were loaded into it."""
         for segment in self._segments:
             if segment.weights is not None:
                 segment.master.copy_(segment.weights)

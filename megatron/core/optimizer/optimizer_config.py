@@ -69,7 +69,7 @@ class OptimizerConfig:
     loss_scale_window: int = 1000
     """Steps without overflow after which the dynamic loss scale doubles."""
     hysteresis: int = 2
-    """Overflows from which on the dynamic loss scale is halved, counted anew after it doubled."""
+    """From which overflow on the dynamic loss scale is halved; the count is reset when the scale doubles."""
 
     def __post_init__(self) -> None:
         require_finite(self)

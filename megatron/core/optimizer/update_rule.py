@@ -57,7 +57,7 @@ class UpdateRule(Protocol):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """Names of the tensors it keeps beside the master, as they are called in checkpoints."""
+        """Names of the tensors it keeps besides the master, as they are called in checkpoints."""
 
     def update(self, segment: Segment, numbers: Update) -> None:
         """Updates master, state and weights in place from the gradient, which may be overwritten."""

@@ -1,6 +1,6 @@
 """Messages between neighbouring stages: hidden states to the next one, their gradients to the one before.
 
-Each kind of message between two ranks has a communicator of its own. On a communicator, NCCL carries out operations in
+Each kind of message between two ranks has its own communicator. On a communicator, NCCL carries out operations in
 the order in which they were begun, and both sides have to begin them in the same order. Hidden states and gradients, or
 in an interleaved pipeline of two ranks hidden states in both directions, would have to take turns on a shared one
 exactly as the other rank takes them; separate ones only carry messages in the order of the sends, which is the same on
@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.schedules import Forward, Pass
 
 @dataclass
 class Message:
-    """A tensor on its way, in either direction."""
+    """A tensor that is being sent, in either direction."""
 
     _tensor: Tensor
     _work: dist.Work

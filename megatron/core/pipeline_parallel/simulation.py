@@ -108,7 +108,7 @@ def simulate(
     side has begun its own, and the messages of one kind between two ranks keep their order, as with NCCL. The times
     are those of a pass through one chunk. `device_waits(rank, pass)` says which passes make the host wait until the
     device has done all that it was given, as loading a kernel or returning memory to CUDA may: then every message that
-    the rank has begun must be over before. Raises ValueError if the ranks wait for each other for ever.
+    the rank has begun must be over before. Raises ValueError if the ranks deadlock.
     """
     simulation = _Simulation(pipeline, forward_time, backward_time, device_waits)
     position = [0] * pipeline.ranks

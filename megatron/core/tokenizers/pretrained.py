@@ -19,7 +19,7 @@ _LARGEST_UNTOUCHED_VOCABULARY = 100_000
 def build_pretrained_tokenizer(model: str, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of the folder `model`, or of the folder that the file `model` is in.
 
-    A `tokenizer.json` is taken as it is written, which is what transformers does beside a Mixtral `config.json`; with
+    A `tokenizer.json` is taken as it is written, which is what transformers does in the folder of a Mixtral; with
     nothing but a `tokenizer.model`, sentencepiece itself is used. transformers is loaded only for what is in neither.
     """
     path = Path(model)
@@ -38,7 +38,8 @@ def build_pretrained_tokenizer(model: str, trust_remote_code: bool = False) -> T
     if _remote_code(settings):
         if not trust_remote_code:
             raise ValueError(
-                f"the tokenizer in {folder} is Python code of its own: read it, then allow it with --trust-remote-code"
+                f"the tokenizer in {folder} needs Python code from that folder: read it, then allow it with "
+                "--trust-remote-code"
             )
         return _transformers_tokenizer(folder, trust_remote_code)
     if (folder / "tokenizer.json").is_file():
@@ -108,7 +109,7 @@ def _load_tokenizer_json(path: Path) -> Any:
 
 
 def _is_complete(tokenizer: Any, settings: dict[str, Any], listed: dict[int, str]) -> bool:
-    """Whether the files beside tokenizer.json change nothing about how text becomes ids."""
+    """Whether the other files of the folder change nothing about how text becomes ids."""
     import tokenizers
 
     added = tokenizer.get_added_tokens_decoder()

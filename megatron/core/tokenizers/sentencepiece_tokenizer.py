@@ -59,7 +59,7 @@ class SentencePieceTokenizer:
         if token is not None:
             piece = self._model.piece_to_id(token)
             if piece == self._model.unk_id() and token != self._model.id_to_piece(piece):
-                raise ValueError(f"{self.paths[0]} has no piece {token!r}, which the configuration beside it names")
+                raise ValueError(f"{self.paths[0]} has no piece {token!r}, which the configuration in its folder names")
             return piece
         return default if default >= 0 else None
 

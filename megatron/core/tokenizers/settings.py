@@ -1,4 +1,4 @@
-"""The files beside a tokenizer that name its special and added tokens, checked field by field."""
+"""The files of a tokenizer's folder that name its special and added tokens, checked field by field."""
 
 import json
 import re

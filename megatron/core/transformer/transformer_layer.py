@@ -1,4 +1,4 @@
-"""One layer: attention and experts, each behind a norm and beside a residual connection."""
+"""One layer: attention and experts, each behind a norm, with a residual connection."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

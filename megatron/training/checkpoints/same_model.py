@@ -49,7 +49,7 @@ def check_same_type(source: CheckpointSource, saved_arguments: Any, arguments: A
     if source.with_optimizer and saved is not None and str(saved).removeprefix("torch.") != ours:
         raise ValueError(
             f"{source.folder} was saved by a run in {saved}, and this one is in {ours} (--bf16, --fp16 or neither; "
-            "PRECISION in the example script): take the same, or start anew from its weights with --no-load-optim or "
+            "PRECISION in the example script): take the same, or start from its weights alone with --no-load-optim or "
             "--finetune"
         )
 

@@ -88,7 +88,7 @@ def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[
         return Progress(), RunRecord(), f"{where}starting from freshly drawn weights"
     loaded = source.format.load(source, trainer)
     if source.weights_only:
-        remark = f"loaded the weights of {source.folder}; optimizer, schedule and data start anew"
+        remark = f"loaded the weights of {source.folder}; optimizer, schedule and data start from scratch"
         return Progress(), RunRecord(), remark
     progress, record = from_saved(loaded.progress)
     taken = ["weights", "schedule and data position"]

@@ -1,4 +1,4 @@
-"""Products in C++: any strides, edges of tiles, old contents ignored, nothing written beside the output."""
+"""Products in C++: any strides, edges of tiles, old contents ignored, nothing written outside the output."""
 
 import math
 
@@ -43,7 +43,7 @@ def _check_product(
     wrapper.multiply_(a, b, out[:, :columns], beta)
     bound = BOUNDS[out_dtype] / (1 if out_dtype == dtype else 4)
     assert relative_error(out[:, :columns], expected[:, :columns]) <= bound
-    assert torch.equal(out[:, columns:].double(), expected[:, columns:]), "beside the output"
+    assert torch.equal(out[:, columns:].double(), expected[:, columns:]), "outside the output"
 
 
 @pytest.mark.parametrize(("rows", "inner", "columns"), SIZES)

@@ -1,4 +1,4 @@
-"""Keeping freed memory, in a process of its own, since the setting lasts; huge pages."""
+"""Keeping freed memory, in a separate process, since the setting lasts; huge pages."""
 
 import platform
 import subprocess
@@ -56,7 +56,7 @@ def asks_for_huge_pages(address: int, maps: str) -> bool:
 
 
 def _flags(program: str) -> list[bool]:
-    """Runs it in a process of its own; of each tensor in its list `tensors`, whether its middle is to be huge pages."""
+    """Runs it in a separate process; of each tensor in its list `tensors`, whether its middle is to be huge pages."""
     program = f"import torch\nfrom megatron.core.host_memory import keep_freed_memory, zeros\n{program}\n" + (
         "print([tensor[tensor.numel() // 2].data_ptr() for tensor in tensors])\nprint(open('/proc/self/smaps').read())"
     )

@@ -165,7 +165,7 @@ def test_what_is_not_kept_is_computed_once_for_all_its_uses() -> None:
     ("settings", "message"),
     [
         (SELECTIVE | {"recompute_modules": ("mlp",)}, "every layer of a Mixtral has experts"),
-        (SELECTIVE | {"recompute_modules": ("core_atn",)}, "core_atn is unknown: choose of core_attn"),
+        (SELECTIVE | {"recompute_modules": ("core_atn",)}, "core_atn is unknown: choose from core_attn"),
         (SELECTIVE | {"recompute_modules": ("moe", "moe_act")}, "contains moe_act"),
         ({"moe_layer_recompute": True, "recompute_modules": ("moe_act",)}, "contains moe_act"),
         (FULL | {"moe_layer_recompute": True}, "--moe-layer-recompute is selective and contradicts"),

@@ -20,7 +20,7 @@ from megatron.core.interchange.torch_pickle import TensorEntry, read_pickle, wri
 
 
 def test_tensors_in_a_file_of_torch_are_found(tmp_path: Path) -> None:
-    """Views, gaps, transposed and empty tensors, parameters, and what training keeps beside weights."""
+    """Views, gaps, transposed and empty tensors, parameters, and what training keeps besides weights."""
     base = torch.randn(6, 8)
     tensors = {
         "whole": base, "rows": base[2:4], "columns": base[:, 3:5], "turned": base.T, "half": base.bfloat16(),

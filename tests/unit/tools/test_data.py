@@ -83,7 +83,7 @@ def break_end(prefix: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda prefix: overwrite(f"{prefix}.bin", 9, b"\1"), r"\.bin has another SHA-256"),
+        (lambda prefix: overwrite(f"{prefix}.bin", 9, b"\1"), r"\.bin has a different SHA-256"),
         (lambda prefix: overwrite(f"{prefix}.idx", 0, b"X"), "is not an index"),
         (lambda prefix: overwrite(f"{prefix}.idx", 34, b"\5"), "disagree"),
         (lambda prefix: describe(prefix, tokens=859), "describes 40 documents of 859 uint16 tokens"),

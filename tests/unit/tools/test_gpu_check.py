@@ -23,7 +23,7 @@ from tools.gpu_checks.report import JSON, MARKDOWN, Part, Report
 from tools.gpu_checks.session import Machine, PartEnded, Session, must_end_well
 
 MACHINE = Machine("3.12.1", "2.11.0", None, None, "Linux", [], {"triton": None, "pytest": None}, "", False)
-# Starts a process in a session of its own, as torchrun starts its ranks, and names it.
+# Starts a process in a new session, as torchrun starts its ranks, and names it.
 STARTS_ANOTHER = (
     "import subprocess, sys; waits = [sys.executable, '-c', 'import signal; signal.pause()']; "
     "print(subprocess.Popen(waits, start_new_session=True).pid, flush=True)"
@@ -282,7 +282,7 @@ def test_rates_of_this_project_are_read() -> None:
     assert speed.read_step_rate("warming up\n") == []
 
 
-def test_peak_memory_is_told_after_a_script(tmp_path: Path) -> None:
+def test_peak_memory_is_reported_after_a_script(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
     (tmp_path / "script.py").write_text("import sys, neighbour\nprint(neighbour.NAME, sys.argv[1:], __name__)\n")
     words = [sys.executable, "-m", "tools.gpu_checks.with_peak", str(tmp_path / "script.py"), "--flag"]

@@ -45,7 +45,7 @@ def test_what_is_kept_and_the_operations() -> None:
     experts_keep = 4 * (9 * 16 + rows * 2 * 24 + rows) + 8 * 2 * rows + 4 * 4  # x, h, p, two maps, ends
     assert experts_keep <= ours <= experts_keep + 4 * 9 * (4 + 2 + 1) * 4  # and a few numbers a token of the router
     assert ours < 0.6 * plain
-    # a whole model of this layer has an attention beside it, and a vocabulary
+    # a whole model of this layer also has an attention and a vocabulary
     model = replace(CONFIG, vocab_size=1)
     whole = training_flops_per_token(model, mixtral_table(model), 8)
     attention_and_output = 6 * (4 * 16 * 16 + 2 * 16 * 4.5 + 16)

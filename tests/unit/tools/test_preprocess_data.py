@@ -183,7 +183,7 @@ def test_too_many_bad_lines_are_refused_and_the_work_is_kept(tmp_path: Path, cap
 
 def test_inputs_with_nothing_in_them_are_refused(tmp_path: Path, capsys) -> None:
     missing = refusal(capsys, *arguments(tmp_path / "none", tmp_path / "out"))
-    assert missing == f"error: --input {tmp_path}/none is no file, no folder, and no pattern that matches a file"
+    assert missing == f"error: --input {tmp_path}/none is not a file, a folder, or a pattern that matches a file"
     (tmp_path / "in").mkdir()
     assert "no files in it that end in .json, .jsonl, .ndjson" in refusal(
         capsys, *arguments(tmp_path / "in", tmp_path / "out")

@@ -174,7 +174,7 @@ def test_changed_settings_are_named(saved: Saved) -> None:
     assert "WARNING" not in remark
 
 
-def test_a_lost_tracker_is_told_and_the_newest_complete_step_taken(saved: Saved) -> None:
+def test_a_lost_tracker_is_reported_and_the_newest_complete_step_taken(saved: Saved) -> None:
     root, first, progress = saved
     train(first, progress, 1)
     save(first, progress)
@@ -195,7 +195,7 @@ def test_a_hugging_face_folder_is_named_with_what_to_do(tmp_path: Path, save_the
         load(tiny_trainer(arguments))
 
 
-def test_weights_without_their_optimizer_are_told(saved: Saved) -> None:
+def test_weights_without_their_optimizer_are_reported(saved: Saved) -> None:
     root, first, progress = saved
     second = tiny_trainer(checkpoint_arguments(load=str(root), no_load_optim=True))
     resumed, remark = load(second)

@@ -68,7 +68,7 @@ def test_every_sample_is_read_once_in_the_same_order(data_path: tuple[str, ...],
     for stops in ([3], [6], [7], [3, 6, 7, 13], list(range(1, STEPS))):
         bounds, found = [0, *stops, STEPS], []
         for part, (begin, end) in enumerate(zip(bounds, bounds[1:])):  # noqa: RUF007
-            # a restart may also be told of a longer run than the one before
+            # a restart may also ask for a longer run than the one before
             dataset = build(paths, SAMPLES if part % 2 else end * GLOBAL_BATCH)
             found += read(dataset, begin * GLOBAL_BATCH, end - begin, (1, 4, 2)[part % 3])
         assert found == undisturbed, stops

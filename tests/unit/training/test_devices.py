@@ -80,7 +80,7 @@ def test_cuda_is_left_alone_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu", Environment(0, 1, 0, 1)).type == "cpu"
 
 
-def test_a_missing_compiler_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("while compiling\nFailed to find C compiler. Please specify via CC environment variable.")
 

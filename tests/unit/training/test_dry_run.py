@@ -54,7 +54,7 @@ def test_known_models_add_up(experts: int, pipeline: int, known_parameters: int)
         assert chunk.output_shape == (() if stage == pipeline - 1 else (1024, 1, HIDDEN))
         assert result.model_parameters == known_parameters
         assert result.live == pipeline - stage
-        # beside what is kept of live microbatches: a layer's temporary tensors, messages, gradients of messages
+        # besides what is kept of live microbatches: a layer's temporary tensors, messages, gradients of messages
         kept = result.live * chunk.activation_bytes
         assert kept < result.activations < kept + 0.5 * 2**30
         for measured, bytes_a_parameter in ((result.weights, 2), (result.gradients, 4), (result.optimizer, 12)):

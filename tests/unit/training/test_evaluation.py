@@ -45,7 +45,7 @@ def test_the_mean_over_the_first_samples() -> None:
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
-def test_progress_is_told_and_a_signal_cuts_it_short(
+def test_progress_is_shown_and_a_signal_cuts_it_short(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(evaluation, "_PROGRESS_INTERVAL", -1.0)

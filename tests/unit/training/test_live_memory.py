@@ -32,7 +32,7 @@ def test_what_autograd_keeps_is_alive_until_the_backward_pass() -> None:
     with LiveMemory("meta") as memory:
         x = torch.empty(2 * KIB, device=META, requires_grad=True)
         y = x.sin().square()
-        assert memory.live == 3 * 8 * KIB, "the sine is kept, nobody else holds it"
+        assert memory.live == 3 * 8 * KIB, "the sine is kept by nothing else"
         y.sum().backward()
         del y
         assert memory.live == 2 * 8 * KIB, "x and its gradient"

@@ -199,7 +199,7 @@ def test_a_tokenizer_larger_than_the_checkpoint_is_refused(monkeypatch: pytest.M
         pretrain(monkeypatch, "--mock-data", "--train-iters", "2", "--load", folder, "--use-checkpoint-args")
 
 
-def test_an_error_of_one_rank_is_told_by_that_rank(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_printed_by_that_rank(tmp_path: Path) -> None:
     script = tmp_path / "poisoned.py"
     script.write_text(
         "import os, pretrain_gpt\n"

@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_older_step(saved: Saved, monkeypatch: pytest.Mon
 
 
 class _SlowDisk:
-    """Holds back the background writer until told to go on, or makes it fail."""
+    """Holds back the background writer until released, or makes it fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.error = threading.Event(), ""
@@ -177,7 +177,7 @@ def test_a_background_save_holds_what_was_there_when_it_began(saved: Saved, monk
     assert (root / TRACKER).read_text() == "2"
 
 
-def test_a_failed_background_save_is_told_at_the_next_step(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_background_save_is_reported_at_the_next_step(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     root, trainer, progress = saved
     disk = _SlowDisk(monkeypatch)
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
@@ -265,7 +265,7 @@ def _run(folder: str, operation: int, async_save: bool) -> None:
 
 
 def _outcome(folder: Path, operation: int, async_save: bool) -> int:
-    """Runs in a process of its own; returns its wait status."""
+    """Runs in a separate process; returns its wait status."""
     child = os.fork()
     if child == 0:
         try:

@@ -41,7 +41,7 @@ def test_a_growing_batch_has_the_gradients_of_its_size() -> None:
         assert torch.equal(growing.gradients[name][0], gradient), name
 
 
-def test_routers_are_told_how_the_step_before_shared_out_its_tokens() -> None:
+def test_routers_get_the_expert_shares_of_the_step_before() -> None:
     trainer = build_trainer(
         tiny_arguments(settings={"moe_router_load_balancing_type": "global_aux_loss"}), ProcessGroups(),
         torch.device("cpu"), pretrain_gpt.model_provider, pretrain_gpt.forward_step,

@@ -205,7 +205,7 @@ def test_the_order_is_this_one_in_every_version() -> None:
     ],
 )
 def test_words_run_together_get_a_hint(words: list[str], named: str, tmp_path: Path) -> None:
-    hint = f"{re.escape(named)} is no data set; give every weight and every data set"
+    hint = f"{re.escape(named)} is not a data set; give every weight and every data set"
     with pytest.raises(ValueError, match=f"^--data-path {hint}"):
         split_blends(DataConfig(data_path=tuple(words)))
     with pytest.raises(ValueError, match=f"^--valid-data-path {hint}"):
@@ -219,7 +219,7 @@ def test_words_run_together_get_a_hint(words: list[str], named: str, tmp_path: P
 def test_a_file_of_words_with_commas_gets_the_hint_too(tmp_path: Path) -> None:
     path = tmp_path / "blend.txt"
     path.write_text("0.6 a,\n0.4 b\n")
-    with pytest.raises(ValueError, match=f"^--data-args-path {path}: 'a,' is no data set; give every weight"):
+    with pytest.raises(ValueError, match=f"^--data-args-path {path}: 'a,' is not a data set; give every weight"):
         split_blends(DataConfig(data_args_path=str(path)))
 
 

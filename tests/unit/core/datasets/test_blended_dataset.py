@@ -116,7 +116,7 @@ def test_every_process_gets_the_same_samples_from_the_cache(tmp_path: Path) -> N
         assert all(np.array_equal(first[i][key], second[i][key]) for key in first[i])
 
 
-def test_the_cache_is_beside_the_first_data_set_by_default(tmp_path: Path) -> None:
+def test_the_cache_is_next_to_the_first_data_set_by_default(tmp_path: Path) -> None:
     prefix = write_constant(tmp_path / "data" / "a", 1, 10)
     build_train_valid_test_datasets(DataConfig(seq_length=8, data_path=(prefix,)), (5, 0, 0), 1, Vocabulary())
     assert list((tmp_path / "data" / "cache").glob("*.index"))

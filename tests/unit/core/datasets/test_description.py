@@ -1,4 +1,4 @@
-"""The JSON beside a data set."""
+"""The JSON file of a data set."""
 
 import hashlib
 import json
@@ -59,6 +59,15 @@ def test_broken_descriptions_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json"):
         read_description(tmp_path / "a")
+
+
+def test_unknown_fields_are_named_without_their_control_characters(tmp_path: Path) -> None:
+    content = asdict(DESCRIPTION) | {"a\x1b[31m": 1, **{f"more{number}" + "x" * 300: 1 for number in range(50)}}
+    del content["tokens"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"it lacks tokens; it has unknown fields 'a\\x1b\[31m', 'more0") as error:
+        read_description(tmp_path / "a")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_differences_of_tokenizers_are_named() -> None:

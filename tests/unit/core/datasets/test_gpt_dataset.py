@@ -180,8 +180,8 @@ def test_a_second_run_reads_the_cache(indexed: IndexedDataset, tmp_path: Path, m
         lambda raw: b"[" + raw[1:],
     ],
 )
-def test_a_damaged_cache_is_built_again_beside(indexed: IndexedDataset, tmp_path: Path, damage) -> None:
-    """Beside and not over it: another process may read the file."""
+def test_a_damaged_cache_is_built_again_under_another_name(indexed: IndexedDataset, tmp_path: Path, damage) -> None:
+    """Not in place: another process may read the file."""
     cache = tmp_path / "cache"
     expected = all_tokens(gpt(indexed, 50, cache=cache))
     (file,) = cache.iterdir()

@@ -188,7 +188,7 @@ def test_a_killed_writer_leaves_no_data_set_and_the_next_one_cleans_up(tmp_path:
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
 
 
-def test_index_is_never_beside_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_never_next_to_other_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dying between the two renames of an overwrite must not leave the old index with the new tokens."""
     write(tmp_path / "a", DOCUMENTS)
 

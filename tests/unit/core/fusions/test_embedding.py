@@ -26,7 +26,7 @@ def test_the_sink_gets_sums_in_its_own_type(beta: float) -> None:
     weight = torch.zeros(6, 2, dtype=torch.bfloat16, requires_grad=True)
     main_grad = torch.full((6, 2), float("nan") if beta == 0 else 8.0)
     weight.gradient_sink = lambda write: write(main_grad, beta)
-    # each summand of row 3 would be lost in bfloat16 beside the first
+    # each summand of row 3 would be lost in bfloat16 next to the first
     lookup(torch.tensor([3] * 9 + [0]), weight).mul(torch.tensor([256.0] + [1.0] * 9).unsqueeze(1)).sum().backward()
     before = 8.0 * beta
     assert weight.grad is None

@@ -142,7 +142,7 @@ def test_the_order_of_tokens_does_not_matter() -> None:
     )
 
 
-def test_rows_that_belong_to_nobody_stay_out() -> None:
+def test_rows_that_belong_to_no_expert_stay_out() -> None:
     """Where experts are padded to their capacity, or memory behind the last row was never written."""
     # pairs 0 ... 3 of two tokens are in rows 0, 2, 3 and nowhere; rows 1 and 4 are empty
     index = PermutationMap(torch.tensor([0, -1, 1, 2, -1]), torch.tensor([[0, 2], [3, -1]]), torch.tensor([2, 5]).int())

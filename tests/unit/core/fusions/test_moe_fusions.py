@@ -84,7 +84,7 @@ def test_grouped_products_equal_a_loop(counts: list[int], dtype: torch.dtype, bo
         out = _drawn(wide, 3, 24, 16)
         before = out.double().clone()
         if beta == 0:
-            out.fill_(float("nan"))  # memory that nobody has cleared
+            out.fill_(float("nan"))  # memory that was not cleared
         grouped_weight_gradient_(grad, x, ends, out, beta)
         for expert, (g, rows) in enumerate(zip(grad.double().split(counts), x.double().split(counts), strict=True)):
             if not counts[expert]:
@@ -104,7 +104,7 @@ def test_what_is_asked_for_multiplies(backend: Backend, monkeypatch: pytest.Monk
     monkeypatch.setattr(library, "grouped_product", counted)
     weight, x, ends = _drawn(torch.float32, 2, 8, 16), _drawn(torch.float32, 5, 16), torch.tensor([2, 5]).int()
     grouped_product(x, weight, ends, True, backend)
-    assert len(calls) == (backend == "grouped_mm")  # on a CPU nobody but a flag asks for it
+    assert len(calls) == (backend == "grouped_mm")  # on a CPU only a flag asks for it
     grouped_product(x.double(), weight.double(), ends, True, backend)
     grouped_product(x[:, :15], weight[..., :15], ends, True, backend)
     assert len(calls) == (backend == "grouped_mm"), "it takes neither float64 nor rows that are not aligned"

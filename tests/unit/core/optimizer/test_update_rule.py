@@ -1,4 +1,4 @@
-"""The optimizer runs with any rule: one with a single state tensor of its own name, whole and in shards."""
+"""The optimizer runs with any rule: one with a single state tensor of another name, whole and in shards."""
 
 from dataclasses import replace
 

@@ -71,7 +71,7 @@ def test_memory_is_given_up_as_soon_as_the_schedule_permits(pipeline: Pipeline, 
         forward_only=forward_only,
     )
     assert kept == [work for work in passes(pipeline, rank, microbatches) if isinstance(work, Forward)]
-    # beside the inputs of live microbatches, one is on its way in an interleaved pipeline, and beside an output two are
+    # besides the inputs of live microbatches, one is on its way in an interleaved pipeline; besides an output two are
     # being sent, or there only one, since it is received at once
     interleaved = pipeline.chunks > 1
     if forward_only:

@@ -179,7 +179,7 @@ def check_types(tmp_path: Path, cases: list[tuple[str, str, str, Any]]) -> None:
             assert from_hf(folder).tokenize("The a")
         except (ValueError, OSError) as error:
             assert str(folder) in str(error), (kind, file, field, value)
-            # what transformers alone objects to is told in its words
+            # what only transformers rejects is reported in its words
             if "transformers cannot" not in str(error) and (file, field) != ("tokenizer_config.json", "auto_map"):
                 assert file in str(error) or "no eos_token" in str(error), (kind, field, value, str(error))
                 assert file in ("tokenizer.json", "added_tokens.json") or field in str(error), (kind, field, value)

@@ -63,7 +63,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         (lambda w: w.update({EXPERT: torch.ones(24, 31, dtype=torch.bfloat16)}), EXPERT),
         (lambda w: w.update({EXPERT: w[EXPERT].float()}), EXPERT),
         (lambda w: w.update({EXPERT: w[EXPERT].to(torch.int8)}), "only floating types"),
-        (lambda w: w.update({"model.layers.0.mlp.gate.weight": torch.ones(4, 32)}), "which one counts"),
+        (lambda w: w.update({"model.layers.0.mlp.gate.weight": torch.ones(4, 32)}), "remove one of them"),
     ],
     ids=["missing", "unknown", "shape", "mixed types", "quantized", "both spellings"],
 )

@@ -186,7 +186,7 @@ def test_the_check_of_logits_can_fail(dense: Path, monkeypatch: pytest.MonkeyPat
             return array * 1.001 if rule.layer == 1 and rule.expert == 2 else array
 
     assert check_logits(loader_mistral_hf.UpcycledSource(dense, 4)) < 1e-9
-    with pytest.raises(ValueError, match="expert 2 is not what expert 0 is"):
+    with pytest.raises(ValueError, match="expert 2 differs from expert 0"):
         check_logits(Different(dense, 4))
     experts = experts_module.expert_mlp
     with monkeypatch.context() as patch:

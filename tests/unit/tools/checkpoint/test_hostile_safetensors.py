@@ -124,7 +124,7 @@ def _index(folder: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_take_little_memory(copy_model: MakeModel, tmp_path: Path, name: str) -> None:
-    """In a process of its own, whose peak is read at its end."""
+    """In a separate process, whose peak is read at its end."""
     folder = copy_model()
     BOMBS[name](folder)
     program = (

@@ -257,7 +257,7 @@ def test_companions_count_on_the_disk(
 def test_a_target_is_filled_where_it_leads(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saver: str, target: str
 ) -> None:
-    """A folder that is there may be a mount point: it is neither renamed nor anything made beside it."""
+    """A folder that is there may be a mount point: it is not renamed, and nothing is made next to it."""
     (tmp_path / "disk").mkdir()
     real = {"link": tmp_path / "disk" / "real", "dangling": tmp_path / "disk" / "new", "empty": tmp_path / "empty"}[
         target

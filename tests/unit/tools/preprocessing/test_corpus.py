@@ -145,7 +145,7 @@ LINES = b"".join(b'{"text": "%d"}\n' % (i * i % 99) for i in range(20_000))
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
-def test_a_file_that_ended_early_is_refused_however_little_it_seems_to_withhold(
+def test_a_truncated_file_is_refused_however_little_seems_to_be_lost(
     tmp_path: Path, compression: str, share: float, capsys
 ) -> None:
     content = COMPRESSIONS[compression](LINES)
@@ -220,7 +220,7 @@ def test_own_products_are_never_input(tmp_path: Path, capsys) -> None:
         assert not is_product(corpus), "lines of a corpus that begin in the same way"
 
 
-def test_the_rest_of_a_folder_is_told_by_ending(tmp_path: Path, capsys) -> None:
+def test_the_rest_of_a_folder_is_reported_by_ending(tmp_path: Path, capsys) -> None:
     put(tmp_path / "in" / "a.jsonl", GOOD)
     for name in ("README.md", "b.TXT", "c.txt", "d.tar.gz", "LICENSE", ".hidden"):
         put(tmp_path / "in" / name, GOOD)

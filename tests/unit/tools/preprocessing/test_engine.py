@@ -239,7 +239,7 @@ def with_added(folder: Path, *tokens: dict[str, Any]) -> Tokenizer:
         ([{"content": " tail", "lstrip": True, "normalized": True}, {"content": " lead", "special": True}], None),
     ],
 )
-def test_added_tokens_that_gigatoken_does_not_heed_are_left_to_the_reference(
+def test_added_tokens_that_gigatoken_ignores_are_left_to_the_reference(
     tmp_path: Path, byte_level_folder: Path, tokens: list[dict[str, Any]], reason: str | None
 ) -> None:
     tokenizer = with_added(Path(shutil.copytree(byte_level_folder, tmp_path / "t")), *tokens)

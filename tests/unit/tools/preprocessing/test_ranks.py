@@ -106,9 +106,9 @@ def test_a_failure_of_one_rank_ends_the_others(tmp_path: Path, corpus: Path) -> 
     assert not list(tmp_path.glob("many_text_document*"))
 
 
-def test_a_failure_before_this_rank_began_is_told(tmp_path: Path, corpus: Path, as_rank, capsys, monkeypatch) -> None:
+def test_a_failure_before_this_rank_began_is_named(tmp_path: Path, corpus: Path, as_rank, capsys, monkeypatch) -> None:
     """A rank that failed at once, and whose failure no new start of it has replaced."""
-    monkeypatch.setattr("tools.preprocessing.ranks._SECONDS_TO_BEGIN_ANEW", 0.0)
+    monkeypatch.setattr("tools.preprocessing.ranks._SECONDS_TO_RESTART", 0.0)
     (tmp_path / "many_rank00001of00002_status.json").write_text('{"state": "failed", "error": "no such file"}')
     assert as_rank(0, 2, arguments(corpus, tmp_path / "many")) == 1
     assert "error: rank 1 failed: no such file" in capsys.readouterr().err
@@ -168,5 +168,5 @@ def test_places_are_read_from_the_environment() -> None:
     with pytest.raises(ValueError, match="leave --pty out"):
         place_from(shell | {"SLURM_PROCID": "1"})
     for wrong in ({"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
-        with pytest.raises(ValueError, match="are no rank of a job"):
+        with pytest.raises(ValueError, match="are not a rank of a job"):
             place_from(wrong)

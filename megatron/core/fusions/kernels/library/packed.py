@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, if told so
+# torch 2.11 does not promise that its variable-length attention takes grouped heads; later ones do, with a flag
 _VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
