@@ -193,9 +193,9 @@ def _open_parquet(path: str, keys: list[str]) -> Any:
         raise ValueError(f"{path}: reading .parquet files needs the package pyarrow (pip install pyarrow)") from None
     try:
         file = pyarrow.parquet.ParquetFile(path, buffer_size=inputs.CHUNK_BYTES, pre_buffer=False)
-    except pyarrow.ArrowException as error:
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(str(error)) from None
-    names = file.schema_arrow.names
     for key in keys:
         if key not in names:
             raise ValueError(f"{path} has no column {key!r}; its columns are {', '.join(map(repr, names[:20]))}")
@@ -220,7 +220,7 @@ def _batches(path: str, keys: list[str]) -> Iterator[tuple[Any, int]]:
     try:
         for batch in file.iter_batches(_ROWS, columns=keys, use_threads=False):
             yield batch, file.metadata.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(str(error)) from None
 
 
