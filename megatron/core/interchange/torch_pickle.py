@@ -66,11 +66,18 @@ class _Storage(NamedTuple):
 class _Reader:
     """Gives names, storages and tensors their meaning; knows the names below only."""
 
-    def __init__(self, data: "bytes | mmap", position: int, sizes: Callable[[str], int], operations: int) -> None:
+    def __init__(
+        self,
+        data: "bytes | mmap",
+        position: int,
+        sizes: Callable[[str], int],
+        operations: int,
+        foreign: bool = False,
+    ) -> None:
         self.machine = PickleMachine(data, position, operations, self._find, self._storage, self._call, self._set_state)
         self.storages: dict[str, int] = {}
         """Bytes of each storage that the pickle names."""
-        self._sizes = sizes
+        self._sizes, self._foreign = sizes, foreign
         self._namespace = type("Namespace", (Namespace,), {})  # a class of its own, which nothing can alter
         self._known: dict[str, object] = {
             "argparse.Namespace": self._namespace,
@@ -95,7 +102,7 @@ class _Reader:
             return _STORAGES[name]
         if module == "torch" and re.fullmatch(r"(bfloat|float|complex|uint|int|bool)[0-9]*(_\w+)?", name):
             return full
-        if full.startswith(INERT_PREFIXES) or full in INERT_NAMES:
+        if self._foreign or full.startswith(INERT_PREFIXES) or full in INERT_NAMES:
             return Inert
         raise pickle.UnpicklingError(f"GLOBAL {full}")
 
@@ -188,12 +195,12 @@ def _fits(elements: int, start: Any, shape: tuple[Any, ...], stride: tuple[Any, 
     return last < elements and math.prod(shape) <= elements
 
 
-def read_pickle(data: bytes, records: Mapping[str, int]) -> Any:
+def read_pickle(data: bytes, records: Mapping[str, int], foreign: bool = False) -> Any:
     """The object in a `.pt` file's pickle, tensors as `TensorEntry`.
 
     `records` has the bytes of each record, which every tensor has to lie within. Raises pickle.UnpicklingError with
     `GLOBAL` and the name for anything that is not known here to be harmless, and whatever else a pickle that was not
-    written by torch leads to.
+    written by torch leads to. With `foreign` such names stand for objects that keep nothing, instead.
     """
 
     def size(record: str) -> int:
@@ -201,7 +208,7 @@ def read_pickle(data: bytes, records: Mapping[str, int]) -> Any:
             raise pickle.UnpicklingError(f"a storage without its record {record}")
         return records[record]
 
-    return _Reader(data, 0, size, _operations(records.values())).machine.run()
+    return _Reader(data, 0, size, _operations(records.values()), foreign).machine.run()
 
 
 def check_old_pickles(data: mmap) -> None:
