@@ -1,9 +1,4 @@
-"""Weights of a checkpoint in Megatron-LM's `torch_dist` format, which is the same for every layout.
-
-One key holds a weight of all layers, and of all experts, along leading axes: `decoder.layers.mlp.router.weight` is
-[layers, experts, hidden], `decoder.layers.mlp.experts.experts.linear_fc1.weight` [layers, experts, 2 ffn, hidden].
-Where layers differ, Megatron-LM writes `decoder.layers.3.mlp.router.weight` instead.
-"""
+"""Weights of a checkpoint in Megatron-LM's `torch_dist` format, which is the same for every layout."""
 
 import re
 from pathlib import Path
@@ -22,17 +17,13 @@ from tools.checkpoint.stream import (
     rows_of,
     with_vocabulary,
 )
+from tools.checkpoint.torch_dist_names import keys_of
 
 _PREFIX = re.compile(r"^(?:(?:model|module)\.)+")
 # Kept beside the weights; TransformerEngine's extra state is empty unless it trains in FP8.
 _NO_WEIGHTS = re.compile(
-    r"(optimizer|rng_state|rerun_state_machine_state|common_state|opt_param_scheduler)\b.*|.*\._extra_state(/.*)?"
+    r"((chained_[0-9]+\.)?optimizer|rng_state|rerun_state_machine_state|common_state|opt_param_scheduler)\b.*|.*\._extra_state(/.*)?"
 )
-# TransformerEngine's layers hold the norm before them; the other layers are written under the same names, or their own.
-_NORMS = {
-    "input_layernorm.weight": ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    "pre_mlp_layernorm.weight": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-}
 
 
 class TorchDistSource:
@@ -64,9 +55,10 @@ class TorchDistSource:
             raise ValueError(f"{folder} holds the weights of several models")
         model = model_config_from_args(args, true_vocab_size)
         check_counts(model.num_layers, model.num_experts, self._count(), folder)
-        self._padded = self._checkpoint.shape(self._key("embedding.word_embeddings.weight"))[0]
+        embedding = self._keys.get("embedding.word_embeddings.weight")
+        self._padded = self._checkpoint.shape(embedding)[0] if embedding is not None else 0
         model = with_vocabulary(model, self._padded, fallback_vocab_size)
-        self._places = {rule.name: self._place(rule) for rule in mixtral_weights(model, self._padded)}
+        self._places = {rule.name: self._place(rule) for rule in mixtral_weights(model, self._padded or None)}
         self._check(model.num_layers, model.num_experts, list(mixtral_weights(model, self._padded)))
         self.stages = {(0, 0): whole_model(model.num_layers)}
         used = {key for key, _ in self._places.values()}
@@ -99,25 +91,13 @@ class TorchDistSource:
         tensors = self._checkpoint.catalog.tensors
         return sum(max(len(tensors[key].chunks), 1) for key in self._keys.values())
 
-    def _key(self, *names: str) -> str:
-        """The key under the first of `names` that is there."""
-        for name in names:
-            if name in self._keys:
-                return self._keys[name]
-        raise ValueError(f"{self.folder} lacks {' or '.join(names)}")
-
     def _place(self, rule: WeightRule) -> tuple[str, tuple[int, ...]]:
         """The key that holds a weight, and its indices along the leading axes."""
-        if rule.layer is None:
-            return self._key(rule.name), ()
-        name = rule.name.removeprefix(f"decoder.layers.{rule.layer}.")
-        name = re.sub(r"^mlp\.experts\.local_experts\.[0-9]+\.", "mlp.experts.experts.", name)
-        names = _NORMS.get(name, (name,))
-        expert = () if rule.expert is None else (rule.expert,)
-        here = [f"decoder.layers.{rule.layer}.{each}" for each in names]
-        if any(each in self._keys for each in here):
-            return self._key(*here), expert
-        return self._key(*(f"decoder.layers.{each}" for each in names)), (rule.layer, *expert)
+        keys = keys_of(rule)
+        for key in keys:
+            if key.name in self._keys:
+                return self._keys[key.name], key.at
+        raise ValueError(f"{self.folder} lacks {' or '.join(dict.fromkeys(key.name for key in keys))}")
 
     def _check(self, layers: int, experts: int, rules: list[WeightRule]) -> None:
         used = {key for key, _ in self._places.values()}

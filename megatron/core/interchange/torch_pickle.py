@@ -232,8 +232,32 @@ def _operations(sizes: Collection[int]) -> int:
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items() if name != "UntypedStorage"}
 
 
+@dataclass(frozen=True)
+class Named:
+    """Something that the reader of a pickle finds in a module of its own."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the reader of a pickle gets by a call of `function`."""
+
+    function: Named
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """An object of `kind`, made without calling anything and then given its `state`."""
+
+    kind: Named
+    state: object
+
+
 def write_pickle(value: object) -> bytes:
-    """The pickle of plain values, dictionaries, lists, tuples, `Namespace`, and tensors as `TensorEntry`."""
+    """The pickle of plain values, dictionaries, lists, tuples, `Namespace`, tensors as `TensorEntry`, and the above."""
     return b"\x80\x02" + _encoded(value) + b"."
 
 
@@ -260,6 +284,12 @@ def _encoded(value: object) -> bytes:
         return b"}(" + b"".join(_encoded(part) for item in value.items() for part in item) + b"u"
     if isinstance(value, Namespace):
         return _name("argparse", "Namespace") + b")\x81" + _encoded(vars(value)) + b"b"
+    if isinstance(value, Named):
+        return _name(value.module, value.name)
+    if isinstance(value, Call):
+        return _encoded(value.function) + _encoded(value.arguments) + b"R"
+    if isinstance(value, Instance):
+        return _encoded(value.kind) + b")\x81" + _encoded(value.state) + b"b"
     assert isinstance(value, TensorEntry), f"a {type(value).__name__} is not a plain value"
     elements = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
     storage = (

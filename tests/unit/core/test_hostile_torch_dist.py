@@ -66,6 +66,11 @@ def _place(metadata: Metadata, **values: Any) -> None:
     _set(metadata.storage_data[FIRST], **values)
 
 
+def _huge(metadata: Metadata) -> None:
+    _set(metadata.state_dict_metadata[KEY], size=torch.Size([10**18, 8]))
+    _set(chunks(metadata)[1], sizes=torch.Size([10**18 - 2, 8]))
+
+
 DAMAGES: dict[str, tuple[Change, str]] = {
     "payload": (lambda m: _set(m, planner_data=Payload()), "posix.system, which is never run"),
     "class": (lambda m: _set(m, planner_data=argparse.ArgumentParser), "argparse.ArgumentParser, which is never run"),
@@ -75,10 +80,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     "overlap": (lambda m: _set(chunks(m)[1], offsets=torch.Size([0, 0])), f"the chunks of {KEY} overlap"),
     "outside": (lambda m: _set(chunks(m)[1], sizes=torch.Size([4, 8])), f"a chunk of {KEY} lies outside of its shape"),
     "axes": (lambda m: _set(chunks(m)[1], sizes=torch.Size([3])), f"a chunk of {KEY} lies outside of its shape"),
-    "huge": (
-        lambda m: None,
-        f"a chunk of {KEY} has more elements than bytes",
-    ),
+    "huge": (_huge, f"a chunk of {KEY} has more elements than bytes"),
     "past the end": (lambda m: _place(m, offset=10**9), f"{KEY} lies beyond the end of"),
     "negative": (lambda m: _place(m, offset=-5), f"{KEY} lies beyond the end of"),
     "no file": (lambda m: _place(m, relative_path="__9_9.distcp"), "is in __9_9.distcp, which is not there"),

@@ -3,16 +3,21 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
 from torch_dist_testing import Pieces, save_torch_dist
 
 from megatron.core.interchange.element_types import to_torch
 from megatron.core.models.mixtral.hf_weights import WeightRule, mixtral_weights
-from tools.checkpoint import convert_megatron_to_hf_mixtral, util
+from tools.checkpoint import convert_megatron_to_hf_mixtral, saver_mixtral_torch_dist, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
+from tools.checkpoint.torch_dist_names import key_of, state_keys
+
+Capture = pytest.CaptureFixture[str]
 
 FUSED_NORM = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
 LOCAL_NORM = {**FUSED_NORM, "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
@@ -115,3 +120,53 @@ def test_a_folder_converts_bit_for_bit(
                      "--target-tensor-parallel-size 2 --true-vocab-size 150".split()) == 0  # fmt: skip
     assert to_huggingface(tmp_path / "torch", model, tmp_path / "again") == 0
     assert_same_tensors(tmp_path / "again", disk_tensors(model))
+
+
+@pytest.mark.parametrize("implementation", ["transformer_engine", "local"])
+@pytest.mark.parametrize("made", [{}, {"experts": 8, "dtype": torch.float32}], ids=["4 in bfloat16", "8 in float32"])
+def test_pytorch_reads_what_is_written(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, implementation: str, made: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(saver_mixtral_torch_dist, "_BYTES_OF_FILE", 30_000)
+    model = make_model(**made)
+    command = f"--loader mixtral_hf --saver mixtral_torch_dist --load-dir {model} --save-dir {tmp_path / 'run'}"
+    assert util.main([*command.split(), "--target-transformer-impl", implementation]) == 0
+    step = tmp_path / "run" / "release"
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    assert len(list(step.glob("*.distcp"))) > 3
+    metadata = dcp.FileSystemReader(step).read_metadata()
+    state: dict[str, Any] = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype) if hasattr(entry, "size") else None
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+    dcp.load(state, checkpoint_id=step, no_dist=True)
+    source = HuggingFaceSource(model)
+    for rule in mixtral_weights(source.description.model, 256):
+        key, at = key_of(rule, implementation)
+        expected = to_torch(source.read(rule, range(rule.shape[0])), source.description.dtype)
+        assert torch.equal(state[key][at], expected), (key, at)
+    state = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    assert set(state) == set(state_keys(4, source.description.model.num_experts, implementation))
+    assert all(value == [None] for value in state.values())
+    common = torch.load(step / "common.pt", weights_only=False)
+    assert common["args"].num_layers == 4 and common["args"].padded_vocab_size == 256
+    assert to_huggingface(tmp_path / "run", model, tmp_path / "out") == 0
+    assert_same_tensors(tmp_path / "out", disk_tensors(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"extra": {"decoder.layers.mlp.shared_experts.linear_fc1.weight": [((0, 0), torch.zeros(4, 2))]}},
+         "has tensors that a Mixtral model does not: decoder.layers.mlp.shared_experts.linear_fc1.weight"),
+        ({"norms": {"final_layernorm": "ln_f"}}, "lacks decoder.final_layernorm.weight"),
+        ({"padded": 100}, "the vocabulary has 150 entries but the embedding 100 rows"),
+    ],
+)  # fmt: skip
+def test_a_folder_of_another_model_is_refused(
+    make_model: MakeModel, tmp_path: Path, capsys: Capture, options: dict[str, Any], sentence: str
+) -> None:
+    model, step = make_model(), tmp_path / "iter_0000007"
+    write_model(model, step, **options)
+    assert to_huggingface(step, model, tmp_path / "out") == 1
+    assert sentence in capsys.readouterr().err and not (tmp_path / "out").exists()
