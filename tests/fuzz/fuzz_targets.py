@@ -257,6 +257,27 @@ def _read_torch(folder: Path) -> None:
     load_torch(path)
 
 
+def _torch_dist(folder: Path) -> None:
+    """Two tensors, one of them in two chunks, and an object, as Megatron-LM has them."""
+    import torch
+    from torch_dist_testing import save_torch_dist
+
+    pieces = {"a": [((0, 0), torch.ones(2, 3)), ((2, 0), torch.ones(1, 3))], "b": [((0,), torch.ones(4).bfloat16())]}
+    save_torch_dist(folder, pieces, argparse.Namespace(num_layers=2), objects={"c/shard_0_1": [None]}, files=1)
+
+
+def _read_torch_dist(folder: Path) -> None:
+    from megatron.core.interchange.element_types import STORED_AS
+    from megatron.core.interchange.torch_dist import CheckpointFolder, saved_arguments
+
+    checkpoint = CheckpointFolder(folder)
+    repr(saved_arguments(checkpoint))
+    for key, saved in checkpoint.catalog.tensors.items():
+        if saved.dtype in STORED_AS and saved.shape and 0 not in saved.shape:
+            target = np.empty(saved.shape, STORED_AS[saved.dtype])
+            checkpoint.read_into(target, key, (), range(saved.shape[0]), saved.dtype)
+
+
 _CONFIG: dict[str, Any] = {
     "model_type": "mixtral", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 2,
@@ -336,6 +357,8 @@ TARGETS = {
     "step_metadata": Target([_step_content], _read_step, ("metadata.json",), {"metadata.json": _with_checksum}),
     "torch_file": Target([_torch_file(True), _torch_file(False)], _read_torch),
     "torch_pickle": Target([_pickle], _read_torch, wrap={"a.pt": _archive}),
+    "torch_dist": Target([_torch_dist], _read_torch_dist, ("__*.distcp", "common.pt")),
+    "torch_dist_metadata": Target([_torch_dist], _read_torch_dist, (".metadata",)),
     "model_config": Target([_model(1)], _read_model, ("config.json",)),
     "model_index": Target([_model(3)], _read_model, ("*.index.json",)),
     "model_weights": Target([_model(1)], _read_model, ("*.safetensors",)),

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron.core.interchange import (
     model_config_from_args,
 )
 from megatron.core.interchange.element_types import Array
-from megatron.core.interchange.folder_kind import is_sharded
+from megatron.core.interchange.folder_kind import is_sharded, is_torch_dist
 from megatron.core.interchange.stored_tensor import bytes_of, open_torch, stored_tensor
 from megatron.core.models.mixtral.weights import mixtral_table
 from megatron.core.models.weight_table import WeightRule
@@ -33,7 +32,9 @@ from tools.checkpoint.stream import (
     describe_training,
     list_some,
     rows_of,
+    with_vocabulary,
 )
+from tools.checkpoint.torch_dist_source import TorchDistSource
 
 if TYPE_CHECKING:
     from tools.checkpoint.sharded_source import ShardedSource
@@ -76,15 +77,25 @@ def open_megatron(
     fallback_vocab_size: int | None = None,
     params_dtype: str | None = None,
     layout: tuple[int | None, int | None, int | None] = (None, None, None),
-) -> "PerRankSource | ShardedSource":
-    """The step that `path` and `iteration` name, of either format; see `PerRankSource` for the rest.
+) -> "PerRankSource | ShardedSource | TorchDistSource":
+    """The step that `path` and `iteration` name, of any format; see `PerRankSource` for the rest.
 
-    A sharded checkpoint (`torch_dist`) knows its vocabulary size and is read at any layout; sizes in `layout` are
-    compared with those of the run that saved it.
+    A sharded checkpoint of ours knows its vocabulary size. It and Megatron-LM's `torch_dist` are read at any layout;
+    sizes in `layout` are compared with those of the run that saved it.
     """
     folder, found = find_checkpoint(path, iteration)
+    if is_torch_dist(folder):
+        shared = TorchDistSource(
+            folder,
+            iteration=found,
+            true_vocab_size=true_vocab_size,
+            fallback_vocab_size=fallback_vocab_size,
+            params_dtype=params_dtype,
+        )
+        _check_layout(folder, layout, shared.saved_sizes)
+        return shared
     if is_sharded(folder):
-        from tools.checkpoint.sharded_source import ShardedSource  # needs torch, which the other format does not
+        from tools.checkpoint.sharded_source import ShardedSource  # needs torch, which the other formats do not
 
         source = ShardedSource(folder, iteration=found, params_dtype=params_dtype)
         _check_layout(folder, layout, source.saved_sizes)
@@ -162,7 +173,7 @@ class PerRankSource:
         }
         embedding = weights[(0, 0, 0), 0].get("embedding.word_embeddings.weight")
         self._padded = (embedding[1].shape[0] if embedding else 0) * self.layout.tensor
-        model = self._with_vocabulary(model, fallback_vocab_size)
+        model = with_vocabulary(model, self._padded, fallback_vocab_size)
         self._parts: dict[str, dict[int, list[_Held]]] = {}
         dtypes: dict[str, str] = {}
         self.stages = self._stages(model, weights)
@@ -193,21 +204,6 @@ class PerRankSource:
             tensors = {name: value for name, value in weights.items() if not name.endswith("_extra_state")}
             chunks.append({name: stored_tensor(path, records, name, value) for name, value in tensors.items()})
         return args, _RankFile(path, chunks)
-
-    def _with_vocabulary(self, model: ModelConfig, fallback: int | None) -> ModelConfig:
-        if model.vocab_size is None and fallback is not None:
-            model = replace(model, vocab_size=fallback)
-        if model.vocab_size is None:
-            print(
-                f"warning: the checkpoint only knows its padded vocabulary size: all {self._padded} entries are taken "
-                "as real; give the true size with --true-vocab-size",
-                file=sys.stderr,
-            )
-            model = replace(model, vocab_size=self._padded)
-        assert model.vocab_size is not None
-        if model.vocab_size > self._padded > 0:
-            raise ValueError(f"the vocabulary has {model.vocab_size} entries but the embedding {self._padded} rows")
-        return model
 
     def _stages(
         self, model: ModelConfig, weights: dict[tuple[tuple[int, int, int], int], dict[str, tuple[str, Stored]]]

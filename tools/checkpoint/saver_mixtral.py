@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="ranks that split each expert's matrices (default: the tensor-parallel size)",
     )
+    add_tokenizer_arguments(parser)
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
+    """The padding of the vocabulary, and the tokenizer to name in the checkpoint."""
     parser.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
@@ -182,26 +187,20 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     """
     description, target = source.description, check(args)
     root, existed = target.folder, target.folder.exists()
-    model = description.model
-    if args.make_vocab_size_divisible_by is not None:
-        model = replace(model, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
+    model = model_to_write(description, args)
     try:
         layout, parallel = target_layout(args, model)
     except ValueError as error:
         message = re.sub("--(tensor|pipeline)-model|--(decoder|num-virtual)", r"--target-\1\2", str(error))
         raise ValueError(message) from None
-    if args.tokenizer_model is not None or args.tokenizer_type is not None or description.tokenizer_type is None:
-        model_path = args.tokenizer_model or description.tokenizer_model
-        tokenizer = find_tokenizer(model_path, args.tokenizer_type)
-    else:
-        tokenizer = (description.tokenizer_type, description.tokenizer_model)
-    if description.sliding_window is not None:
-        print(
-            f"note: the model attends to {description.sliding_window} tokens at most; train with a --seq-length that "
-            "is not longer",
-            file=sys.stderr,
-        )
-    extra = _extra_args(description, tokenizer, parallel)
+    tokenizer = tokenizer_to_name(description, args)
+    chunks = parallel.num_virtual_stages_per_pipeline_rank
+    extra = {
+        **extra_args(description, tokenizer),
+        "virtual_pipeline_model_parallel_size": chunks if chunks != 1 else None,
+        "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers,
+        "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers,
+    }
     content = {
         "args": model_args_namespace(model, layout, description.seq_length, extra),
         "checkpoint_version": CHECKPOINT_VERSION,
@@ -229,10 +228,28 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     print(f"wrote {target.name / 'release'}: {layout}, {description.dtype}, weights only")
 
 
-def _extra_args(
-    description: Description, tokenizer: tuple[str | None, str | None], parallel: ParallelConfig
-) -> dict[str, object]:
-    chunks = parallel.num_virtual_stages_per_pipeline_rank
+def model_to_write(description: Description, args: argparse.Namespace) -> ModelConfig:
+    """The source's model, its vocabulary padded as the command line says."""
+    if args.make_vocab_size_divisible_by is None:
+        return description.model
+    return replace(description.model, make_vocab_size_divisible_by=args.make_vocab_size_divisible_by)
+
+
+def tokenizer_to_name(description: Description, args: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Type and place of the tokenizer: the command line's, or else the source's; says what else training must know."""
+    if description.sliding_window is not None:
+        print(
+            f"note: the model attends to {description.sliding_window} tokens at most; train with a --seq-length that "
+            "is not longer",
+            file=sys.stderr,
+        )
+    if args.tokenizer_model is not None or args.tokenizer_type is not None or description.tokenizer_type is None:
+        return find_tokenizer(args.tokenizer_model or description.tokenizer_model, args.tokenizer_type)
+    return description.tokenizer_type, description.tokenizer_model
+
+
+def extra_args(description: Description, tokenizer: tuple[str | None, str | None]) -> dict[str, object]:
+    """Arguments to store beside those of the model's shape."""
     return {
         "tokenizer_type": tokenizer[0],
         "tokenizer_model": tokenizer[1],
@@ -241,9 +258,6 @@ def _extra_args(
         "sliding_window": description.sliding_window,
         "params_dtype": description.dtype,
         "fp16": description.dtype == "float16",
-        "virtual_pipeline_model_parallel_size": chunks if chunks != 1 else None,
-        "decoder_first_pipeline_num_layers": parallel.decoder_first_pipeline_num_layers,
-        "decoder_last_pipeline_num_layers": parallel.decoder_last_pipeline_num_layers,
     }
 
 

@@ -308,6 +308,26 @@ def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path
     )
 
 
+def with_vocabulary(model: ModelConfig, padded: int, fallback: int | None) -> ModelConfig:
+    """`model` with its true vocabulary size, which is `fallback`, or else all `padded` entries, if it has none yet.
+
+    Raises ValueError if it is larger than the padded one.
+    """
+    if model.vocab_size is None and fallback is not None:
+        model = replace(model, vocab_size=fallback)
+    if model.vocab_size is None:
+        print(
+            f"warning: the checkpoint only knows its padded vocabulary size: all {padded} entries are taken "
+            "as real; give the true size with --true-vocab-size",
+            file=sys.stderr,
+        )
+        model = replace(model, vocab_size=padded)
+    assert model.vocab_size is not None
+    if model.vocab_size > padded > 0:
+        raise ValueError(f"the vocabulary has {model.vocab_size} entries but the embedding {padded} rows")
+    return model
+
+
 def check_counts(layers: int, experts: int, tensors: int, where: Path) -> None:
     """Raises ValueError if experts have far more weights than there are tensors, before each of them is looked for."""
     least = layers * experts * 2

@@ -81,7 +81,7 @@ def build_parser(loader: ModuleType, saver: ModuleType) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-type", choices=("GPT",), default="GPT", help="family of the model")
     parser.add_argument("--loader", required=True, help="format to read: mixtral_hf, mixtral or mistral_hf")
-    parser.add_argument("--saver", required=True, help="format to write: mixtral or mixtral_hf")
+    parser.add_argument("--saver", required=True, help="format to write: mixtral, mixtral_hf or mixtral_torch_dist")
     parser.add_argument("--load-dir", required=True, help="folder to read")
     parser.add_argument("--save-dir", required=True, help="folder to write, new or empty, apart from --load-dir")
     parser.add_argument(

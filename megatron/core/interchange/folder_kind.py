@@ -26,8 +26,9 @@ _FOREIGN = (
     ),
     (
         ("*.distcp", "*/*.distcp"),
-        "is a checkpoint of torch.distributed.checkpoint: merge it with the program that wrote it "
-        "(Megatron-LM: --ckpt-convert-format torch; accelerate: accelerate merge-weights)",
+        "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, convert it with python "
+        "tools/checkpoint/util.py --loader mixtral (give the step's folder), otherwise merge it with the program that "
+        "did (accelerate: accelerate merge-weights)",
     ),
     (
         ("zero_to_fp32.py", "global_step*", "*_zero_pp_rank_*"),
@@ -51,10 +52,10 @@ def is_sharded(folder: Path) -> bool:
     """Whether a step's folder is in the sharded format (`--ckpt-format torch_dist`), whole or damaged."""
     if any(folder.glob("rank_*.safetensors")):
         return True
-    return (folder / METADATA_FILE).is_file() and not is_pickled(folder)  # which has a file of that name, too
+    return (folder / METADATA_FILE).is_file() and not is_torch_dist(folder)  # which has a file of that name, too
 
 
-def is_pickled(folder: Path) -> bool:
+def is_torch_dist(folder: Path) -> bool:
     """Whether a step's folder is in the torch_dist format of Megatron-LM, whose description is a pickle."""
     return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron.core.interchange.element_types import STORED_AS, Array, cast, dtype_name, from_torch
-from megatron.core.interchange.torch_archive import is_archive
+from megatron.core.interchange.torch_archive import Window, is_archive
 from megatron.core.interchange.torch_file import archive_records, index_torch
 from megatron.core.interchange.torch_pickle import TensorEntry
 
@@ -37,11 +37,14 @@ def bytes_of(array: Array) -> memoryview:
 
 
 class ZipRecords:
-    """The records of a `.pt` file, by the offset of their bytes, each compared with its checksum once."""
+    """The records of a `.pt` file, or of a `window` of one, by the offset of their bytes.
 
-    def __init__(self, path: Path) -> None:
+    Each is compared with its checksum once.
+    """
+
+    def __init__(self, path: Path, window: Window | None = None) -> None:
         self.path = path
-        self._named = archive_records(path)
+        self._named = archive_records(path, window)
         self._records = {record.start: record for record in self._named.values() if record.size}
         self._good: set[int] = set()
         self._running: dict[int, tuple[int, int]] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
-from megatron.core.interchange.torch_archive import DamagedError, Record, is_archive, read_archive
+from megatron.core.interchange.torch_archive import DamagedError, Record, Window, is_archive, read_archive
 from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, check_old_pickles, read_pickle
 
 
@@ -51,7 +51,7 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
     """
     import torch
 
-    with _readable(Path(path)):
+    with readable(Path(path)):
         zipped = is_archive(path)
         _check(Path(path), zipped)
         if zipped and verify:
@@ -61,25 +61,35 @@ def load_torch(path: Path, *, mmap: bool = False, verify: bool = True) -> dict[s
         return _dictionary(content)
 
 
-def index_torch(path: Path) -> dict[str, Any]:
+def index_torch(path: Path, *, foreign: bool = False) -> dict[str, Any]:
     """The same without the tensors' bytes and without torch: tensors are `TensorEntry`.
 
-    A file of before torch 1.6, which is no archive, is read whole.
+    A file of before torch 1.6, which is no archive, is read whole. With `foreign`, objects of unknown classes stand for
+    nothing; otherwise they are refused.
     """
     if path.is_file() and not is_archive(path):
         return load_torch(path)
-    with _readable(path):
-        return _dictionary(_index(path))
+    with readable(path):
+        return _dictionary(_index(path, foreign=foreign))
 
 
-def archive_records(path: Path) -> dict[str, Record]:
-    """The records of a `.pt` file by name. Raises ValueError naming the file if they are not what torch writes."""
-    with _readable(path):
-        return read_archive(path)
+def index_value(path: Path, window: Window, *, foreign: bool = False) -> Any:
+    """The same of whatever `torch.save` wrote into a `window` of a file: a tensor, or plain values."""
+    with readable(path):
+        return _index(path, window, foreign)
+
+
+def archive_records(path: Path, window: Window | None = None) -> dict[str, Record]:
+    """The records of a `.pt` file, or of a `window` of one, by name.
+
+    Raises ValueError naming the file if they are not what torch writes.
+    """
+    with readable(path):
+        return read_archive(path, window)
 
 
 def _check(path: Path, zipped: bool) -> None:
-    """Raises what `_readable` knows if torch would allocate or read what is not there."""
+    """Raises what `readable` knows if torch would allocate or read what is not there."""
     if zipped:
         _index(path)
         return
@@ -87,8 +97,8 @@ def _check(path: Path, zipped: bool) -> None:
         check_old_pickles(data)
 
 
-def _index(path: Path) -> Any:
-    records = read_archive(path)
+def _index(path: Path, window: Window | None = None, foreign: bool = False) -> Any:
+    records = read_archive(path, window)
     with open(path, "rb") as file:
 
         def content(record: Record) -> bytes:
@@ -98,7 +108,7 @@ def _index(path: Path) -> Any:
         if "byteorder" in records and content(records["byteorder"]) != b"little":
             raise DamagedError("its numbers are big-endian, which is not supported")
         described = content(records["data.pkl"])
-    return read_pickle(described, {name: record.size for name, record in records.items()})
+    return read_pickle(described, {name: record.size for name, record in records.items()}, foreign)
 
 
 def _dictionary(content: object) -> dict[str, Any]:
@@ -108,7 +118,7 @@ def _dictionary(content: object) -> dict[str, Any]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Turns whatever torch, pickle or zip make of a damaged file into one sentence."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")

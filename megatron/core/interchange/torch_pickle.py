@@ -66,11 +66,18 @@ class _Storage(NamedTuple):
 class _Reader:
     """Gives names, storages and tensors their meaning; knows the names below only."""
 
-    def __init__(self, data: "bytes | mmap", position: int, sizes: Callable[[str], int], operations: int) -> None:
+    def __init__(
+        self,
+        data: "bytes | mmap",
+        position: int,
+        sizes: Callable[[str], int],
+        operations: int,
+        foreign: bool = False,
+    ) -> None:
         self.machine = PickleMachine(data, position, operations, self._find, self._storage, self._call, self._set_state)
         self.storages: dict[str, int] = {}
         """Bytes of each storage that the pickle names."""
-        self._sizes = sizes
+        self._sizes, self._foreign = sizes, foreign
         self._namespace = type("Namespace", (Namespace,), {})  # a new class, which nothing can alter
         self._known: dict[str, object] = {
             "argparse.Namespace": self._namespace,
@@ -95,7 +102,7 @@ class _Reader:
             return _STORAGES[name]
         if module == "torch" and re.fullmatch(r"(bfloat|float|complex|uint|int|bool)[0-9]*(_\w+)?", name):
             return full
-        if full.startswith(INERT_PREFIXES) or full in INERT_NAMES:
+        if self._foreign or full.startswith(INERT_PREFIXES) or full in INERT_NAMES:
             return Inert
         raise pickle.UnpicklingError(f"GLOBAL {full}")
 
@@ -188,12 +195,12 @@ def _fits(elements: int, start: Any, shape: tuple[Any, ...], stride: tuple[Any, 
     return last < elements and math.prod(shape) <= elements
 
 
-def read_pickle(data: bytes, records: Mapping[str, int]) -> Any:
+def read_pickle(data: bytes, records: Mapping[str, int], foreign: bool = False) -> Any:
     """The object in a `.pt` file's pickle, tensors as `TensorEntry`.
 
     `records` has the bytes of each record, which every tensor has to lie within. Raises pickle.UnpicklingError with
     `GLOBAL` and the name for anything that is not known here to be harmless, and whatever else a pickle that was not
-    written by torch leads to.
+    written by torch leads to. With `foreign` such names stand for objects that keep nothing, instead.
     """
 
     def size(record: str) -> int:
@@ -201,7 +208,7 @@ def read_pickle(data: bytes, records: Mapping[str, int]) -> Any:
             raise pickle.UnpicklingError(f"a storage without its record {record}")
         return records[record]
 
-    return _Reader(data, 0, size, _operations(records.values())).machine.run()
+    return _Reader(data, 0, size, _operations(records.values()), foreign).machine.run()
 
 
 def check_old_pickles(data: mmap) -> None:
@@ -225,8 +232,32 @@ def _operations(sizes: Collection[int]) -> int:
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items() if name != "UntypedStorage"}
 
 
+@dataclass(frozen=True)
+class Named:
+    """Something that the reader of a pickle finds in a module of its own."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the reader of a pickle gets by a call of `function`."""
+
+    function: Named
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """An object of `kind`, made without calling anything and then given its `state`."""
+
+    kind: Named
+    state: object
+
+
 def write_pickle(value: object) -> bytes:
-    """The pickle of plain values, dictionaries, lists, tuples, `Namespace`, and tensors as `TensorEntry`."""
+    """The pickle of plain values, dictionaries, lists, tuples, `Namespace`, tensors as `TensorEntry`, and the above."""
     return b"\x80\x02" + _encoded(value) + b"."
 
 
@@ -253,6 +284,12 @@ def _encoded(value: object) -> bytes:
         return b"}(" + b"".join(_encoded(part) for item in value.items() for part in item) + b"u"
     if isinstance(value, Namespace):
         return _name("argparse", "Namespace") + b")\x81" + _encoded(vars(value)) + b"b"
+    if isinstance(value, Named):
+        return _name(value.module, value.name)
+    if isinstance(value, Call):
+        return _encoded(value.function) + _encoded(value.arguments) + b"R"
+    if isinstance(value, Instance):
+        return _encoded(value.kind) + b")\x81" + _encoded(value.state) + b"b"
     assert isinstance(value, TensorEntry), f"a {type(value).__name__} is not a plain value"
     elements = 1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride, strict=True))
     storage = (

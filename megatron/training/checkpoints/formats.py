@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron.core.interchange.folder_kind import is_pickled, not_a_checkpoint
+from megatron.core.interchange.folder_kind import is_torch_dist, not_a_checkpoint
 from megatron.training.checkpoints.per_rank import PerRank
 from megatron.training.checkpoints.protocol import CheckpointFormat
 from megatron.training.checkpoints.sharded import Sharded
@@ -16,7 +16,7 @@ def format_of(folder: Path) -> CheckpointFormat:
     for candidate in FORMATS.values():
         if candidate.is_mine(folder):
             return candidate
-    if is_pickled(folder):
+    if is_torch_dist(folder):
         raise ValueError(
             f"{folder} is a torch_dist checkpoint of Megatron-LM, which holds pickled objects: convert it there with "
             "--ckpt-convert-format torch"
