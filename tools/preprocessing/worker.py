@@ -104,7 +104,7 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
         lost, blank_bytes = -(-size * lost // whole), size * blank_bytes // whole
     if bad:
         numbers = lines.numbers()
-        bad = [each._replace(line=numbers[each.line]) for each in bad]
+        bad = [Bad(numbers[line], reason, detail) for line, reason, detail in bad]
     count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
     return {"lines": count, "bad": bad, "lost_bytes": lost, "blank": blank, "blank_bytes": blank_bytes, "cut": cut}
 
