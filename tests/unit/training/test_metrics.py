@@ -67,6 +67,77 @@ def test_the_console_line_is_megatrons(capsys: pytest.CaptureFixture[str]) -> No
     )  # fmt: skip
 
 
+# What the records of two steps, of which the first one's loss is NaN, and an evaluation leave behind.
+JSON_LINES = """\
+{"iteration": 1, "consumed_samples": 8, "lm_loss": NaN, "load_balancing_loss": 1.0625, "z_loss": 3.0, \
+"grad_norm": 0.5, "max_expert_load": 2.5, "expert_load_entropy": 0.8246987351738497, "dead_experts": 1, \
+"tokens_per_expert": [[4, 4, 4, 4], [0, 10, 4, 2]], "learning_rate": 0.001, "loss_scale": 1.0, \
+"global_batch_size": 8, "tokens_per_second": 100.0, "skipped": true}
+{"iteration": 2, "consumed_samples": 16, "lm_loss": 0.3333333333333333, "load_balancing_loss": 1.0625, "z_loss": 3.0, \
+"grad_norm": 0.5, "max_expert_load": 2.5, "expert_load_entropy": 0.8246987351738497, "dead_experts": 1, \
+"tokens_per_expert": [[4, 4, 4, 4], [0, 10, 4, 2]], "learning_rate": 0.001, "loss_scale": 1.0, \
+"global_batch_size": 8, "tokens_per_second": 100.0, "skipped": false}
+{"iteration": 2, "consumed_samples": 16, "validation_loss": 2.5}
+"""
+LINES = """\
+] iteration        2/     100 | consumed samples:           16 | elapsed time per iteration (ms): 500.0 | \
+throughput per GPU (TFLOP/s/GPU): 4.0 | MFU: 40.0% | learning rate: 1.000000E-03 | global batch size:     8 | \
+lm loss: 3.333333E-01 | load_balancing_loss: 1.062500E+00 | loss scale: 1.0 | grad norm: 0.500 | \
+number of skipped iterations:   1 | number of nan iterations:   1 | max expert load: 2.50 | dead experts:   1 |
+ validation loss at iteration 2 | lm loss value: 2.500000E+00 | lm loss PPL: 1.218249E+01 |
+"""
+SCALARS = {
+    "lm loss": 1 / 3,
+    "load_balancing_loss": 1.0625,
+    "z_loss": 3.0,
+    "max-expert-load": 2.5,
+    "expert-load-entropy": 0.8246987351738497,
+    "dead-experts": 1,
+    "grad-norm": 0.5,
+    "learning-rate": 1e-3,
+    "loss-scale": 1.0,
+    "batch-size": 8,
+    "tokens-per-second": 100.0,
+    "max-expert-load/layer 0": 1.0,
+    "expert-load-entropy/layer 0": 1.0,
+    "dead-experts/layer 0": 0,
+    "max-expert-load/layer 1": 2.5,
+    "expert-load-entropy/layer 1": 0.6493974703476994,
+    "dead-experts/layer 1": 1,
+    "lm loss validation": 2.5,
+    "lm loss validation ppl": math.exp(2.5),
+}
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_what_is_written_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str], everything: bool) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    json_lines, lines, scalars = JSON_LINES, LINES, SCALARS
+    if not everything:
+        json_lines = re.sub(r'"tokens_per_expert": .*?]], ', "", json_lines)
+        lines = re.sub(r"throughput.*?% \| ", "", lines)
+        scalars = {name: value for name, value in scalars.items() if "/layer" not in name}
+    path, folder = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    config = LoggingConfig(
+        log_interval=2,
+        log_throughput=everything,
+        moe_per_layer_logging=everything,
+        metrics_path=str(path),
+        tensorboard_dir=str(folder),
+    )
+    log = MetricsLog(config, total_iterations=100, flops_per_sample_and_rank=2.5e11, resumed_at=0, peak_tflops=10.0)
+    log.step(_record(1, math.nan, skipped=True))
+    log.step(_record(2, 1 / 3))
+    log.evaluation("validation", 2, 16, 2.5)
+    log.close()
+    assert path.read_text() == json_lines
+    assert re.sub(r"^ \[[-\d]{10} [:\d]{8}", "", capsys.readouterr().out) == lines
+    events = event_accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found == {name: [(2, pytest.approx(value, rel=1e-6))] for name, value in scalars.items()}
+
+
 def test_mfu_is_the_share_of_a_known_peak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def line(peak: float | None) -> str:
         config = LoggingConfig(log_interval=1, log_throughput=True)
