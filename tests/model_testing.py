@@ -157,9 +157,9 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
         record, _ = train_step(trainer, source, progress)
         numbers.append(
             {
-                "lm_loss": record.lm_loss,
-                "load_balancing_loss": record.load_balancing_loss,
-                "z_loss": record.z_loss,
+                "lm_loss": record.averages.lm_loss,
+                "load_balancing_loss": record.averages.load_balancing_loss,
+                "z_loss": record.averages.z_loss,
                 "grad_norm": record.grad_norm,
             }
         )

@@ -25,9 +25,9 @@ from megatron.core.text_files import terminal_output
 from megatron.training.config import Arguments
 from megatron.training.ending import Ending
 from megatron.training.loader import worker_killed
+from megatron.training.logs.step_monitor import StepMonitor
 from megatron.training.restarts import agree_on_round
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
-from megatron.training.step_monitor import StepMonitor
 
 T = TypeVar("T")
 # How long a rank that has lost a connection waits for the word of the one that ended, in seconds.

@@ -26,8 +26,8 @@ from megatron.training.checkpointing import Progress
 from megatron.training.config import Arguments
 from megatron.training.initialize import together
 from megatron.training.loader import Batch, load_batches
-from megatron.training.metrics import MicrobatchResult
-from megatron.training.step_monitor import StepMonitor
+from megatron.training.logs.averages import MicrobatchResult
+from megatron.training.logs.step_monitor import StepMonitor
 
 
 class ModelProvider(Protocol):

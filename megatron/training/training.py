@@ -42,9 +42,13 @@ from megatron.training.initialize import (
     time_to_save,
     together,
 )
-from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
+from megatron.training.logs.averages import average_over_ranks
+from megatron.training.logs.metrics import StepRecord
+from megatron.training.logs.metrics_log import MetricsLog
+from megatron.training.logs.peak import peak_tflops
+from megatron.training.logs.step_monitor import StepMonitor
+from megatron.training.logs.summary import data_tables, summary
 from megatron.training.microbatches import run_microbatches, sum_of_losses
-from megatron.training.peak import peak_tflops
 from megatron.training.save_folder import check_log_files, open_save_folder
 from megatron.training.setup import (
     Batch,
@@ -60,8 +64,6 @@ from megatron.training.setup import (
     settle_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
-from megatron.training.step_monitor import StepMonitor
-from megatron.training.summary import data_tables, summary
 from megatron.training.warm_up import warm_up
 
 
@@ -200,10 +202,7 @@ def train_step(
     record = StepRecord(
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
-        lm_loss=averages.lm_loss,
-        load_balancing_loss=averages.load_balancing_loss,
-        z_loss=averages.z_loss,
-        tokens_per_expert=averages.tokens_per_expert,
+        averages=averages,
         grad_norm=update.grad_norm,
         loss_scale=update.loss_scale,
         learning_rate=rates.learning_rate,
@@ -212,7 +211,6 @@ def train_step(
         skipped=not update.updated,
         blames_scale=update.blames_scale,
         seconds=seconds,
-        busy_seconds=averages.busy_seconds,
     )
     return record, averages.stop
 
@@ -331,9 +329,10 @@ def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, 
     if in_a_row >= (1 if training.check_for_nan_in_loss_and_grad else training.max_skipped_iterations):
         if saver is not None:
             saver.finish()
+        loss = record.averages.lm_loss
         raise SharedError(
             f"the loss or the gradients of {in_a_row} iteration(s) in a row, up to {record.iteration}, were not finite "
-            f"(loss {record.lm_loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
+            f"(loss {loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
         )
 
 

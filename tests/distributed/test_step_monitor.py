@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from distributed_testing import run_distributed
 
-from megatron.training import step_monitor
-from megatron.training.step_monitor import StepMonitor
+from megatron.training.logs import step_monitor
+from megatron.training.logs.step_monitor import StepMonitor
 
 
 def _stuck_here(released: dist.Store) -> None:

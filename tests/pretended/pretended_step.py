@@ -17,8 +17,8 @@ from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
 from megatron.training.dry_run import dry_run, parse_rank
 from megatron.training.dry_run_report import libraries_line
+from megatron.training.logs.averages import average_over_ranks
 from megatron.training.memory_model import batches_without_values, spread_evenly
-from megatron.training.metrics import average_over_ranks
 from megatron.training.microbatches import run_microbatches
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer

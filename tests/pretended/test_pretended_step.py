@@ -27,7 +27,7 @@ ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 
 # Where the host waits for the device, and how often in a step: at its end, and in each pass through an MoE layer.
 AT_THE_END = {
-    "copy to the host: training/metrics.py:average_over_ranks": 1,
+    "copy to the host: training/logs/averages.py:average_over_ranks": 1,
     "number read: core/optimizer/clip_grads.py:gradient_norm": 1,
 }
 OF_COUNTS = ("copy to the host: core/transformer/moe/exchange.py:gather_counts",)

@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import random
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,12 @@ from model_testing import TINY_MODEL
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.training.config import LoggingConfig
-from megatron.training.expert_load import layer_load, model_load
-from megatron.training.metrics import MetricsLog, MicrobatchResult, StepRecord, average_over_ranks, slow_ranks
-from megatron.training.peak import peak_tflops
+from megatron.training.logs.averages import MicrobatchResult, StepAverages, average_over_ranks
+from megatron.training.logs.expert_load import layer_load, model_load
+from megatron.training.logs.metrics import METRICS, StepRecord
+from megatron.training.logs.metrics_log import MetricsLog
+from megatron.training.logs.peak import peak_tflops
+from megatron.training.logs.stragglers import slow_ranks
 
 LINE = re.compile(
     r"^ \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +\d+ \| "
@@ -33,10 +38,7 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list
     return StepRecord(
         iteration=iteration,
         consumed_samples=8 * iteration,
-        lm_loss=loss,
-        load_balancing_loss=1.0625,
-        z_loss=3.0,
-        tokens_per_expert=[[4, 4, 4, 4], [0, 10, 4, 2]],
+        averages=StepAverages(loss, 1.0625, 3.0, [[4, 4, 4, 4], [0, 10, 4, 2]], False, busy or [0.4]),
         grad_norm=0.5,
         loss_scale=1.0,
         learning_rate=1e-3,
@@ -45,7 +47,6 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list
         skipped=skipped,
         blames_scale=False,
         seconds=0.5,
-        busy_seconds=busy or [0.4],
     )
 
 
@@ -138,6 +139,13 @@ def test_what_is_written_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFi
     assert found == {name: [(2, pytest.approx(value, rel=1e-6))] for name, value in scalars.items()}
 
 
+@pytest.mark.parametrize("name", ["key", "scalar", "place"])
+def test_no_row_of_the_table_hides_another(name: str) -> None:
+    given = [getattr(row, name) for row in METRICS if getattr(row, name)]
+    assert len(given) == len(set(given)) > 10
+    assert all(bool(row.place) == bool(row.column) for row in METRICS)
+
+
 def test_mfu_is_the_share_of_a_known_peak(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def line(peak: float | None) -> str:
         config = LoggingConfig(log_interval=1, log_throughput=True)
@@ -216,11 +224,49 @@ def test_slow_ranks_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     log = _log(log_interval=2)
     for record in (_record(1, busy=[0.1, 0.4, 0.15, 0.1]), _record(2, busy=[0.1, 0.4, 0.1, 0.3])):
         log.step(record)
-    assert slow_ranks([_record(1, busy=[0.01, 0.1])]) == ""  # too short to mean anything
-    assert slow_ranks([_record(1, busy=[0.4])]) == ""
-    assert slow_ranks([_record(1, busy=[0.5, 0.1])]).startswith("rank 0 is slow")
+    assert slow_ranks([[0.01, 0.1]]) == ""  # too short to mean anything
+    assert slow_ranks([[0.4]]) == ""
+    assert slow_ranks([[0.5, 0.1]]).startswith("rank 0 is slow")
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert warnings == ["WARNING: rank 1 is slow: it works 0.40 s in a step, the others typically 0.12 s"]
+
+
+def test_a_slow_rank_is_compared_with_the_median_of_the_others() -> None:
+    generator = random.Random(0)
+    for ranks in (*range(2, 9), 101):
+        for _ in range(50):
+            busy = [generator.choice((0.1, 0.2, 0.25, 1.0, generator.random())) for _ in range(ranks)]
+            medians = [statistics.median(busy[:rank] + busy[rank + 1 :]) for rank in range(ranks)]
+            sentences = (
+                f"rank {rank} is slow: it works {own:.2f} s in a step, the others typically {median:.2f} s"
+                for rank, (own, median) in enumerate(zip(busy, medians, strict=True))
+                if own > 3 * median and own - median > 0.2
+            )
+            assert slow_ranks([busy]) == "; ".join(sentences)
+
+
+RANKS = 4096
+
+
+class _Compared(float):
+    """A number that counts how often it is compared, of a list that may be sorted twice."""
+
+    count = 0
+
+    def __lt__(self, other: float) -> bool:
+        _Compared.count += 1
+        assert _Compared.count < 40 * RANKS, "not by sorting"
+        return float(self) < float(other)
+
+    def __radd__(self, other: float) -> "_Compared":
+        return self
+
+
+def test_slow_ranks_are_found_among_thousands_by_sorting_once() -> None:
+    busy = [_Compared(0.1 + (7919 * rank % RANKS) / RANKS / 10) for rank in range(RANKS)]
+    busy[77] = _Compared(5.0)
+    assert slow_ranks([busy]).startswith("rank 77 is slow: it works 5.00 s")
+    assert _Compared.count > RANKS
 
 
 class _Disk:
@@ -248,7 +294,7 @@ class _Disk:
 
 def test_a_full_disk_drops_records_and_never_stops_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = _log(metrics_path=str(tmp_path / "metrics.jsonl"))
-    log.json_file = disk = _Disk(room=10_000)
+    log.json.file = disk = _Disk(room=10_000)
     log.step(_record(1))
     disk.room = len(disk.data) * 3 // 2  # a record and a half
     for iteration in range(2, 7):
@@ -264,13 +310,13 @@ def test_a_full_disk_drops_records_and_never_stops_training(tmp_path: Path, caps
 
 
 def test_a_terminal_and_a_tensorboard_that_fail_stop_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    log = _log()
-    log.tensorboard = SimpleNamespace(add_scalar=fail, close=fail)
+    log = _log(tensorboard_dir=str(tmp_path))
+    log.tensorboard.writer = SimpleNamespace(add_scalar=fail, close=fail)
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=fail, flush=fail))
     log.step(_record(100))
     log.evaluation("validation", 100, 800, 2.5)
