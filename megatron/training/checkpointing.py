@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives as dist
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.atomic_files import error_sentence
 from megatron.core.models.mixtral.mixtral_model import ModelChunks

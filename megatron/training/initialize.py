@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron.core import collectives
 from megatron.core.atomic_files import allow_open_files, error_sentence
 from megatron.core.fusions.swiglu import swiglu
 from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, grid_sizes, network_error
 from megatron.core.text_files import terminal_output
+from megatron.core.waiting import waiting
 from megatron.training.config import Arguments
 from megatron.training.ending import Ending
 from megatron.training.loader import worker_killed
@@ -114,7 +116,8 @@ def check_own_gpu(store: dist.Store, environment: Environment, identity: str) ->
     first = environment.rank - environment.local_rank
     keys = [f"gpu {environment.restarts}.{first + place}" for place in range(environment.local_world_size)]
     store.set(keys[environment.local_rank], identity)
-    identities = {store.get(key) for key in keys}
+    with waiting():
+        identities = {store.get(key) for key in keys}
     if len(identities) < environment.local_world_size:
         raise ValueError(_too_few_gpus(len(identities), environment))
 
@@ -231,7 +234,7 @@ def together(action: Callable[[], T], groups: ProcessGroups) -> T:
     messages = [message]
     if groups.control.size > 1:
         messages = [None] * groups.control.size
-        dist.all_gather_object(messages, message, group=groups.control.handle)
+        collectives.all_gather_object(messages, message, group=groups.control.handle)
     failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
     if failed:
         rank, text = failed[0]
@@ -248,7 +251,7 @@ def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
         raise SharedError(str(error).removeprefix("rank 0: ")) from None
     if groups.control.size > 1:
         shared = [result]
-        dist.broadcast_object_list(shared, src=0, group=groups.control.handle)
+        collectives.broadcast_object_list(shared, src=0, group=groups.control.handle)
         result = shared[0]
     return result  # type: ignore[return-value]
 
@@ -257,7 +260,7 @@ def largest(values: tuple[float, ...], groups: ProcessGroups) -> list[float]:
     """The largest of each value over all ranks, on every rank; collective."""
     numbers = torch.tensor(values, dtype=torch.float64)
     if groups.control.size > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=groups.control.handle)
+        collectives.all_reduce(numbers, op=dist.ReduceOp.MAX, group=groups.control.handle)
     return numbers.tolist()  # type: ignore[no-any-return]
 
 

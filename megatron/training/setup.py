@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
@@ -217,7 +217,7 @@ def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:
     for parameter in model.parameters():
         group = groups.edp if spec_of(parameter).is_expert else groups.dp_cp
         if group.size > 1:
-            dist.broadcast(parameter.detach(), src=group.ranks[0], group=group.handle)
+            collectives.broadcast(parameter.detach(), src=group.ranks[0], group=group.handle)
 
 
 def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:

@@ -13,6 +13,7 @@ from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tokenizers import build_tokenizer
+from megatron.core.waiting import waiting
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpointing import (
     CheckpointSaver,
@@ -161,7 +162,8 @@ def _set_expert_share(trainer: Trainer, progress: Progress) -> None:
     """Tells routers with `global_aux_loss` how the last step's tokens were shared out."""
     if progress.tokens_per_expert is None:
         return
-    counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
+    with waiting("its device"):
+        counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
     for chunk in trainer.model:
         chunk.set_expert_share(counts_LE / counts_LE.sum(dim=1, keepdim=True))
 

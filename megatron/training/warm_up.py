@@ -12,6 +12,7 @@ import torch
 
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.pipeline_parallel.schedules import Forward
+from megatron.core.waiting import waiting
 from megatron.training.initialize import print_once
 from megatron.training.loader import Batch
 from megatron.training.setup import Trainer
@@ -43,6 +44,7 @@ def warm_up(trainer: Trainer, source: Iterator[Batch | None]) -> Iterator[Batch 
         del output, hidden
     trainer.buffers.start_step(1)
     if trainer.device.type == "cuda":
-        torch.cuda.synchronize()
+        with waiting("its device"):
+            torch.cuda.synchronize()
     print_once(trainer.groups, f"kernels loaded in {time.perf_counter() - start:.1f} s")
     return itertools.chain([first], source)

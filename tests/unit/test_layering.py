@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each part of megatron/core, and the other parts of it (or single modules of those) that it may import.
-LEAVES = {"config", "stages", "atomic_files", "recompute", "text_files"}
-PARALLEL = LEAVES | {"parallel_state"}
+LEAVES = {"config", "stages", "atomic_files", "recompute", "text_files", "waiting"}
+PARALLEL = LEAVES | {"parallel_state", "collectives"}
 CORE_IMPORTS: dict[str, set[str]] = {
     "stages": set(),
     "recompute": set(),
@@ -21,7 +21,9 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "atomic_files": {"text_files"},
     "text_files": set(),
     "host_memory": set(),
-    "parallel_state": LEAVES,
+    "waiting": set(),
+    "collectives": {"waiting"},
+    "parallel_state": LEAVES | {"collectives"},
     "fusions": LEAVES,
     "datasets": LEAVES,
     "tokenizers": LEAVES,
@@ -29,7 +31,7 @@ CORE_IMPORTS: dict[str, set[str]] = {
     "dist_checkpointing": PARALLEL,
     "tensor_parallel": PARALLEL | {"fusions"},
     "context_parallel": PARALLEL | {"fusions"},
-    "pipeline_parallel": {"parallel_state"},
+    "pipeline_parallel": {"parallel_state", "collectives"},
     "distributed": PARALLEL | {"microbatch", "tensor_parallel.parameter", "host_memory"},
     "optimizer": PARALLEL
     | {"config_checks", "microbatch", "fusions", "distributed", "tensor_parallel.parameter", "host_memory"},

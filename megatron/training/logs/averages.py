@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.config import ModelConfig
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.router import RouterStatistics
+from megatron.core.waiting import to_host
 
 
 class MicrobatchResult(NamedTuple):
@@ -67,8 +68,8 @@ def average_over_ranks(
     totals[3].fill_(float(stop))
     totals[4 + chosen + groups.world.rank].fill_(busy_seconds)
     if groups.world.size > 1:
-        dist.all_reduce(totals, group=groups.world.handle)
-    totals = totals.cpu()  # waits for the device once
+        collectives.all_reduce(totals, group=groups.world.handle)
+    totals = to_host(totals)  # waits for the device once
     loss, balance, z_loss, stops = totals[:4].tolist()
     counts_by_layer = [
         [round(count) for count in counts]
