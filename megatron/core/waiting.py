@@ -11,7 +11,7 @@ _waits: dict[int, str] = {}
 
 
 @contextmanager
-def waiting(what: Literal["other ranks", "its device"] = "other ranks") -> Iterator[None]:
+def waiting(what: Literal["other ranks", "the device"] = "other ranks") -> Iterator[None]:
     """Whatever this thread does in the block counts as waiting."""
     thread = threading.get_ident()
     outer = _waits.get(thread)
@@ -32,5 +32,5 @@ def waits() -> dict[int, str]:
 
 def to_host(tensor: Tensor) -> Tensor:
     """The tensor in the host's memory; this waits for its device."""
-    with waiting("its device"):
+    with waiting("the device"):
         return tensor.cpu()

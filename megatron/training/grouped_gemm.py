@@ -64,7 +64,7 @@ def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor,
         for _ in range(layers):  # several in a row, to keep the device as busy as in a model
             layer()
         if x_RH.is_cuda:
-            with waiting("its device"):
+            with waiting("the device"):
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / layers
 

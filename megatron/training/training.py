@@ -162,7 +162,7 @@ def _set_expert_share(trainer: Trainer, progress: Progress) -> None:
     """Tells routers with `global_aux_loss` how the last step's tokens were shared out."""
     if progress.tokens_per_expert is None:
         return
-    with waiting("its device"):
+    with waiting("the device"):
         counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
     for chunk in trainer.model:
         chunk.set_expert_share(counts_LE / counts_LE.sum(dim=1, keepdim=True))

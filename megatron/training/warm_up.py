@@ -44,7 +44,7 @@ def warm_up(trainer: Trainer, source: Iterator[Batch | None]) -> Iterator[Batch 
         del output, hidden
     trainer.buffers.start_step(1)
     if trainer.device.type == "cuda":
-        with waiting("its device"):
+        with waiting("the device"):
             torch.cuda.synchronize()
     print_once(trainer.groups, f"kernels loaded in {time.perf_counter() - start:.1f} s")
     return itertools.chain([first], source)

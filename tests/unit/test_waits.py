@@ -136,7 +136,7 @@ def test_a_call_without_a_mark_is_found(tmp_path: Path, source: str, name: str) 
     "source",
     [
         "with waiting():\n    work.wait()",
-        'with waiting("its device"), torch.no_grad():\n    torch.cuda.synchronize()',
+        'with waiting("the device"), torch.no_grad():\n    torch.cuda.synchronize()',
         "import torch.distributed as dist\ndist.P2POp(dist.isend, x, 1)\ndist.group.WORLD\ndist.ReduceOp.MAX",
         "from megatron.core import collectives as dist\ndist.all_reduce(x)",
         "collectives.wait(work)\nsettings.get(key)\nto_host(total).item()",

@@ -43,7 +43,7 @@ def snapshot(shards: Iterable[TensorShard], memory: list[Tensor] | None = None) 
     for place, shard in zip(memory, owned, strict=True):
         place.copy_(shard.data.detach(), non_blocking=True)
     if any(shard.data.is_cuda for shard in owned):
-        with waiting("its device"):
+        with waiting("the device"):
             torch.cuda.current_stream().synchronize()
     return [replace(shard, data=place) for place, shard in zip(memory, owned, strict=True)]
 

@@ -67,5 +67,5 @@ def gradient_norm(own: OwnGradients, losses: Tensor, world: Group) -> float:
         total = total + 0 * _sum_of_squares(grads)
     if world.size > 1:
         collectives.all_reduce(total, group=world.handle)
-    with waiting("its device"):
+    with waiting("the device"):
         return float(total.sqrt())

@@ -193,7 +193,11 @@ def _whereabouts() -> Whereabouts:
 
 
 def _sentence(found: Whereabouts, ranks: list[int]) -> str:
-    return f"rank {_shown(ranks)} " + (f"waits for {found.waits_for} " if found.waits_for else "is ") + found.place
+    several = len(ranks) > 1
+    who = f"{'ranks' if several else 'rank'} {_shown(ranks)}"
+    if found.waits_for:
+        return f"{who} {'wait' if several else 'waits'} for {found.waits_for} {found.place}"
+    return f"{who} {'are' if several else 'is'} {found.place}"
 
 
 def _shown(ranks: list[int]) -> str:
