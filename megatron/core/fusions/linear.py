@@ -17,7 +17,7 @@ from torch.autograd import Function
 from megatron.core.fusions import forms
 from megatron.core.fusions.forms import operation
 from megatron.core.fusions.weight_gradient import deliver
-from megatron.core.waiting import to_host
+from megatron.core.waiting import to_host, waiting
 
 Backend = Literal["auto", "grouped_mm", "loop"]
 
@@ -66,7 +66,8 @@ def ends_for_products(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Ba
 
 
 def _rows_of_experts(ends_E: Tensor) -> list[slice]:
-    ends = to_host(ends_E).tolist()
+    with waiting("the device"):
+        ends = ends_E.tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
