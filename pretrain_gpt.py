@@ -22,7 +22,7 @@ from megatron.core.parallel_state import ProcessGroups
 from megatron.core.stages import Stage
 from megatron.core.tensor_parallel.mappings import all_reduce
 from megatron.training.config import Arguments
-from megatron.training.metrics import MicrobatchResult
+from megatron.training.logs.averages import MicrobatchResult
 from megatron.training.training import pretrain
 
 

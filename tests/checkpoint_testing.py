@@ -44,7 +44,7 @@ def train(trainer: Trainer, progress: Progress, steps: int) -> list[float]:
     for _ in range(steps):
         dp = trainer.groups.dp
         record, _ = train_step(trainer, iter(step_batches(progress.iteration, dp.rank, dp.size)), progress)
-        losses.append(record.lm_loss)
+        losses.append(record.averages.lm_loss)
     trainer.buffers.wait_for_parameters()
     return losses
 

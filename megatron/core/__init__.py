@@ -1,4 +1,4 @@
-"""The library, without argparse, environment or globals. From what a user sees down to what everything stands on:
+"""The library, without command line, environment or globals. From what a user sees down to what everything stands on:
 
     models, transformer                   the Mixtral model, its layers, router and experts
     tensor_parallel, context_parallel     split layers and their collectives; attention over split sequences
@@ -7,6 +7,7 @@
     fusions                               operations as formulas, and the kernels that run in their place
     microbatch, recompute                 what every layer gets; activations computed again in the backward pass
     parallel_state                        ranks and their groups, which are passed as arguments
+    collectives, waiting                  calls that wait for other ranks; what each thread waits for
     datasets, tokenizers                  token files, samples, blends; text to ids
     dist_checkpointing, interchange       training checkpoints of any layout; Megatron's checkpoint folders
     config, config_checks                 frozen dataclasses whose fields are the flags

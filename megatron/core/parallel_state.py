@@ -13,11 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.core import collectives
 from megatron.core.config import ParallelConfig
-
-# torch 2.13 renamed these two and warns about the old names; torch 2.11 has only those.
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -282,8 +279,8 @@ def connect_control(control: Group) -> None:
         return
     try:
         message = torch.zeros(1)
-        dist.all_gather([torch.empty(1) for _ in control.ranks], message, group=control.handle)
-        dist.broadcast(message, src=0, group=control.handle)
+        collectives.all_gather([torch.empty(1) for _ in control.ranks], message, group=control.handle)
+        collectives.broadcast(message, src=0, group=control.handle)
     except RuntimeError as error:
         raise network_error(error) from error
     control.handle.set_timeout(CONTROL_TIMEOUT)

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from megatron.training.initialize import print_once
-from megatron.training.metrics import average_over_ranks
+from megatron.training.logs.averages import average_over_ranks
 from megatron.training.microbatches import run_microbatches
 from megatron.training.setup import Trainer, batches
 from megatron.training.signals import StopSignal

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.fusions.forms import wants_grouped_mm
 from megatron.core.fusions.linear import Backend, ends_for_products, grouped_product
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
+from megatron.core.waiting import to_host, waiting
 from megatron.training.config import Arguments
 from megatron.training.initialize import on_first, print_once
 from megatron.training.setup import Trainer
@@ -61,7 +63,8 @@ def seconds_of_products(backend: Backend, gate_up_EFH: Tensor, down_EHF: Tensor,
         for _ in range(layers):  # several in a row, to keep the device as busy as in a model
             layer()
         if x_RH.is_cuda:
-            torch.cuda.synchronize()
+            with waiting("the device"):
+                torch.cuda.synchronize()
         return (time.perf_counter() - start) / layers
 
     with torch.no_grad():
@@ -77,8 +80,8 @@ def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> flo
     """The longest of all ranks, which is what a step waits for."""
     longest = torch.tensor(seconds, dtype=torch.float64, device=device)
     if groups.world.size > 1:
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=groups.world.handle)
-    return longest.item()
+        collectives.all_reduce(longest, dist.ReduceOp.MAX, group=groups.world.handle)
+    return to_host(longest).item()
 
 
 def resolve_grouped_gemm(trainer: Trainer, known: dict[str, str], measure: Measure = _measure) -> dict[str, str]:

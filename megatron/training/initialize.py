@@ -1,14 +1,12 @@
-"""Start-up: the one reader of the environment, the device, torch.distributed, and errors that all ranks share."""
+"""Start-up: torch.distributed, and errors that all ranks share."""
 
 import contextlib
 import logging
-import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,18 +15,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron.core import collectives
 from megatron.core.atomic_files import allow_open_files, error_sentence
-from megatron.core.fusions.swiglu import swiglu
-from megatron.core.host_memory import keep_freed_memory
 from megatron.core.parallel_state import ProcessGroups, build_process_groups, connect_control, network_error
 from megatron.core.text_files import terminal_output
-from megatron.training.config import Arguments, TrainingConfig
+from megatron.training.config import Arguments
+from megatron.training.device import take_device
 from megatron.training.ending import Ending
+from megatron.training.environment import Environment, read_environment
 from megatron.training.heartbeat import Heartbeat
 from megatron.training.loader import worker_killed
+from megatron.training.logs.step_monitor import StepMonitor
 from megatron.training.restarts import agree_on_round, all_or_none, refuse
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
-from megatron.training.step_monitor import StepMonitor
 
 T = TypeVar("T")
 # How long a rank that has lost a connection waits for the word of the one that ended, in seconds.
@@ -39,132 +38,6 @@ _SPEAKER_PATIENCE = 30.0
 _REFUSAL_PATIENCE = timedelta(seconds=10)
 
 
-@dataclass(frozen=True)
-class Environment:
-    """This process's place in the job, as torchrun tells it; a process started without torchrun is alone."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    restarts: int = 0
-    """How often torchrun has started this machine's processes again (--max-restarts)."""
-    machines: int = 1
-    """Number of torchrun's agents, one a machine."""
-    launched: bool = False
-    """Whether torchrun started this process."""
-    farewell_file: str | None = None
-    """Where the first rank of a machine tells tools/launch.py that all is well, and what it has not printed itself."""
-    waits_for_saves: bool = True
-    """Whether torchrun has been told to wait longer than 30 seconds after it has passed on a signal."""
-
-
-def read_environment() -> Environment:
-    """Reads torchrun's variables."""
-    return Environment(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        # some launchers give the first alone
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", int(os.environ.get("LOCAL_RANK", 0)) + 1)),
-        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        machines=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
-        launched="TORCHELASTIC_RUN_ID" in os.environ,
-        farewell_file=os.environ.get("MEGATRON_FAREWELL_FILE"),
-        waits_for_saves="TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ,
-    )
-
-
-def time_to_save(arguments: Arguments, environment: Environment, torch_version: str) -> str | None:
-    """A remark if torchrun would kill the ranks 30 seconds after a signal, even while they save."""
-    if not (environment.launched and arguments.training.exit_signal_handler and arguments.checkpoint.save):
-        return None
-    if tuple(map(int, re.findall(r"\d+", torch_version)[:2])) < (2, 12):
-        return (
-            f"the torchrun of torch {torch_version} kills the ranks 30 s after it has passed on a signal, and a save "
-            "that takes longer is lost: install torch 2.12 or newer"
-        )
-    if environment.waits_for_saves:
-        return None
-    return (
-        "torchrun kills the ranks 30 s after it has passed on a signal, and a save that takes longer is lost: give it "
-        "more time with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 in its environment"
-    )
-
-
-def choose_device(setting: str, environment: Environment) -> torch.device:
-    """The device of this process. Raises ValueError if there are fewer GPUs than processes on this machine.
-
-    A single GPU is taken by every process, since some launchers show each one its own; `start_distributed` checks that.
-    """
-    if setting == "cpu":  # CUDA is not even asked
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "auto" and gpus == 0:
-        return torch.device("cpu")
-    if gpus == 1:
-        return torch.device("cuda", 0)
-    if gpus < environment.local_world_size:
-        raise ValueError(
-            f"this machine has {gpus} GPU(s) for {environment.local_world_size} processes: start fewer processes "
-            "(torchrun --nproc-per-node, with a smaller tensor- or pipeline-parallel size), or add --device cpu"
-        )
-    return torch.device("cuda", environment.local_rank)
-
-
-def claim_gpu(store: dist.Store, rank: int, identity: str) -> None:
-    """Raises ValueError if another rank, of whatever machine, has claimed the GPU of this `identity` before."""
-    owner = int(store.compare_set(f"gpu/{identity}", "", str(rank)))
-    if owner != rank:
-        raise ValueError(
-            f"ranks {owner} and {rank} have the same GPU ({identity}): start at most one process for each GPU "
-            "(torchrun --nproc-per-node; under other launchers LOCAL_RANK or CUDA_VISIBLE_DEVICES must tell each "
-            "process its own), or add --device cpu"
-        )
-
-
-def check_kernels(device: torch.device) -> None:
-    """Raises ValueError if a GPU's kernels cannot be compiled here, rather than in the first step."""
-    if device.type != "cuda":
-        return
-    try:
-        swiglu(torch.ones(1, 16, device=device), torch.ones(1, device=device))
-    except Exception as error:  # a compiler's: any type, often many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise ValueError(
-            f"no kernel can be compiled on this machine ({reason}): Triton needs a C compiler (gcc or clang, or CC), "
-            "Python's headers (python3-dev) and a folder to write to (TRITON_CACHE_DIR)"
-        ) from error
-
-
-def _take_device(training: TrainingConfig, environment: Environment, store: dist.Store | None) -> torch.device:
-    """Chooses this process's device and sets the libraries up for it. Raises ValueError if there is none for it."""
-    device = choose_device(training.device, environment)
-    if training.deterministic_mode:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # sums inside the network switches come in any order
-        algorithm = os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
-        if "NVLS" in algorithm and not algorithm.startswith("^"):
-            raise ValueError(
-                f"--deterministic-mode does not allow NCCL_ALGO={algorithm}: take NVLS out of it, or unset it"
-            )
-        torch.use_deterministic_algorithms(True)
-        # it would write NaN into every buffer and message before use, and what is read here has been written
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if device.type == "cpu":
-        keep_freed_memory()
-        return device
-    torch.cuda.set_device(device)
-    if store is not None:
-        claim_gpu(store, environment.rank, str(torch.cuda.get_device_properties(device).uuid))
-    # the control group of many ranks cannot connect each to all others. Not on the CPU, where stages exchange their
-    # messages over gloo too: a rank would begin its first one only when the other side does
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    # it is about messages in groups that also have collectives; channels of the pipeline have none
-    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
-    return device
-
-
 def start_distributed(arguments: Arguments, environment: Environment) -> tuple[torch.device, ProcessGroups]:
     """Takes a device, joins the job and builds this process's groups.
 
@@ -172,7 +45,7 @@ def start_distributed(arguments: Arguments, environment: Environment) -> tuple[t
     """
     torch.manual_seed(arguments.training.seed)
     if environment.world_size == 1:
-        return _take_device(arguments.training, environment, None), ProcessGroups()
+        return take_device(arguments.training, environment, None), ProcessGroups()
     timeout = timedelta(minutes=arguments.training.distributed_timeout_minutes)
     store, _, _ = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
     # torchrun keeps one store over all restarts, in which the addresses of the processes that died would be found
@@ -181,7 +54,7 @@ def start_distributed(arguments: Arguments, environment: Environment) -> tuple[t
         start = agree_on_round(store, environment.rank, environment.world_size, timeout)
     store = dist.PrefixStore(start, store)
     device = all_or_none(
-        lambda: _take_device(arguments.training, environment, store), store, environment.rank, environment.world_size
+        lambda: take_device(arguments.training, environment, store), store, environment.rank, environment.world_size
     )
     try:
         dist.init_process_group(
@@ -278,7 +151,7 @@ def together(action: Callable[[], T], groups: ProcessGroups) -> T:
     messages = [message]
     if groups.control.size > 1:
         messages = [None] * groups.control.size
-        dist.all_gather_object(messages, message, group=groups.control.handle)
+        collectives.all_gather_object(messages, message, group=groups.control.handle)
     failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
     if failed:
         rank, text = failed[0]
@@ -295,7 +168,7 @@ def on_first(action: Callable[[], T], groups: ProcessGroups) -> T:
         raise SharedError(str(error).removeprefix("rank 0: ")) from None
     if groups.control.size > 1:
         shared = [result]
-        dist.broadcast_object_list(shared, src=0, group=groups.control.handle)
+        collectives.broadcast_object_list(shared, src=0, group=groups.control.handle)
         result = shared[0]
     return result  # type: ignore[return-value]
 
@@ -309,7 +182,7 @@ def largest(values: tuple[float, ...], groups: ProcessGroups, device: torch.devi
     group = groups.control if device is None else groups.world
     numbers = torch.tensor(values, dtype=torch.float64, device=device)
     if group.size > 1:
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group.handle)
+        collectives.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group.handle)
     return numbers.tolist()  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
 from megatron.training.loader import Batch
-from megatron.training.metrics import MicrobatchResult, average_over_ranks
+from megatron.training.logs.averages import MicrobatchResult, average_over_ranks
 from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.setup import Trainer
 

@@ -6,7 +6,7 @@ import torch
 
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.pipeline_parallel.runner import forward_backward
-from megatron.training.metrics import MicrobatchResult
+from megatron.training.logs.averages import MicrobatchResult
 from megatron.training.setup import Batch, Trainer
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
@@ -25,10 +25,10 @@ from megatron.training.batch_schedule import BatchSchedule
 from megatron.training.config import Arguments
 from megatron.training.initialize import on_first, together
 from megatron.training.loader import Batch, load_batches
-from megatron.training.metrics import MicrobatchResult
+from megatron.training.logs.averages import MicrobatchResult
+from megatron.training.logs.step_monitor import StepMonitor
 from megatron.training.progress import Progress
 from megatron.training.run_plan import RunPlan, plan_run
-from megatron.training.step_monitor import StepMonitor
 
 
 class ModelProvider(Protocol):
@@ -198,7 +198,7 @@ def _share_initial_weights(model: ModelChunks, groups: ProcessGroups) -> None:
     for parameter in model.parameters():
         group = groups.edp if spec_of(parameter).is_expert else groups.dp_cp
         if group.size > 1:
-            dist.broadcast(parameter.detach(), src=group.ranks[0], group=group.handle)
+            collectives.broadcast(parameter.detach(), src=group.ranks[0], group=group.handle)
 
 
 def batches(trainer: Trainer, dataset: Any, consumed_samples: int) -> Iterator[Batch | None]:

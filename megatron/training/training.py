@@ -13,21 +13,22 @@ from megatron.core.config import ModelConfig
 from megatron.core.models.flops import training_flops_per_token
 from megatron.core.parallel_state import ProcessGroups, grid_sizes
 from megatron.core.tokenizers import build_tokenizer
+from megatron.core.waiting import waiting
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpoints.folder_lock import FolderLock
 from megatron.training.checkpoints.save_folder import check_log_files, open_save_folder
 from megatron.training.checkpoints.saver import CheckpointSaver
 from megatron.training.checkpoints.source import checkpoint_model, load_checkpoint, locate_checkpoint
 from megatron.training.config import Arguments, TrainingConfig
+from megatron.training.device import check_kernels
 from megatron.training.dry_run_report import print_dry_run
 from megatron.training.ending import Ending
+from megatron.training.environment import Environment, time_to_save
 from megatron.training.evaluation import evaluate
 from megatron.training.garbage import GarbageCollection
 from megatron.training.grouped_gemm import resolve_grouped_gemm
 from megatron.training.initialize import (
-    Environment,
     SharedError,
-    check_kernels,
     largest,
     on_first,
     print_once,
@@ -36,12 +37,15 @@ from megatron.training.initialize import (
     start_distributed,
     start_heartbeat,
     start_monitor,
-    time_to_save,
     together,
 )
-from megatron.training.metrics import MetricsLog, StepRecord, average_over_ranks
+from megatron.training.logs.averages import average_over_ranks
+from megatron.training.logs.metrics import StepRecord
+from megatron.training.logs.metrics_log import MetricsLog
+from megatron.training.logs.peak import peak_tflops
+from megatron.training.logs.step_monitor import StepMonitor
+from megatron.training.logs.summary import data_tables, summary
 from megatron.training.microbatches import run_microbatches, sum_of_losses
-from megatron.training.peak import peak_tflops
 from megatron.training.progress import Progress, RunRecord
 from megatron.training.run_plan import RunPlan, plan_run
 from megatron.training.setup import (
@@ -57,8 +61,6 @@ from megatron.training.setup import (
     resolve_resumed_schedule,
 )
 from megatron.training.signals import StopSignal
-from megatron.training.step_monitor import StepMonitor
-from megatron.training.summary import data_tables, summary
 from megatron.training.warm_up import warm_up, warms_up
 
 
@@ -167,7 +169,8 @@ def _set_expert_share(trainer: Trainer, progress: Progress) -> None:
     """Tells routers with `global_aux_loss` how the last step's tokens were shared out."""
     if progress.tokens_per_expert is None:
         return
-    counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
+    with waiting("the device"):
+        counts_LE = torch.tensor(progress.tokens_per_expert, dtype=torch.float64, device=trainer.device)
     for chunk in trainer.model:
         chunk.set_expert_share(counts_LE / counts_LE.sum(dim=1, keepdim=True))
 
@@ -208,10 +211,7 @@ def train_step(
     record = StepRecord(
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
-        lm_loss=averages.lm_loss,
-        load_balancing_loss=averages.load_balancing_loss,
-        z_loss=averages.z_loss,
-        tokens_per_expert=averages.tokens_per_expert,
+        averages=averages,
         grad_norm=update.grad_norm,
         loss_scale=update.loss_scale,
         learning_rate=rates.learning_rate,
@@ -220,7 +220,6 @@ def train_step(
         skipped=not update.updated,
         blames_scale=update.blames_scale,
         seconds=seconds,
-        busy_seconds=averages.busy_seconds,
     )
     return record, averages.stop
 
@@ -339,9 +338,10 @@ def _check_skipped(training: TrainingConfig, record: StepRecord, in_a_row: int, 
     if in_a_row >= (1 if training.check_for_nan_in_loss_and_grad else training.max_skipped_iterations):
         if saver is not None:
             saver.finish()
+        loss = record.averages.lm_loss
         raise SharedError(
             f"the loss or the gradients of {in_a_row} iteration(s) in a row, up to {record.iteration}, were not finite "
-            f"(loss {record.lm_loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
+            f"(loss {loss}): lower --lr or look at the data; nothing was saved after the last checkpoint"
         )
 
 

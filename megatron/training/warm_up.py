@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from megatron.core.microbatch import GradientFactors, Microbatch
 from megatron.core.pipeline_parallel.schedules import Forward
+from megatron.core.waiting import waiting
 from megatron.training.initialize import print_once
 from megatron.training.loader import Batch
 from megatron.training.setup import Trainer
@@ -37,9 +38,8 @@ def warm_up(
     start = time.perf_counter()
     first = next(source)
     if trains:
-        trainer.buffers.start_step(
-            3
-        )  # with two gradients of three, no bucket is complete, and the next step forgets them
+        # with two gradients of three, no bucket is complete, and the next step forgets them
+        trainer.buffers.start_step(3)
         for _ in range(2):  # the first gradient is written, those after it are added
             _run_chunks(trainer, first)
         trainer.buffers.start_step(1)
@@ -49,7 +49,8 @@ def warm_up(
             _run_chunks(trainer, first)
         trainer.model.train()
     if trainer.device.type == "cuda":
-        torch.cuda.synchronize()
+        with waiting("the device"):
+            torch.cuda.synchronize()
     print_once(trainer.groups, f"kernels loaded in {time.perf_counter() - start:.1f} s")
     return itertools.chain([first], source)
 

@@ -6,12 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+from closeness import BOUNDS, relative_error
 from torch import Tensor
 
 from megatron.core.fusions import forms, kernels
 
 HAS_GPU = torch.cuda.is_available()
-BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
 _WRAPPER = kernels.load("cpu.wrapper")
 INSTRUCTION_SETS = [] if isinstance(_WRAPPER, str) else _WRAPPER.kernels_cpp.instruction_sets()
 HAS_TRITON = not isinstance(kernels.load("triton.swiglu"), str)
@@ -90,13 +90,6 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", 
     """Normal numbers that `dtype` can hold exactly."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-
-def relative_error(ours: Tensor, reference: Tensor) -> float:
-    """||ours - reference|| / ||reference||."""
-    assert ours.shape == reference.shape, (ours.shape, reference.shape)
-    ours, reference = ours.detach().double(), reference.detach().double()
-    return float((ours - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
 def assert_close(ours: Tensor, reference: Tensor, bound: float | None = None) -> None:

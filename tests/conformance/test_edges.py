@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, only, relative_error
+from closeness import relative_error
+from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, only
 from conformance_testing import device_of as _device
 
 from megatron.core.fusions.adamw import AdamWStep, adamw_

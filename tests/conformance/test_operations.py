@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conformance_testing import BOUNDS, FORMS, assert_close, device_of, drawn, each, form_parameters, only
+from closeness import BOUNDS
+from conformance_testing import FORMS, assert_close, device_of, drawn, each, form_parameters, only
 from torch import Tensor
 
 from megatron.core.fusions.attention import causal_attention

@@ -11,7 +11,8 @@ from test_resume import FLAGS, assert_equal, pretrain
 import pretrain_gpt
 from megatron.core.interchange import load_torch
 from megatron.training import training
-from megatron.training.initialize import Environment, SharedError
+from megatron.training.environment import Environment
+from megatron.training.initialize import SharedError
 
 
 def lines(path: Path) -> list[dict[str, float]]:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from distributed_testing import run_distributed
 
-from megatron.training import step_monitor
-from megatron.training.step_monitor import StepMonitor
+from megatron.core import collectives
+from megatron.training.logs import step_monitor
+from megatron.training.logs.step_monitor import StepMonitor
 
 
 def _stuck_here(released: dist.Store) -> None:
@@ -19,7 +20,7 @@ def _stuck_here(released: dist.Store) -> None:
 
 
 def _step(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
-    """Two ranks wait for the third; what each reports, and the share of the step in which it was not waiting."""
+    """All wait for rank 1, each in its way; what a rank reports, and the share of the step in which it did not wait."""
     store = dist.TCPStore("localhost", port, world_size, rank == 0, timedelta(seconds=60))
     reported: list[str] = []
     done = threading.Event()
@@ -35,7 +36,12 @@ def _step(rank: int, world_size: int, port: int) -> tuple[list[str], float]:
     start = time.monotonic()
     if rank == 1:
         _stuck_here(released)
-    dist.all_reduce(torch.zeros(1))
+    if rank == 2:  # for what another call has begun
+        collectives.wait(dist.all_reduce(torch.zeros(1), async_op=True))
+    elif rank == 3:  # in a call of a script that knows nothing of marks
+        dist.all_reduce(torch.zeros(1))
+    else:
+        collectives.all_reduce(torch.zeros(1))
     busy = monitor.busy_seconds() / (time.monotonic() - start)
     monitor.end()
     dist.barrier()
@@ -48,11 +54,11 @@ def test_a_stuck_rank_is_named_with_its_place() -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    outcomes = run_distributed(_step, 3, port)
+    outcomes = run_distributed(_step, 4, port)
     (text,) = [text for reported, _ in outcomes for text in reported]
     assert text.startswith("step 7 has taken 1 s; rank 1 is at ") and text.endswith("; all others wait")
     assert "test_step_monitor.py" in text and "(_stuck_here)" in text
-    assert outcomes[1][1] > 0.6 and max(outcomes[0][1], outcomes[2][1]) < 0.4
+    assert outcomes[1][1] > 0.6 and max(outcomes[rank][1] for rank in (0, 2, 3)) < 0.4
 
 
 def _lost(rank: int, world_size: int, port: int) -> list[str]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from closeness import relative_error
 from distributed_testing import run_distributed
 from model_testing import TINY_MODEL, layer_specs
 from torch import Tensor, nn
@@ -95,10 +96,6 @@ def _gradients(module: nn.Module) -> list[NamedShard]:
     return shards
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm()) if b.norm() > 0 else float(a.norm())
-
-
 def _differences(rank: int, world_size: int, ep: int, etp: int, kind: str, cases: list[str]) -> dict[str, float]:
     """Largest ||a-b||/||b|| of every case over the output and every gradient."""
     parallel = ParallelConfig(expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
@@ -117,12 +114,12 @@ def _differences(rank: int, world_size: int, ep: int, etp: int, kind: str, cases
         counts = list(case.tokens[:world_size])
         reference = _outcome(LocalTokenDispatcher(EXPERTS, ProcessGroups().etp), all_experts, *joined)
         ours = _outcome(dispatcher, experts, *(parts[rank] for parts in inputs))
-        errors = [_difference(a, whole.split(counts)[rank]) for a, whole in zip(ours, reference, strict=True)]
+        errors = [relative_error(a, whole.split(counts)[rank]) for a, whole in zip(ours, reference, strict=True)]
         theirs = {shard.global_name: shard.data for shard in _gradients(all_named)}
         for shard in _gradients(named):
             dim, stride = shard.spec.partition_dim, shard.spec.partition_stride
             part = slice_for_rank(theirs[shard.global_name], dim, stride, groups.etp.rank, etp)
-            errors.append(_difference(all_reduce(shard.data, groups.edp), part))
+            errors.append(relative_error(all_reduce(shard.data, groups.edp), part))
         found[name] = max(errors)
     return found
 

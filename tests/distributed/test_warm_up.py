@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import pretrain_gpt
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
-from megatron.training.metrics import StepRecord
+from megatron.training.logs.metrics import StepRecord
 from megatron.training.microbatches import run_microbatches
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
@@ -97,7 +97,8 @@ def _two_steps(groups: ProcessGroups, settings: dict[str, Any], dtype: str, warm
         with _Memory() as memory:
             record, _ = train_step(trainer, source, progress)
         left.setdefault("step_peak", memory.peak)
-        records.append(replace(record, seconds=0.0, tokens_per_second=0.0, busy_seconds=[]))
+        averages = record.averages._replace(busy_seconds=[])
+        records.append(replace(record, seconds=0.0, tokens_per_second=0.0, averages=averages))
     trainer.buffers.wait_for_parameters()
     return left | {
         "records": [vars(record) for record in records],

@@ -8,11 +8,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.fusions.kernels.triton import permute
 from megatron.core.microbatch import Microbatch
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.pipeline_parallel.schedules import Pass
-from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.norm import RMSNorm
@@ -81,12 +81,12 @@ def _tall_grid() -> AbstractContextManager[Any]:
 
 def _strided_message() -> AbstractContextManager[Any]:
     """What is gathered is read through its strides."""
-    gather = mappings.all_gather_single
+    gather = collectives.all_gather_single
 
     def transposed(out: Tensor, x: Tensor, **options: Any) -> Any:
         return gather(out, x.transpose(0, -1).contiguous().transpose(0, -1), **options)
 
-    return mock.patch.object(mappings, "all_gather_single", transposed)
+    return mock.patch.object(collectives, "all_gather_single", transposed)
 
 
 PLANTED: dict[str, Plant] = {

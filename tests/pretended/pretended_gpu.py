@@ -6,6 +6,7 @@ streams and messages: device mix-ups, launches no device takes, waits of the hos
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.jit import JITFunction
 
+from megatron.core import collectives, waiting
 from megatron.training import live_memory
 from megatron.training.live_memory import LiveMemory, is_host
 
@@ -34,7 +36,7 @@ DEVICE = torch.device("cuda", 0)
 _ALIGNMENT = 16
 """Bytes that a kernel's pointers are multiples of."""
 _MAX_GRID = (2**31 - 1, 65535, 65535)
-_WATCHERS = {live_memory.__file__, __file__}
+_WATCHERS = {live_memory.__file__, collectives.__file__, waiting.__file__, __file__}
 
 
 class Wait(NamedTuple):
@@ -64,6 +66,7 @@ class PretendedGPU(LiveMemory):
 
     Attributes:
         waits: how often the host waited, by kind and place.
+        unmarked: those of them that the monitor of a run would take for work.
         collectives: how often each was begun.
         launches: how often each of Triton's kernels was launched.
     """
@@ -71,18 +74,22 @@ class PretendedGPU(LiveMemory):
     def __init__(self) -> None:
         super().__init__(DEVICE.type)
         self.waits: Counter[Wait] = Counter()
+        self.unmarked: Counter[Wait] = Counter()
         self.collectives: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
 
     def start(self) -> None:
         """Resets the counts."""
         self.peak = self.live
-        for counter in (self.waits, self.collectives, self.launches):
+        for counter in (self.waits, self.unmarked, self.collectives, self.launches):
             counter.clear()
 
     def wait(self, kind: str) -> None:
         """Notes that the host waits here."""
-        self.waits[Wait(kind, place())] += 1
+        wait = Wait(kind, place())
+        self.waits[wait] += 1
+        if threading.get_ident() not in waiting.waits():
+            self.unmarked[wait] += 1
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carries an operation out: the host's own for real, the device's on fake tensors."""

@@ -17,8 +17,8 @@ from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
 from megatron.training.dry_run import dry_run, parse_rank
 from megatron.training.dry_run_report import libraries_line
+from megatron.training.logs.averages import average_over_ranks
 from megatron.training.memory_model import batches_without_values, spread_evenly
-from megatron.training.metrics import average_over_ranks
 from megatron.training.microbatches import run_microbatches
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer, build_trainer
@@ -53,6 +53,8 @@ class Seen:
     """What the dry run adds for the libraries."""
     waits: dict[str, int]
     """How often the host waits for the device in the step, by kind and place."""
+    unmarked: list[str]
+    """Those that `megatron.core.waiting` does not know of."""
     collectives: dict[str, int]
     launches: dict[str, int]
     seconds: float
@@ -78,6 +80,7 @@ def watch_step(flags: list[str]) -> Seen:
         predicted=predicted.peak,
         libraries=libraries_line(predicted.libraries),
         waits={f"{wait.kind}: {wait.place}": count for wait, count in sorted(gpu.waits.items())},
+        unmarked=[f"{wait.kind}: {wait.place}" for wait in sorted(gpu.unmarked)],
         collectives=dict(sorted(gpu.collectives.items())),
         launches=dict(sorted(gpu.launches.items())),
         seconds=time.perf_counter() - start,

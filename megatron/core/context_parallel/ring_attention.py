@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core import collectives
 from megatron.core.fusions.attention_block import attention_block, attention_block_backward
 from megatron.core.parallel_state import Group
 
@@ -27,9 +28,9 @@ class _InFlight(NamedTuple):
     arriving: Tensor
     leaving: Tensor
 
-    def wait(self) -> Tensor:
+    def finish(self) -> Tensor:
         for request in self.requests:
-            request.wait()
+            collectives.wait(request)
         return self.arriving
 
 
@@ -37,7 +38,7 @@ def _pass_on(block: Tensor, cp: Group) -> _InFlight:
     """Starts sending a contiguous block to the next rank of the ring and receiving the previous one's."""
     arriving = torch.empty_like(block)
     following, previous = cp.ranks[(cp.rank + 1) % cp.size], cp.ranks[cp.rank - 1]
-    requests = dist.batch_isend_irecv(
+    requests = collectives.batch_isend_irecv(
         [
             dist.P2POp(dist.isend, block, following, cp.handle),
             dist.P2POp(dist.irecv, arriving, previous, cp.handle),
@@ -78,7 +79,7 @@ class _RingAttention(Function):
             else:
                 _merge(out[:, :, queries], logsumexp[:, :, queries], block_out, block_logsumexp)
             if coming is not None:
-                keys_values = coming.wait()
+                keys_values = coming.finish()
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         return out
@@ -104,13 +105,13 @@ class _RingAttention(Function):
             if coming_grad is None:
                 grad_keys_values = torch.stack(block).to(wide)
             else:
-                grad_keys_values = coming_grad.wait()
+                grad_keys_values = coming_grad.finish()
                 grad_keys_values[:, :, :, keys] += torch.stack(block)
             coming_grad = _pass_on(grad_keys_values, cp)
             if coming is not None:
-                keys_values = coming.wait()
+                keys_values = coming.finish()
         assert coming_grad is not None
-        grad_key, grad_value = coming_grad.wait().to(key.dtype)
+        grad_key, grad_value = coming_grad.finish().to(key.dtype)
         return grad_query.to(query.dtype), grad_key, grad_value, None
 
 

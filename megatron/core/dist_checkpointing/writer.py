@@ -16,6 +16,7 @@ from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing import metadata as md
 from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, Block, TensorShard
 from megatron.core.interchange.folder_kind import METADATA_FILE
+from megatron.core.waiting import to_host, waiting
 
 CHUNK_ELEMENTS = 1 << 23
 
@@ -43,7 +44,8 @@ def snapshot(shards: Iterable[TensorShard], memory: list[Tensor] | None = None) 
     for place, shard in zip(memory, owned, strict=True):
         place.copy_(shard.data.detach(), non_blocking=True)
     if any(shard.data.is_cuda for shard in owned):
-        torch.cuda.current_stream().synchronize()
+        with waiting("the device"):
+            torch.cuda.current_stream().synchronize()
     return [replace(shard, data=place) for place, shard in zip(memory, owned, strict=True)]
 
 
@@ -106,7 +108,7 @@ def _header(blocks: Sequence[tuple[TensorShard, Block]]) -> tuple[bytes, list[in
 def _write_block(file: Any, data: Tensor, block: Block) -> int:
     checksum = 0
     for chunk in data.detach()[block.offset : block.offset + block.numel].split(CHUNK_ELEMENTS):
-        content = memoryview(chunk.cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        content = memoryview(to_host(chunk).view(torch.uint8).numpy())  # type: ignore[arg-type]
         checksum = zlib.crc32(content, checksum)
         file.write(content)
     return checksum

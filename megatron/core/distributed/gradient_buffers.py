@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron.core import collectives
 from megatron.core.config import ParallelConfig
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
-from megatron.core.parallel_state import Group, ProcessGroups, all_gather_single, reduce_scatter_single
+from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
 # Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 16-bit types, which
@@ -68,10 +69,10 @@ class Bucket:
             if start < end:
                 yield Piece(parameter, start, end, offset + start)
 
-    def wait(self) -> None:
+    def finish(self) -> None:
         """Returns when the communication under way is done."""
         for work in self.work:
-            work.wait()
+            collectives.wait(work)
         self.work.clear()
 
 
@@ -189,11 +190,11 @@ class GradientBuffers:
         if bucket.group.size == 1:
             return
         if self.sharded:
-            work = reduce_scatter_single(
+            work = collectives.reduce_scatter_single(
                 bucket.grads[bucket.own], bucket.grads, group=bucket.group.handle, async_op=True
             )
         else:
-            work = dist.all_reduce(bucket.grads, group=bucket.group.handle, async_op=True)
+            work = collectives.all_reduce(bucket.grads, group=bucket.group.handle, async_op=True)
         bucket.work.append(work)
 
     def finalize(self) -> None:
@@ -202,7 +203,7 @@ class GradientBuffers:
             self._reduce(bucket)
         self._launched = len(self.buckets)
         for bucket in self.buckets:
-            bucket.wait()
+            bucket.finish()
         self._sum_sequence_partial()
 
     def _sum_sequence_partial(self) -> None:
@@ -221,7 +222,7 @@ class GradientBuffers:
         if not partial:
             return
         joined = torch.cat(partial)
-        dist.all_reduce(joined, group=self.groups.tp.handle)
+        collectives.all_reduce(joined, group=self.groups.tp.handle)
         for grad, total in zip(partial, joined.split([grad.numel() for grad in partial]), strict=True):
             grad.copy_(total)
 
@@ -243,7 +244,8 @@ class GradientBuffers:
         """Begins to gather the first `number` of the buckets, as far as that has not begun."""
         for bucket in self._gather_order[self._gathered : number]:
             own = bucket.weights[bucket.own]
-            bucket.work.append(all_gather_single(bucket.weights, own, group=bucket.group.handle, async_op=True))
+            work = collectives.all_gather_single(bucket.weights, own, group=bucket.group.handle, async_op=True)
+            bucket.work.append(work)
         self._gathered = max(self._gathered, min(number, len(self._gather_order)))
 
     def _wait_before_use(self, model: nn.Module) -> None:
@@ -263,7 +265,7 @@ class GradientBuffers:
         """Begins to gather the bucket after those that a module needs, and waits for these."""
         self._gather(needed[-1] + 2)
         for place in needed:
-            self._gather_order[place].wait()
+            self._gather_order[place].finish()
 
     def wait_for_parameters(self) -> None:
         """Returns when the parameters are those of the last update; before reading them other than by a forward.
@@ -272,7 +274,7 @@ class GradientBuffers:
         """
         self._gather(len(self._gather_order))
         for bucket in self.buckets:
-            bucket.wait()
+            bucket.finish()
 
 
 def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, grad_dtype: torch.dtype) -> list[Bucket]:

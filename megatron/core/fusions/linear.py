@@ -17,6 +17,7 @@ from torch.autograd import Function
 from megatron.core.fusions import forms
 from megatron.core.fusions.forms import operation
 from megatron.core.fusions.weight_gradient import deliver
+from megatron.core.waiting import to_host, waiting
 
 Backend = Literal["auto", "grouped_mm", "loop"]
 
@@ -61,11 +62,12 @@ def row_multiple(x: Tensor, weight_EOI: Tensor, backend: Backend) -> int:
 
 def ends_for_products(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
     """`ends_E` for all products of a layer: on the host if a loop makes them, which then waits for the device once."""
-    return ends_E if forms.kernel("grouped_product", x, weight_EOI, ends_E, True, backend) else ends_E.cpu()
+    return ends_E if forms.kernel("grouped_product", x, weight_EOI, ends_E, True, backend) else to_host(ends_E)
 
 
 def _rows_of_experts(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
+    with waiting("the device"):
+        ends = ends_E.tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import GradientBuffers
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
+from megatron.core.waiting import waiting
 
 # Elements whose squares are summed in float32, whose precision long sums would exceed; their sums are added in float64.
 _CHUNK = 1 << 14
@@ -65,5 +66,6 @@ def gradient_norm(own: OwnGradients, losses: Tensor, world: Group) -> float:
     for grads in own.watched:
         total = total + 0 * _sum_of_squares(grads)
     if world.size > 1:
-        dist.all_reduce(total, group=world.handle)
-    return float(total.sqrt())
+        collectives.all_reduce(total, group=world.handle)
+    with waiting("the device"):
+        return float(total.sqrt())

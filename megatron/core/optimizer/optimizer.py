@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
@@ -16,7 +17,7 @@ from megatron.core.optimizer.loss_scaler import new_loss_scaler
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.optimizer.update_rule import ParameterKind, Segment, Update, UpdateRule
-from megatron.core.parallel_state import ProcessGroups, all_gather_single
+from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
 
 MASTER = "master"
@@ -182,7 +183,7 @@ class MixedPrecisionOptimizer:
                 flat = own
                 if self.buffers.sharded and bucket.group.size > 1:
                     flat = own.new_empty(bucket.weights.numel())
-                    all_gather_single(flat, own, group=bucket.group.handle)
+                    collectives.all_gather_single(flat, own, group=bucket.group.handle)
                 if keep:
                     for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
                         values = flat[offset : offset + parameter.numel()].view_as(parameter)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.core import collectives
 from megatron.core.parallel_state import Group, PipelineChannels
 from megatron.core.pipeline_parallel.schedules import Forward, Pass
 
@@ -24,9 +25,9 @@ class Message:
     _tensor: Tensor
     _work: dist.Work
 
-    def wait(self) -> Tensor:
+    def finish(self) -> Tensor:
         """Returns the tensor once it may be used (on a GPU: for what is launched from now on)."""
-        self._work.wait()
+        collectives.wait(self._work)
         return self._tensor
 
 
@@ -44,13 +45,13 @@ class StageLink:
         channel = self.channels.forward_out if isinstance(work, Forward) else self.channels.backward_out
         assert tensor.shape == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype)
         tensor = tensor.contiguous()
-        return _begin(tensor, dist.isend(tensor, _other(channel), group=channel.handle))
+        return _begin(tensor, collectives.isend(tensor, _other(channel), group=channel.handle))
 
     def receive(self, work: Pass) -> Message:
         """Begins to receive the input of a pass."""
         channel = self.channels.forward_in if isinstance(work, Forward) else self.channels.backward_in
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return _begin(tensor, dist.irecv(tensor, _other(channel), group=channel.handle))
+        return _begin(tensor, collectives.irecv(tensor, _other(channel), group=channel.handle))
 
 
 def _other(channel: Group) -> int:

@@ -74,11 +74,11 @@ class _Runner:
                 case Receive(work):
                     self.coming[work] = self.link.receive(work)
                 case AwaitReceived(work):
-                    self.inputs[work] = self.coming.pop(work).wait()
+                    self.inputs[work] = self.coming.pop(work).finish()
                 case Send(work):
                     self.leaving[work] = self.link.send(work, self.results.pop(work))
                 case AwaitSent(work):
-                    self.leaving.pop(work).wait()
+                    self.leaving.pop(work).finish()
         return self.kept
 
     def _forward(self, work: Forward) -> None:

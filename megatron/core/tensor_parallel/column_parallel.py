@@ -7,10 +7,10 @@ ranks then runs while the gradient of the weight is computed.
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core import collectives
 from megatron.core.fusions.linear import data_gradient, forward_product, linear, weight_gradient
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
@@ -37,13 +37,13 @@ class _ColumnParallelLinear(Function):
             if ctx.sequence_parallel:
                 grad_x, summing = mappings.start_reduce_scatter_first(grad_x, group)
             else:
-                summing = dist.all_reduce(grad_x, group=group.handle, async_op=True)
+                summing = collectives.all_reduce(grad_x, group=group.handle, async_op=True)
         if gathering is not None:
-            gathering.wait()
+            collectives.wait(gathering)
         if wants_weight:
             grad_weight = weight_gradient(weight, grad_NO, x.flatten(0, -2))
         if summing is not None:
-            summing.wait()
+            collectives.wait(summing)
         return grad_x, grad_weight, None, None
 
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron.core.parallel_state import Group, all_gather_single, reduce_scatter_single
+from megatron.core import collectives
+from megatron.core.parallel_state import Group
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -20,7 +21,7 @@ def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
     if group.size == 1:
         return x
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, op=op, group=group.handle)
+    collectives.all_reduce(x, op=op, group=group.handle)
     return x
 
 
@@ -29,14 +30,14 @@ def all_gather_first(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x
     out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    all_gather_single(out, x.contiguous(), group=group.handle)
+    collectives.all_gather_single(out, x.contiguous(), group=group.handle)
     return out
 
 
 def start_all_gather_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
     """`all_gather_first` in a group of several, without waiting: the result is there when the request is done."""
     out = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    return out, all_gather_single(out, x.contiguous(), group=group.handle, async_op=True)
+    return out, collectives.all_gather_single(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
@@ -45,14 +46,14 @@ def reduce_scatter_first(x: Tensor, group: Group) -> Tensor:
         return x
     assert x.shape[0] % group.size == 0, f"{x.shape[0]} rows cannot be scattered over {group.size} ranks"
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    reduce_scatter_single(out, x.contiguous(), group=group.handle)
+    collectives.reduce_scatter_single(out, x.contiguous(), group=group.handle)
     return out
 
 
 def start_reduce_scatter_first(x: Tensor, group: Group) -> tuple[Tensor, Any]:
     """`reduce_scatter_first` in a group of several, without waiting: the result is there when the request is done."""
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    return out, reduce_scatter_single(out, x.contiguous(), group=group.handle, async_op=True)
+    return out, collectives.reduce_scatter_single(out, x.contiguous(), group=group.handle, async_op=True)
 
 
 def split_first(x: Tensor, group: Group) -> Tensor:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import interchange
+from megatron.core import collectives, interchange
 from megatron.core.atomic_files import error_sentence
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpoints.formats import FORMATS
@@ -156,7 +155,7 @@ def _gather_to_first(value: T, groups: ProcessGroups) -> list[T]:
     if groups.control.size == 1:
         return [value]
     values: list[Any] | None = [None] * groups.control.size if groups.control.is_first else None
-    dist.gather_object(value, values, dst=groups.control.ranks[0], group=groups.control.handle)
+    collectives.gather_object(value, values, dst=groups.control.ranks[0], group=groups.control.handle)
     return values or []
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conformance_testing import BOUNDS, INSTRUCTION_SETS, relative_error
+from closeness import BOUNDS, relative_error
+from conformance_testing import INSTRUCTION_SETS
 from torch import Tensor
 
 from megatron.core.fusions.kernels.cpu import wrapper

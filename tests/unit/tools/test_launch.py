@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from megatron.training.initialize import Environment, _leave_words
+from megatron.training.environment import Environment
+from megatron.training.initialize import _leave_words
 from megatron.training.signals import StopSignal
 from tools import launch
 

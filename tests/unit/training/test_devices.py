@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.training import initialize
-from megatron.training.initialize import Environment, check_kernels, choose_device, claim_gpu
+from megatron.training.device import check_kernels, choose_device, claim_gpu
+from megatron.training.environment import Environment
 from megatron.training.restarts import all_or_none
 
 

@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
 from megatron.training.dry_run import DryRun, dry_run, parse_rank, representative_ranks
 from megatron.training.dry_run_report import libraries_line, most_needed, table, verdict
-from megatron.training.initialize import Environment
+from megatron.training.environment import Environment
 from megatron.training.memory_model import GIB, MIB, library_memory
 
 HIDDEN, LAYERS = 4096, 32

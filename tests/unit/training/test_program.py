@@ -14,7 +14,7 @@ import pytest
 import pretrain_gpt
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.training import training
-from megatron.training.initialize import Environment
+from megatron.training.environment import Environment
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SHAPE = (

@@ -13,7 +13,7 @@ import pytest
 from model_testing import tiny_arguments
 
 from megatron.training import signals
-from megatron.training.initialize import Environment, time_to_save
+from megatron.training.environment import Environment, time_to_save
 from megatron.training.signals import INTERRUPTED, StoppedAtStart, StopSignal
 
 REPOSITORY = Path(__file__).resolve().parents[3]

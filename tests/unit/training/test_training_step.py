@@ -51,7 +51,7 @@ def test_routers_get_the_expert_shares_of_the_step_before() -> None:
     first, _ = train_step(trainer, iter(step_batches(0, 0, 1)), progress)
     assert all(router.expert_share is None for router in routers)
     train_step(trainer, iter(step_batches(1, 0, 1)), progress)
-    for router, counts in zip(routers, first.tokens_per_expert, strict=True):
+    for router, counts in zip(routers, first.averages.tokens_per_expert, strict=True):
         assert router.expert_share.tolist() == pytest.approx([count / sum(counts) for count in counts])
 
 

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron.core import collectives
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel import mappings
+from megatron.core.waiting import to_host
 
 
 def gather_counts(counts: Tensor, group: Group) -> Tensor:
     """Every rank's `counts` [n], on the CPU: [ranks, n]; this waits for the device."""
-    return mappings.all_gather_first(counts.unsqueeze(0), group).cpu()
+    return to_host(mappings.all_gather_first(counts.unsqueeze(0), group))
 
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
@@ -37,7 +38,7 @@ def sum_rows_to_ranks(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor
 
 def _exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
     out = x.new_empty((sum(received), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group=group.handle)
+    collectives.all_to_all_single(out, x.contiguous(), received, sent, group=group.handle)
     return out
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron.core import collectives
 from megatron.core.config import ParallelConfig
-from megatron.core.distributed import gradient_buffers
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers
 from megatron.core.parallel_state import Group, ProcessGroups, Ranks
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
@@ -40,10 +40,10 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is begun and awaited; a bucket is known by the number of its layer."""
     found: list[str] = []
     monkeypatch.setattr(
-        gradient_buffers, "all_gather_single", lambda weights, own, **_: _Work(found, _note(found, "gather", weights))
+        collectives, "all_gather_single", lambda weights, own, **_: _Work(found, _note(found, "gather", weights))
     )
     monkeypatch.setattr(
-        gradient_buffers, "reduce_scatter_single", lambda own, grads, **_: _Work(found, _note(found, "reduce", grads))
+        collectives, "reduce_scatter_single", lambda own, grads, **_: _Work(found, _note(found, "reduce", grads))
     )
     return found
 

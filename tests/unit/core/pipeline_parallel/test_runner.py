@@ -31,7 +31,7 @@ class _Message:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
-    def wait(self) -> Tensor:
+    def finish(self) -> Tensor:
         return self.tensor
 
 

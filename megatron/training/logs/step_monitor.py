@@ -1,7 +1,7 @@
 """Watches the steps of this rank from a thread: which rank holds up the others, and which one is stuck."""
 
 import contextlib
-import linecache
+import json
 import sys
 import sysconfig
 import threading
@@ -9,13 +9,18 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-_PROJECT = str(Path(__file__).parents[1])
+from megatron.core import collectives, waiting
+from megatron.core.waiting import waits
+
 _COLLECTIVES = str(Path(dist.__file__).parent)
-_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<")
+# Libraries, and what only marks that a thread waits: a place is told of what calls them.
+_PASSED_OVER = (
+    sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<", collectives.__file__, waiting.__file__,
+)  # fmt: skip
 
 # Time between two looks at what the rank is doing, in seconds.
 _INTERVAL = 0.05
@@ -29,11 +34,20 @@ _SIGNAL_DELAY, _SIGNAL_INTERVAL, _SIGNAL_PATIENCE = 4.0, 20.0, 15.0
 _MOST_NAMED = 8
 
 
+class Whereabouts(NamedTuple):
+    """Where a rank is."""
+
+    waits_for: str
+    """As in `megatron.core.waiting`; empty while it works."""
+    place: str
+
+
 class StepMonitor:
-    """Samples, during each step, whether this rank waits in a collective or works.
+    """Samples, during each step, whether this rank waits for others or works.
 
     A step that lasts longer than `limit` seconds makes one rank ask all others where they are; `report` gets one
-    sentence about those that do not wait for others. Threads that wait for a GPU count as working.
+    sentence about those that do not wait for others, or about all if every rank does. A thread that waits for its own
+    device counts as working, since that may be what is slow.
 
     `stopping` says how many seconds ago a signal asked to stop. It may come from a launcher that has lost a rank, for
     which the others then wait in vain; so all are asked, and a sentence about those that are silent goes to `lost`,
@@ -96,7 +110,7 @@ class StepMonitor:
                 started, now = self._started, time.monotonic()
                 if started is not None:
                     self._looks += 1
-                    self._looks_at_work += _place_of_work() is not None
+                    self._looks_at_work += _whereabouts().waits_for != "other ranks"
                 if now - looked_at < _ASK_INTERVAL:
                     continue
                 looked_at = now
@@ -116,12 +130,12 @@ class StepMonitor:
         return f"where/{self._calls}/{name}"
 
     def _answer(self, now: float) -> None:
-        self._store.set(self._key(str(self._rank)), _place_of_work() or "")
+        self._store.set(self._key(str(self._rank)), json.dumps(_whereabouts()))
         self._calls += 1
         self._called_at, self._asked_of = now, self._step
 
-    def _ask(self, now: float, patience: float) -> dict[int, str | None] | None:
-        """Where every rank is: empty if it waits for others, None if it does not answer; None if another rank asks."""
+    def _ask(self, now: float, patience: float) -> dict[int, Whereabouts | None] | None:
+        """Where every rank is, None if it does not answer; None if another rank asks."""
         if self._store.add(self._key("asked"), 1) != 1:
             return None
         keys = {rank: self._key(str(rank)) for rank in range(self._world_size)}
@@ -131,51 +145,63 @@ class StepMonitor:
             if self._stopped.wait(_INTERVAL):
                 return None
             self._look()
-        return {rank: self._store.get(key).decode() if self._store.check([key]) else None for rank, key in keys.items()}
+        return {
+            rank: Whereabouts(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+            for rank, key in keys.items()
+        }
 
     def _ask_about_step(self, now: float) -> None:
         step, places = self._step, self._ask(now, _PATIENCE)
         if places is None:
             return
-        found = [f"rank {rank} is {place or 'not answering'}" for rank, place in places.items() if place != ""]
-        if len(found) > _MOST_NAMED:
-            found[_MOST_NAMED:] = [f"{len(found) - _MOST_NAMED} more do not wait either"]
-        self._report(
-            f"step {step} has taken {self._limit:.0f} s; "
-            + ("; ".join(found) + "; all others wait" if found else "every rank waits in a collective")
-        )
+        ranks: dict[Whereabouts, list[int]] = {}
+        for rank, found in places.items():
+            ranks.setdefault(found or Whereabouts("", "not answering"), []).append(rank)
+        told = [_sentence(found, ranks[found]) for found in sorted(ranks) if found.waits_for != "other ranks"]
+        if not told:
+            told = ["every rank waits", *(_sentence(found, ranks[found]) for found in sorted(ranks))]
+        elif len(told) < len(ranks):
+            told.append("all others wait")
+        self._report(f"step {step} has taken {self._limit:.0f} s; {'; '.join(told)}")
 
     def _look_for_lost_ranks(self, now: float) -> None:
         places = self._ask(now, _SIGNAL_PATIENCE)
         silent = [rank for rank, place in (places or {}).items() if place is None]
         silent = [rank for rank in silent if not self._store.check([f"done/{rank}"])]
         if silent:
-            shown = ", ".join(map(str, silent[:_MOST_NAMED])) + (", ..." if len(silent) > _MOST_NAMED else "")
             self._lost(
-                f"rank {shown} does not answer and may have been killed (by the system if memory ran out, for "
+                f"rank {_shown(silent)} does not answer and may have been killed (by the system if memory ran out, for "
                 "example): nothing was saved since the last checkpoint"
             )
 
 
-def _place_of_work() -> str | None:
-    """Where the program is, or None if one of its threads waits for other ranks."""
-    main = threading.main_thread().ident
-    place = "at an unknown place"
+def _whereabouts() -> Whereabouts:
+    """Of the first thread that waits, or else of the main thread."""
+    marked, main = waits(), threading.main_thread().ident
+    found = Whereabouts("", "at an unknown place")
     for ident, innermost in sys._current_frames().items():
         if ident == threading.get_ident():
             continue
         frames = [frame for frame, _ in traceback.walk_stack(innermost)]
-        if any(_waits_for_others(frame) for frame in frames):
-            return None
-        if ident == main:
-            own = next((frame for frame in frames if not frame.f_code.co_filename.startswith(_LIBRARIES)), innermost)
-            place = f"at {own.f_code.co_filename}:{own.f_lineno} ({own.f_code.co_name})"
-    return place
+        waits_for = marked.get(ident, "")
+        # a script's own collectives carry no mark
+        if not waits_for and any(frame.f_code.co_filename.startswith(_COLLECTIVES) for frame in frames):
+            waits_for = "other ranks"
+        if waits_for or ident == main:
+            own = next((frame for frame in frames if not frame.f_code.co_filename.startswith(_PASSED_OVER)), innermost)
+            found = Whereabouts(waits_for, f"at {own.f_code.co_filename}:{own.f_lineno} ({own.f_code.co_name})")
+        if waits_for:
+            break
+    return found
 
 
-def _waits_for_others(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    if file.startswith(_COLLECTIVES):
-        return True
-    # communication that was started earlier
-    return file.startswith(_PROJECT) and ".wait()" in linecache.getline(file, frame.f_lineno)
+def _sentence(found: Whereabouts, ranks: list[int]) -> str:
+    several = len(ranks) > 1
+    who = f"{'ranks' if several else 'rank'} {_shown(ranks)}"
+    if found.waits_for:
+        return f"{who} {'wait' if several else 'waits'} for {found.waits_for} {found.place}"
+    return f"{who} {'are' if several else 'is'} {found.place}"
+
+
+def _shown(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

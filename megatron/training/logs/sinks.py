@@ -1,0 +1,134 @@
+"""Where records are written to. What cannot be written, on a disk that is full for example, stops no training."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.core.atomic_files import atomic_writer
+
+
+class Sink:
+    """Drops and counts what cannot be written.
+
+    Attributes:
+        target: what it is called in messages, the flag that names it for example.
+        dropped: records that were dropped since the last one that was written.
+    """
+
+    target: str
+
+    def __init__(self) -> None:
+        self.dropped = 0
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Writes, or drops the record; the first one that is dropped, and the first that is not again, are told."""
+        try:
+            write()
+        except OSError as error:
+            if not self.dropped:
+                _warn(f"WARNING: records for {self.target} are dropped while they cannot be written: {error}")
+            self.dropped += 1
+        else:
+            if count := self.dropped:
+                self.dropped = 0
+                _warn(f"{self.target} can be written again; {count} record(s) were dropped")
+
+
+class Console(Sink):
+    """Standard output."""
+
+    target = "standard output"
+
+    def write(self, line: str) -> None:
+        """Prints a line."""
+        self.attempt(lambda: print(line, flush=True))
+
+
+class JsonLines(Sink):
+    """One JSON object a line."""
+
+    target = "--metrics-path"
+
+    def __init__(self, path: Path, resumed_at: int | None) -> None:
+        """`resumed_at`: see `_open_json_lines`."""
+        super().__init__()
+        self.file = _open_json_lines(path, resumed_at)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends a line."""
+        line = json.dumps(values) + "\n"
+        self.attempt(lambda: _append(self.file, line.encode()))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.attempt(self.file.close)
+
+
+class TensorBoard(Sink):
+    """Scalars in TensorBoard's event files, without those of steps after `resumed_at`, which will be taken again.
+
+    Raises ValueError if the package is not installed.
+    """
+
+    target = "--tensorboard-dir"
+
+    def __init__(self, folder: str, resumed_at: int | None) -> None:
+        super().__init__()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard-dir needs the package tensorboard: pip install tensorboard") from error
+        purged = None if resumed_at is None else resumed_at + 1
+        self.writer: Any = SummaryWriter(folder, purge_step=purged)  # type: ignore[no-untyped-call]
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars by name."""
+        self.attempt(lambda: [self.writer.add_scalar(name, value, iteration) for name, value in scalars.items()])
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.attempt(self.writer.close)
+
+
+def _warn(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _append(file: Any, line: bytes) -> None:
+    """Appends a whole line or nothing to an unbuffered file."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise
+
+
+def _open_json_lines(path: Path, resumed_at: int | None) -> Any:
+    """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again.
+
+    A run that starts anew keeps what another one wrote there under a numbered name. With None all lines stay.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if resumed_at == 0 and path.exists() and path.stat().st_size:  # another run's numbers
+        aside = next(name for n in itertools.count(1) if not (name := path.with_name(f"{path.name}.{n}")).exists())
+        path.rename(aside)
+    elif resumed_at is not None and path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                kept += [line] if json.loads(line)["iteration"] <= resumed_at else []
+            except (ValueError, KeyError, TypeError):  # cut off when the job was killed
+                continue
+        with atomic_writer(path) as file:
+            file.write("".join(line + os.linesep for line in kept).encode())
+    return open(path, "ab", buffering=0)
