@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.forms import takes_grouped_mm
-from megatron.core.fusions.linear import Backend
+from megatron.core.fusions.linear import Backend, WgradBackend
 from megatron.core.fusions.permute import PermutationMap
 from megatron.core.parallel_state import Group
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
@@ -24,7 +24,8 @@ class Experts(nn.Module):
 
     Attributes:
         backend: what makes their products; may be set again, to what has been measured.
-        takes_grouped_mm: whether there is a choice.
+        wgrad_backend: what makes their weight gradients, likewise.
+        takes_grouped_mm: whether there is a choice of the former.
     """
 
     def __init__(self, config: ModelConfig, ep: Group, placement: Placement) -> None:
@@ -52,6 +53,7 @@ class Experts(nn.Module):
         self.linear_fc1 = _StackedWeight(gate_up, experts, placement)
         self.linear_fc2 = _StackedWeight(down, experts, placement)
         self.backend: Backend = config.moe_grouped_gemm_backend
+        self.wgrad_backend: WgradBackend = config.moe_grouped_wgrad_backend
         width = config.ffn_hidden_size // group.size
         self.takes_grouped_mm = takes_grouped_mm(config.dtype, config.hidden_size, width)
         if self.backend == "grouped_mm" and not self.takes_grouped_mm:
@@ -63,4 +65,5 @@ class Experts(nn.Module):
 
     def forward(self, x_TH: Tensor, probs_TK: Tensor, index: PermutationMap) -> Tensor:
         """`probs_TK` weights each token's choices; `index` knows which of them are for experts here."""
-        return expert_mlp(x_TH, probs_TK, index, self.linear_fc1.weight, self.linear_fc2.weight, self.backend)
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        return expert_mlp(x_TH, probs_TK, index, *weights, self.backend, self.wgrad_backend)
