@@ -8,6 +8,7 @@ Whatever multiplies by a weight of the model does it here: a form in another pre
 N rows (tokens), I and O the widths of input and output; R rows sorted by expert, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -108,11 +109,16 @@ def takes_persistent(weight_EOI: Tensor, out_EOI: Tensor) -> bool:
     return forms.kernel("grouped_weight_gradient_persistent_", grad_RO, x_RI, ends_E, out_EOI, 1.0) is not None
 
 
+def wgrad_operation(backend: WgradBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], None]:
+    """The operation that `backend` stands for; `auto` is `tiles`."""
+    return grouped_weight_gradient_persistent_ if backend == "persistent" else grouped_weight_gradient_
+
+
 def grouped_weight_gradient(
     weight_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, backend: WgradBackend = "auto"
 ) -> Tensor | None:
-    """`weight_gradient` for all experts; `backend` says by which kernel, `auto` is `tiles`."""
-    add_ = grouped_weight_gradient_persistent_ if backend == "persistent" else grouped_weight_gradient_
+    """`weight_gradient` for all experts."""
+    add_ = wgrad_operation(backend)
     return deliver(weight_EOI, lambda out, beta: add_(grad_RO, x_RI, ends_E, out, beta))
 
 

@@ -9,15 +9,15 @@ from model_testing import step_batches, tiny_arguments
 
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
-from megatron.core.fusions.linear import Backend
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.transformer.moe.experts import Experts
+from megatron.training import grouped_gemm
 from megatron.training.checkpointing import Progress, load_checkpoint, locate_checkpoint, save_checkpoint
-from megatron.training.grouped_gemm import choose, rows_per_expert, settle_grouped_gemm
+from megatron.training.grouped_gemm import PRODUCTS, WEIGHT_GRADIENTS, Choice, choose, rows_per_expert
+from megatron.training.grouped_gemm import settle_grouped_gemm as settle
+from megatron.training.initialize import SharedError
 from megatron.training.setup import Trainer, build_trainer
 from megatron.training.training import train_step
-
-SECONDS = {"grouped_mm": 2.0, "loop": 1.0}
 
 
 def _trainer(settings: dict[str, object] | None = None, groups: ProcessGroups | None = None) -> Trainer:
@@ -27,10 +27,16 @@ def _trainer(settings: dict[str, object] | None = None, groups: ProcessGroups | 
     )  # fmt: skip
 
 
-def _choose(trainer: Trainer, progress: Progress, seconds: dict[str, float]) -> tuple[set[str], str]:
-    experts = [module for module in trainer.model.modules() if isinstance(module, Experts)]
-    line = choose(trainer, progress, experts, lambda backend, _, rows: seconds[backend] * rows / 1000)
-    return {module.backend for module in experts}, line
+def _experts(trainer: Trainer) -> list[Experts]:
+    return [module for module in trainer.model.modules() if isinstance(module, Experts)]
+
+
+def _choose(
+    trainer: Trainer, progress: Progress, seconds: dict[str, float], choice: Choice = PRODUCTS
+) -> tuple[set[str], str]:
+    timed = choice._replace(measure=lambda backend, _, rows: seconds[backend] * rows / 1000)
+    line = choose(trainer, progress, _experts(trainer), timed)
+    return {getattr(module, choice.attribute) for module in _experts(trainer)}, line
 
 
 def test_the_faster_one_is_taken_by_all_layers() -> None:
@@ -71,29 +77,107 @@ def test_a_resumed_run_computes_as_before(tmp_path: Path, ckpt_format: str) -> N
     assert _choose(other, progress, {"grouped_mm": 2.0, "loop": 1.0})[0] == {"loop"}
 
 
-def _on_two_ranks(rank: int, world_size: int) -> tuple[set[str], str]:
+def test_a_flag_or_a_cpu_leave_nothing_to_measure() -> None:
+    def never(backend: str, experts: Experts, rows: int) -> float:
+        raise AssertionError(backend)
+
+    choices = [choice._replace(measure=never) for choice in (PRODUCTS, WEIGHT_GRADIENTS)]
+    for flag, wgrad in (("auto", "auto"), ("loop", "tiles"), ("grouped_mm", "auto")):
+        trainer = _trainer({"moe_grouped_gemm_backend": flag, "moe_grouped_wgrad_backend": wgrad})
+        settle(trainer, progress := Progress(), choices)
+        assert not progress.grouped_gemm
+        assert {(module.backend, module.wgrad_backend) for module in _experts(trainer)} == {(flag, wgrad)}
+    with pytest.raises(ValueError, match=r"grouped_mm does not take experts of float32, 46 x 32 .*leave it at auto"):
+        _trainer({"moe_grouped_gemm_backend": "grouped_mm", "ffn_hidden_size": 46})
+
+
+def test_weight_gradients_are_another_choice_in_the_same_record() -> None:
+    trainer, progress = _trainer(), Progress()
+    _choose(trainer, progress, {"grouped_mm": 1.0, "loop": 2.0})
+    kernels, line = _choose(trainer, progress, {"tiles": 2.0, "persistent": 1.9}, WEIGHT_GRADIENTS)
+    assert kernels == {"tiles"}, "too close to tell"
+    kernels, line = _choose(trainer, Progress(), {"tiles": 2.0, "persistent": 1.0}, WEIGHT_GRADIENTS)
+    assert kernels == {"persistent"}
+    shape = "weight gradients of 4 experts of 16 rows, 48 x 32, float32, on cpu"
+    assert line == f"{shape}: persistent, from tiles 32 ms, persistent 16 ms"
+    assert sorted(progress.grouped_gemm.values()) == ["grouped_mm", "tiles"]
+    resumed = _trainer()
+    kernels, line = _choose(resumed, progress, {"tiles": 2.0, "persistent": 1.0}, WEIGHT_GRADIENTS)
+    assert kernels == {"tiles"} and line.endswith(": tiles, as measured when the run began")
+    assert {module.backend for module in _experts(resumed)} == {"auto"}, "products are another question"
+
+
+def _settle(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is measured where the persistent kernel is there."""
+    measured: list[str] = []
+
+    def measure(backend: str, experts: Experts, rows: int) -> float:
+        measured.append(backend)
+        return {"tiles": 2.0, "persistent": 1.0}[backend]
+
+    monkeypatch.setattr(grouped_gemm, "takes_persistent", lambda weight, out: out.dtype == torch.float32)
+    settle(trainer, Progress(), [choice._replace(measure=measure) for choice in (PRODUCTS, WEIGHT_GRADIENTS)])
+    return measured
+
+
+def test_kernels_of_weight_gradients_are_measured_where_there_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = _trainer()
+    assert _settle(trainer, monkeypatch) == ["tiles", "persistent"]
+    assert {module.wgrad_backend for module in _experts(trainer)} == {"persistent"}
+    for settings in ({"moe_grouped_wgrad_backend": "tiles"}, {"deterministic_mode": True}):
+        trainer = _trainer(settings)
+        assert _settle(trainer, monkeypatch) == []
+        assert "persistent" not in {module.wgrad_backend for module in _experts(trainer)}
+    trainer = _trainer({"moe_grouped_wgrad_backend": "persistent"})
+    assert _settle(trainer, monkeypatch) == []
+    assert {module.wgrad_backend for module in _experts(trainer)} == {"persistent"}
+
+
+def test_what_is_measured_leaves_no_trace_in_a_step() -> None:
+    """Main gradients are where it adds to."""
+    steps = []
+    for measures in (False, True):
+        trainer = _trainer()
+        if measures:
+            seconds = [WEIGHT_GRADIENTS.measure(kernel, _experts(trainer)[0], 3) for kernel in ("tiles", "persistent")]
+            assert min(seconds) > 0
+        train_step(trainer, iter(step_batches(0, 0, 1)), Progress())
+        steps.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*steps, strict=True))
+
+
+def test_a_kernel_that_is_not_here_is_refused() -> None:
+    sentence = (
+        r"--moe-grouped-wgrad-backend persistent does not take experts of 48 x 32 in torch.float32 with gradients in "
+        r"torch.float32 on cpu: it wants an H100 or B200 .* so leave it at auto"
+    )
+    with pytest.raises(SharedError, match=sentence):
+        settle(_trainer({"moe_grouped_wgrad_backend": "persistent"}), Progress())
+
+
+def _on_two_ranks(rank: int, world_size: int) -> list[object]:
     groups = build_process_groups(ParallelConfig(), rank, world_size)
     # the second rank is the slow one of the loop, and alone it would choose otherwise than the first
     seconds = ({"grouped_mm": 2.0, "loop": 1.0}, {"grouped_mm": 2.5, "loop": 3.0})[rank]
-    return _choose(_trainer(groups=groups), Progress(), seconds)
+    found: list[object] = [_choose(_trainer(groups=groups), Progress(), seconds)]
+    with pytest.MonkeyPatch.context() as patch:
+        # and its device has one kernel of the weight gradients alone
+        patch.setattr(grouped_gemm, "takes_persistent", lambda weight, out: rank == 0)
+        trainer, progress = _trainer(groups=groups), Progress()
+        settle(trainer, progress)
+        found += [len(progress.grouped_gemm), {module.wgrad_backend for module in _experts(trainer)}]
+        with pytest.raises(SharedError) as refused:
+            settle(_trainer({"moe_grouped_wgrad_backend": "persistent"}, groups), progress)
+    return [*found, str(refused.value)]
 
 
-def test_all_ranks_take_what_suits_the_slowest() -> None:
+def test_all_ranks_take_what_suits_the_slowest_and_what_all_of_them_have() -> None:
     first, second = run_distributed(_on_two_ranks, 2)
-    assert first == second and first[0] == {"grouped_mm"} and "grouped_mm 40 ms, loop 48 ms" in first[1]
-
-
-def test_a_flag_or_a_cpu_leave_nothing_to_measure() -> None:
-    def never(backend: Backend, experts: Experts, rows: int) -> float:
-        raise AssertionError(backend)
-
-    for flag in ("auto", "loop", "grouped_mm"):
-        trainer, progress = _trainer({"moe_grouped_gemm_backend": flag}), Progress()
-        settle_grouped_gemm(trainer, progress, never)
-        assert not progress.grouped_gemm
-        assert {module.backend for module in trainer.model.modules() if isinstance(module, Experts)} == {flag}
-    with pytest.raises(ValueError, match=r"grouped_mm does not take experts of float32, 46 x 32 .*leave it at auto"):
-        _trainer({"moe_grouped_gemm_backend": "grouped_mm", "ffn_hidden_size": 46})
+    assert first == second
+    (backends, line), measured, kernels, refusal = first
+    assert backends == {"grouped_mm"} and "grouped_mm 40 ms, loop 48 ms" in line
+    assert measured == 0 and kernels == {"auto"}
+    assert refusal.startswith("rank 1: --moe-grouped-wgrad-backend persistent does not take experts")
 
 
 @pytest.mark.parametrize(
