@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron.core.fusions import forms, kernels
 
 HAS_GPU = torch.cuda.is_available()
+HAS_DESCRIPTORS = not HAS_GPU or torch.cuda.get_device_capability()[0] in (9, 10)
+"""Triton's interpreter has them too."""
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
 _WRAPPER = kernels.load("cpu.wrapper")
 INSTRUCTION_SETS = [] if isinstance(_WRAPPER, str) else _WRAPPER.kernels_cpp.instruction_sets()
