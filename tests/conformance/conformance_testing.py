@@ -12,8 +12,6 @@ from torch import Tensor
 from megatron.core.fusions import forms, kernels
 
 HAS_GPU = torch.cuda.is_available()
-HAS_DESCRIPTORS = not HAS_GPU or torch.cuda.get_device_capability()[0] in (9, 10)
-"""Triton's interpreter has them too."""
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
 _WRAPPER = kernels.load("cpu.wrapper")
 INSTRUCTION_SETS = [] if isinstance(_WRAPPER, str) else _WRAPPER.kernels_cpp.instruction_sets()
@@ -52,6 +50,11 @@ def each(*names: str) -> list[object]:
     """These forms as parameters, all if none is named; where there is a GPU, Triton's needs it and is marked so."""
     marks = {"triton": [pytest.mark.gpu]} if HAS_GPU else {}
     return [pytest.param(form, marks=marks.get(form, [])) for form in FORMS if not names or form in names]
+
+
+def has_descriptors() -> bool:
+    """Whether kernels with tensor descriptors run here; Triton's interpreter has them."""
+    return not HAS_GPU or torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def device_of(form: str) -> str:
