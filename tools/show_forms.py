@@ -23,6 +23,7 @@ from tools.run_tool import parsed, run_tool
 
 NAMES = {"triton": "Triton", "cpu": "C++", "library": "library"}
 TYPES = (torch.float32, torch.bfloat16)
+_WIDTH = max(map(len, TABLE)) + 2
 
 
 def _name(kernel: Kernel) -> str:
@@ -45,9 +46,9 @@ def _line(operation: str, device: str) -> list[str]:
         types = [str(kind).removeprefix("torch.") for kind in TYPES if kind in kernel.types]
         conditions = [*([] if len(types) == len(TYPES) else types), *([kernel.words] if kernel.words else [])]
         chain.append(_name(kernel) + (f" ({'; '.join(conditions)})" if conditions else ""))
-    lines = [f"  {operation:26}" + ", else ".join([*chain, "the formula"])]
+    lines = [f"  {operation:{_WIDTH}}" + ", else ".join([*chain, "the formula"])]
     absent = [f"{_name(kernel)}: {_obstacle(kernel, device)}" for kernel in TABLE[operation] if kernel not in able]
-    return lines + [f"  {'':26}  not {reason}" for reason in dict.fromkeys(absent)]
+    return lines + [f"  {'':{_WIDTH}}  not {reason}" for reason in dict.fromkeys(absent)]
 
 
 def report(operations: Iterable[str]) -> str:

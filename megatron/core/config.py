@@ -57,6 +57,10 @@ class ModelConfig:
     """What makes the products of all experts: torch's grouped_mm, a loop of products, or (auto) what is measured to be
     faster when the run begins where torch has one kernel for it (bfloat16 on an H100 or B200) and the loop elsewhere; a
     resumed run goes on with what it began with."""
+    moe_grouped_wgrad_backend: Literal["auto", "tiles", "persistent"] = "auto"
+    """What adds the weight gradients of all experts to the main gradients on a GPU: a kernel with a program for every
+    tile, one whose programs go from tile to tile and need an H100 or B200, or (auto) what is measured to be faster
+    when the run begins where there are both; a resumed run goes on with what it began with."""
     moe_expert_capacity_factor: float | None = None
     """Most tokens of a microbatch an expert takes, in multiples of an even share; no token is dropped if not given."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"

@@ -14,6 +14,7 @@ WITHOUT_EFFECT = {
         *SHAPE_FIELDS, "make_vocab_size_divisible_by",
         # how, not what
         "init_method_std", "moe_token_dispatcher_type", "moe_grouped_gemm_backend",
+        "moe_grouped_wgrad_backend",
     ),
     "parallel": (
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",

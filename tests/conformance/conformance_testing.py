@@ -1,7 +1,8 @@
 """Forms of operations, one at a time, and how their results are compared with float64."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -51,9 +52,38 @@ def each(*names: str) -> list[object]:
     return [pytest.param(form, marks=marks.get(form, [])) for form in FORMS if not names or form in names]
 
 
+def has_descriptors() -> bool:
+    """Whether kernels with tensor descriptors run here; Triton's interpreter has them."""
+    return not HAS_GPU or torch.cuda.get_device_capability()[0] in (9, 10)
+
+
 def device_of(form: str) -> str:
     """Where a form's operands lie in tests that run on any machine."""
     return "cuda" if HAS_GPU and form == "triton" else "cpu"
+
+
+def _add_to_tile(interpreter: Any, kind: Any, tile: Any, value: Any, indices: Any) -> None:
+    before = interpreter.create_descriptor_load(tile, indices, None, None)
+    interpreter.create_descriptor_store(tile, type(value)(before.data + value.data, value.dtype), indices)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """What Triton's kernels find where there is no GPU: some multiprocessors, and descriptors that can add."""
+    if HAS_GPU or not HAS_TRITON:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    kernel: Any = kernels.load("triton.persistent_gradient")
+    with ExitStack() as stack:
+        # fewer than there are tiles, so that a program has several
+        stack.enter_context(mock.patch.object(kernel, "_multiprocessors", lambda device: 2))
+        if not hasattr(InterpreterBuilder, "create_descriptor_reduce"):
+            stack.enter_context(
+                mock.patch.object(InterpreterBuilder, "create_descriptor_reduce", _add_to_tile, create=True)
+            )
+        yield
 
 
 @contextmanager
@@ -79,6 +109,7 @@ def only(form: str) -> Iterator[set[str]]:
         with (
             mock.patch.dict(kernels.DEVICES, parts.get(form, {"cpu": "cpu"}), clear=True),
             mock.patch.object(forms, "kernel", find_and_note),
+            interpreted(),
         ):
             yield used
     finally:

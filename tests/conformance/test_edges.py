@@ -1,18 +1,24 @@
 """Every form where it is easily wrong: NaN, infinities, ties, memory that was used before, repeated runs."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from closeness import relative_error
-from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, only
+from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, has_descriptors, only
 from conformance_testing import device_of as _device
 
 from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron.core.fusions.expert_mlp import expert_mlp
-from megatron.core.fusions.linear import grouped_weight_gradient_, linear
+from megatron.core.fusions.linear import (
+    grouped_weight_gradient_,
+    grouped_weight_gradient_persistent_,
+    linear,
+    takes_persistent,
+)
 from megatron.core.fusions.permute import combine_pairs, gather_pairs, permutation_map
 from megatron.core.fusions.rms_norm import rms_norm
 from megatron.core.fusions.rotary import apply_rotary, rotary_tables
@@ -99,6 +105,78 @@ def test_rows_behind_the_last_expert_stay_out(form: str) -> None:
     assert torch.equal(out[2], before[2])
     for expert, rows in ((0, slice(65)), (1, slice(65, 72))):
         assert_close(out[expert], before[expert].double() + grad[rows].double().T @ x[rows].double())
+
+
+@in_triton
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("add_", [grouped_weight_gradient_, grouped_weight_gradient_persistent_])
+def test_nan_of_an_expert_stays_with_it(form: str, add_: Callable[..., None], beta: float) -> None:
+    if not has_descriptors():
+        pytest.skip("needs an H100 or B200")
+    # experts begin at odd rows, one has a single row and one none; there are four tiles, three of them in part
+    counts, out_width, in_width, margin, device = (5, 1, 0, 66, 3), 136, 264, 64, _device(form)
+    of_rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    grad = drawn(sum(counts) + 2, out_width, dtype=torch.float16, device=device)
+    x = drawn(sum(counts) + 2, in_width, dtype=torch.float16, device=device, seed=1)
+    ends = torch.tensor(counts, device=device).cumsum(0).to(torch.int32)
+    for expert in (0, 3):
+        grad[: len(of_rows)][of_rows == expert], x[: len(of_rows)][of_rows == expert] = math.nan, math.inf
+    grad[len(of_rows) :], x[len(of_rows) :] = math.inf, math.nan
+    # between the main gradients of other layers
+    whole = torch.full((2 * margin + len(counts) * out_width * in_width,), 7.0, device=device)
+    out = whole[margin:-margin].view(len(counts), out_width, in_width)
+    out.copy_(drawn(*out.shape, seed=2) if beta else torch.tensor(math.nan))
+    before = out.clone()
+    with only(form) as used:
+        add_(grad, x, ends, out, beta)
+    assert used == {add_.__name__}
+    assert (whole[:margin] == 7).all() and (whole[-margin:] == 7).all()
+    assert out[0].isnan().all() and out[3].isnan().all()
+    assert torch.equal(out[2], beta * before[2] if beta else torch.zeros_like(out[2]))
+    for expert in (1, 4):
+        mine = slice(int(ends[expert - 1]), int(ends[expert]))
+        expected = grad[mine].double().T @ x[mine].double()
+        assert_close(out[expert], expected + before[expert].double() if beta else expected)
+
+
+@in_triton
+def test_what_descriptors_do_not_take_goes_another_way(form: str) -> None:
+    if not has_descriptors():
+        pytest.skip("needs an H100 or B200")
+    ends = torch.tensor((3, 7), dtype=torch.int32, device=_device(form))
+
+    def operands(out_width: int, in_width: int, rows: int = 7, moved: int = 0) -> list[torch.Tensor]:
+        shapes = ((rows, out_width), (rows, in_width), (2, out_width, in_width))
+        flat = [
+            drawn(math.prod(shape) + moved, dtype=dtype, device=ends.device, seed=number)
+            for number, (shape, dtype) in enumerate(zip(shapes, (torch.float16, torch.float16, torch.float32)))
+        ]
+        return [tensor[moved:].view(shape) for tensor, shape in zip(flat, shapes)]
+
+    taken = operands(16, 24)
+    cases = {
+        "taken": (*taken, 1.0),
+        "a half": (*taken, 0.5),
+        "no rows": (*operands(16, 24, rows=0), 1.0),
+        "width of 12": (*operands(12, 24), 1.0),
+        "begins at 4 bytes": (*operands(16, 24, moved=1), 1.0),
+        "narrow gradients": (*taken[:2], taken[2].half(), 1.0),
+        "wide operands": (*(tensor.float() for tensor in taken), 1.0),
+    }
+    for name, (grad, x, out, beta) in cases.items():
+        expected, mine = out.double() * beta, torch.minimum(ends, torch.tensor(len(x), device=ends.device))
+        for expert, rows in enumerate((slice(0, 3), slice(3, 7))):
+            expected[expert] += grad[rows].double().T @ x[rows].double()
+        with only(form) as used:
+            grouped_weight_gradient_persistent_(grad, x, mine.to(torch.int32), out, beta)
+        assert ("grouped_weight_gradient_persistent_" in used) == (name == "taken"), name
+        assert_close(out, expected, 1e-3 if out.dtype == torch.float16 else None)
+    with only(form):
+        weight = torch.empty(2, 16, 24, dtype=torch.float16, device=ends.device)
+        assert takes_persistent(weight, weight.float()) and not takes_persistent(weight, weight)
+    with only("formula"):
+        assert not takes_persistent(weight, weight.float())
 
 
 @each_form

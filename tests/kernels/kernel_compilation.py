@@ -31,8 +31,11 @@ from triton.runtime.jit import JITFunction
 import pretrain_gpt
 from megatron.core.fusions import attention, forms, kernels
 from megatron.core.fusions.kernels import triton as shelf
+from megatron.core.fusions.kernels.triton import persistent_gradient
+from megatron.core.fusions.linear import WgradBackend
 from megatron.core.microbatch import Microbatch
 from megatron.core.parallel_state import ProcessGroups
+from megatron.core.transformer.moe.experts import Experts
 from megatron.training.setup import Trainer, build_trainer
 
 META = torch.device("meta")
@@ -45,11 +48,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "128 experts": {"num_experts": 128, "moe_router_topk": 8},
     "256 experts": {"num_experts": 256, "moe_router_topk": 8},
     "one expert": {"num_experts": 1, "moe_router_topk": 1},
+    # multiples of 8, not of 16
+    "half-aligned widths": {"hidden_size": 136, "ffn_hidden_size": 264, "num_attention_heads": 4, "kv_channels": 32},
     # nothing is a multiple of 16
     "odd widths": {"hidden_size": 150, "ffn_hidden_size": 77, "num_attention_heads": 5, "num_query_groups": 5,
                    "num_experts": 5, "moe_router_topk": 3, "vocab_size": 211, "make_vocab_size_divisible_by": 1},
 }  # fmt: skip
 SEQUENCE, OTHER_LENGTH = 4096, 4095
+WITH_DESCRIPTORS = 90
+"""The first compute capability that has them, and with them a second kernel of the experts' weight gradients."""
+MULTIPROCESSORS = 132
 
 
 class Compiler:
@@ -116,6 +124,16 @@ def train_a_step(trainer: Trainer, length: int) -> None:
         loss.backward()
 
 
+def train_both_ways(trainer: Trainer, length: int, has_descriptors: bool) -> None:
+    """A step with each kernel of the experts' weight gradients that the device has."""
+    backends: list[WgradBackend] = ["tiles", "persistent"] if has_descriptors else ["tiles"]
+    for backend in backends:
+        for module in trainer.model.modules():
+            if isinstance(module, Experts):
+                module.wgrad_backend = backend
+        train_a_step(trainer, length)
+
+
 def _file(function: JITFunction) -> str:
     return function.__module__.rpartition(".")[2]
 
@@ -135,23 +153,52 @@ def launchable() -> set[str]:
     return {name for name in functions if name.partition(".")[2] not in called}
 
 
+def _loops_around_products(ttgir: str) -> int:
+    """How deep the products on tensor cores lie in loops: in one alone if loops were flattened."""
+    depth = 0
+    loops: list[int] = []
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while loops and indent <= loops[-1]:
+            loops.pop()
+        if "scf.for " in line:
+            loops.append(indent)
+        elif re.search(r"\b(ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot) ", line):
+            depth = max(depth, len(loops))
+    return depth
+
+
+_DESCRIPTORS = {
+    "load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
+    "store": r"\bcp\.async\.bulk\.tensor\.\dd\.global",
+    "add": r"\bcp\.reduce\.async\.bulk\.tensor\.\dd\.global\.shared::cta\.add",
+}
+
+
 def report(kernel: Any, name: str, context: dict[str, str]) -> dict[str, Any]:
-    """Registers of a thread, bytes of local memory of a thread (spilled registers), shared memory, instructions."""
+    """Registers of a thread, bytes of local memory of a thread (spilled registers), shared memory, instructions.
+
+    `loads` counts those that threads make themselves, `descriptors` says what is left to TMA, `loops` how many the
+    products are within.
+    """
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    tensor_cores = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b\S*", kernel.asm["ptx"])
+    ptx = kernel.asm["ptx"]
     return {
         "kernel": name,
         **context,
         "registers": int(numbers["REG"]),
         "spilled": int(numbers["STACK"]) + int(numbers["LOCAL"]),
         "shared": kernel.metadata.shared,
-        "target": re.findall(r"\.target (\w+)", kernel.asm["ptx"])[0],
-        "tensor_cores": sorted(set(tensor_cores)),
+        "target": re.findall(r"\.target (\w+)", ptx)[0],
+        "tensor_cores": sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))),
+        "descriptors": sorted({name for name, form in _DESCRIPTORS.items() if re.search(form, ptx)}),
+        "loops": _loops_around_products(kernel.asm["ttgir"]),
+        "loads": len(re.findall(r"\bld\.global\b|\bcp\.async\.c[ag]\b", ptx)),
     }
 
 
@@ -170,15 +217,16 @@ def main() -> None:
         mock.patch.dict(kernels.DEVICES, {"triton": "meta", "library.meta": "meta"}, clear=True),
         mock.patch.dict(forms.TABLE, {"grouped_weight_gradient_": row}),
         mock.patch.object(attention, "attend", FlashAttention.apply),
+        mock.patch.object(persistent_gradient, "_multiprocessors", lambda device: MULTIPROCESSORS),
         compiler.active(),
     ):
         for dtype in args.types:
             for model in args.models:
                 compiler.context = {"model": model, "dtype": dtype}
                 trainer = build(model, dtype)
-                train_a_step(trainer, SEQUENCE)
+                train_both_ways(trainer, SEQUENCE, args.capability >= WITH_DESCRIPTORS)
                 first = len(compiler.compiled)
-                train_a_step(trainer, OTHER_LENGTH)
+                train_both_ways(trainer, OTHER_LENGTH, args.capability >= WITH_DESCRIPTORS)
                 later += [(name, context) for _, name, context in compiler.compiled[first:]]
     compiled = [report(*each) for each in compiler.compiled]
     print(json.dumps({"kernels": sorted(launchable()), "compiled": compiled, "compiled_later": later}))

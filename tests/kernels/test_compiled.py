@@ -26,6 +26,10 @@ SPILLS = {
 }
 """Bytes of a thread that may be spilled, by kernel and compute capability; nothing else may."""
 
+PERSISTENT = "persistent_gradient._accumulate_persistently"
+REGISTERS = 168
+"""Of a thread of the persistent kernel: what 65,536 leave to 12 warps, of which 4 only load and multiply on a B200."""
+
 
 def _compile(capability: int, *options: str) -> dict[str, Any]:
     command = [sys.executable, str(PROGRAM), str(capability), *options]
@@ -44,8 +48,16 @@ def _faults(kernel: dict[str, Any], capability: int) -> list[str]:
     if kernel["spilled"] > SPILLS.get((kernel["kernel"], capability), 0):
         faults.append(f"{kernel['spilled']} bytes of spilled registers")
     multiplies = kernel["kernel"].startswith("grouped_gemm.") and kernel["dtype"] in ("bfloat16", "float16")
+    multiplies |= kernel["kernel"] == PERSISTENT
     if multiplies and TENSOR_CORES[capability] not in kernel["tensor_cores"]:
         faults.append(f"products without {TENSOR_CORES[capability]}")
+    if kernel["kernel"] == PERSISTENT:
+        if kernel["registers"] > REGISTERS:
+            faults.append(f"{kernel['registers']} registers")
+        if kernel["loops"] != 1:
+            faults.append("the loads of the next tile wait for this one's end: its loops were not flattened")
+        if kernel["loads"] != 2 or kernel["descriptors"] not in (["add", "load"], ["load", "store"]):
+            faults.append(f"{kernel['loads']} loads beside the ends of rows, TMA for {kernel['descriptors']} alone")
     return [f"{kernel['kernel']} of {kernel['model']} in {kernel['dtype']}: {fault}" for fault in faults]
 
 
@@ -53,7 +65,10 @@ def _assert_sound(found: dict[str, Any], capability: int) -> None:
     assert {kernel["target"] for kernel in found["compiled"]} == {f"sm_{capability}" + "a" * (capability >= 90)}
     assert not [fault for kernel in found["compiled"] for fault in _faults(kernel, capability)]
     forgotten = set(found["kernels"]) - {kernel["kernel"] for kernel in found["compiled"]}
+    forgotten -= {PERSISTENT} if capability < 90 else set()
     assert not forgotten, f"launched in no step: {forgotten}"
+    written = [tuple(kernel["descriptors"]) for kernel in found["compiled"] if kernel["kernel"] == PERSISTENT]
+    assert set(written) == ({("add", "load"), ("load", "store")} if capability >= 90 else set())
     assert found["compiled_later"] == [], "compiled again for another number of tokens, in the middle of a run"
 
 

@@ -6,10 +6,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 
 from megatron.core import collectives
-from megatron.core.fusions.kernels.triton import permute
+from megatron.core.fusions.kernels.triton import permute, persistent_gradient
 from megatron.core.microbatch import Microbatch
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.pipeline_parallel.schedules import Pass
@@ -89,6 +90,12 @@ def _strided_message() -> AbstractContextManager[Any]:
     return mock.patch.object(collectives, "all_gather_single", transposed)
 
 
+def _descriptors_of_one_thread() -> AbstractContextManager[Any]:
+    """What allocates descriptors is set once, in the thread that begins, and not in those of autograd."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    return mock.patch.object(persistent_gradient.triton, "set_allocator", lambda allocator: None)
+
+
 PLANTED: dict[str, Plant] = {
     "index on the host": _index_on_the_host,
     "receives on the host": _receives_on_the_host,
@@ -97,4 +104,5 @@ PLANTED: dict[str, Plant] = {
     "unaligned rows": _unaligned_rows,
     "tall grid": _tall_grid,
     "strided message": _strided_message,
+    "descriptors of one thread": _descriptors_of_one_thread,
 }

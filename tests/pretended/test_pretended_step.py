@@ -38,6 +38,7 @@ OF_FALLBACK = ("fallback of grouped_mm: core/fusions/kernels/library/cuda.py:gro
 # Those that need no mark: the copies are from memory that is staged at once, the fallback is torch's own.
 MEANT = {OF_ALL_TO_ALL[1], *OF_DOCUMENTS, *OF_FALLBACK}
 OF_LOOP = ("copy to the host: core/fusions/linear.py:_rows_of_experts",)
+PERSISTENT = "weight gradients by the persistent kernel"
 
 
 class Layout(NamedTuple):
@@ -51,6 +52,7 @@ class Layout(NamedTuple):
 
 QUICK = {
     "plain": Layout("--bf16 --global-batch-size 1 --dry-run 0/1"),
+    PERSISTENT: Layout("--bf16 --global-batch-size 2 --moe-grouped-wgrad-backend persistent --dry-run 0/1"),
     "TP2 PP2": Layout(f"--bf16 --global-batch-size 3 {TP2} {PP2} --dry-run 1/4"),
     "EP4 ETP1 with ZeRO": Layout(
         f"--bf16 --global-batch-size 8 {TP2} --expert-model-parallel-size 4 --expert-tensor-parallel-size 1 {ZERO} "
@@ -125,6 +127,10 @@ FAULTS = {
         "rms_norm.py:rms_norm_forward: rms_norm._forward: x_ptr is not aligned to 16 bytes",
     ),
     "tall grid": ("--dry-run 0/1", r"permute._gather: grid \(1024, "),
+    "descriptors of one thread": (
+        "--moe-grouped-wgrad-backend persistent --dry-run 0/1",
+        "Kernel requires a runtime memory allocation, but no allocator was set",
+    ),
     "strided message": (f"{TP2} --dry-run 0/2", r"mappings.py:all_gather_first: .* of strides \(1, "),
 }
 READ = "number read"
@@ -172,6 +178,9 @@ def _check(seen: dict[str, Any], layout: Layout) -> None:
     moving = seen["peak"] - seen["state"]
     assert abs(seen["predicted"] - seen["peak"]) < 0.01 * moving
     assert seen["launches"].keys() >= {"rms_norm._backward", "permute._combine", "swiglu._backward"}
+    # two in each of four layers
+    persistent = seen["launches"].get("persistent_gradient._accumulate_persistently", 0)
+    assert persistent == (2 * 4 * 2 if layout is QUICK[PERSISTENT] else 0)
 
 
 @pytest.mark.parametrize("name", QUICK)

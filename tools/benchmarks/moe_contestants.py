@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.linear import takes_persistent
 from megatron.core.fusions.weight_gradient import Write
 from megatron.core.microbatch import Microbatch
 from megatron.core.models.common import parameter_specs
@@ -153,6 +154,12 @@ def contestants(config: ModelConfig, device: torch.device) -> tuple[dict[str, La
         "torch grouped_mm": grouped(config, weights),
     }
     absent = {}
+    in_float32 = [weight[:1].float() for weight in (weights.gate_up_EFH, weights.down_EHF)]
+    if all(map(takes_persistent, (weights.gate_up_EFH, weights.down_EHF), in_float32)):
+        persistent = replace(config, moe_grouped_gemm_backend="grouped_mm", moe_grouped_wgrad_backend="persistent")
+        found[f"{OURS}, persistent"] = ours(persistent, weights)
+    else:
+        absent[f"{OURS}, persistent"] = "its weight gradients want an H100 or B200 with Triton, and 16 bits"
     for implementation in ("grouped_mm", "eager"):
         name = f"transformers, {implementation}"
         try:

@@ -1,14 +1,16 @@
 """Rates of the single operations of an MoE layer: bytes a second, and operations a second of the weight gradient.
 
-On CUDA these are the Triton kernels, elsewhere their PyTorch forms. Bytes are what has to be read and written.
+On CUDA these are the Triton kernels, elsewhere their PyTorch forms. Bytes are what has to be read and written. Weight
+gradients are added by each of the kernels that are there.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 from megatron.core.config import ModelConfig
-from megatron.core.fusions.linear import grouped_weight_gradient_
+from megatron.core.fusions.linear import WgradBackend, takes_persistent, wgrad_operation
 from megatron.core.fusions.permute import combine, gather, permutation_map
 from megatron.core.fusions.router import top_k_routing
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
@@ -60,7 +62,12 @@ def kernel_table(
             rates = [count / taken / 1e9 for taken in timed(action)]
             lines.append(f"  {name:30}{spread(rates, '.1f'):>26} GB/s")
         flops = 2 * rows * hidden * width
-        taken = timed(lambda: grouped_weight_gradient_(y_RH, grad_a_RF, index.offsets_E, main_grad, 1.0))
-        rates = [flops / each / 1e9 for each in taken]
-        lines.append(f"  {'weight gradient, accumulated':30}{spread(rates, '.1f'):>26} GFLOP/s")
+        backends: list[WgradBackend] = ["tiles"]
+        if takes_persistent(drawn(experts, hidden, width), main_grad):
+            backends.append("persistent")
+        for backend in backends:
+            operands = (y_RH, grad_a_RF, index.offsets_E, main_grad, 1.0)
+            taken = timed(functools.partial(wgrad_operation(backend), *operands))
+            rates = [flops / each / 1e9 for each in taken]
+            lines.append(f"  {f'weight gradient, {backend}':30}{spread(rates, '.1f'):>26} GFLOP/s")
     return lines

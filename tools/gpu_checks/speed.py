@@ -27,6 +27,8 @@ _STEP_FLAGS: dict[str, tuple[object, ...]] = {
 _STEP_GIB = 48
 _SPREAD = r"\s+([\d.]+) \([\d.]+ to [\d.]+\)"
 _LAYER_ROW = re.compile(rf"^({OURS}.*?)" + 2 * _SPREAD)
+_OPERATIONS = re.compile(r"^single operations, (.*)")
+_GRADIENT_ROW = re.compile(rf"^ +weight gradient, (\w+){_SPREAD} GFLOP/s")
 _STEP_ROW = re.compile(rf"^{OURS} *{_SPREAD}\s+([\d.]+)")
 
 
@@ -55,6 +57,17 @@ def read_layer_rates(output: str) -> list[Rate]:
     return rates
 
 
+def read_gradient_rates(output: str) -> list[tuple[str, str, float]]:
+    """Shape, kernel and GFLOP/s of the weight gradients that moe_layer.py has printed."""
+    rates, shape = [], ""
+    for line in output.splitlines():
+        if title := _OPERATIONS.match(line):
+            shape = title[1]
+        elif row := _GRADIENT_ROW.match(line):
+            rates.append((shape, row[1], float(row[2])))
+    return rates
+
+
 def read_step_rate(output: str) -> list[Rate]:
     """What train_step.py has printed, in GFLOP/s there and in TFLOP/s here; empty if it was not done."""
     rows = [row for line in output.splitlines() if (row := _STEP_ROW.match(line))]
@@ -73,6 +86,9 @@ def check_speed(session: Session) -> str:
     table = part.table("Goals, for an H200", "what", "of", unit, "goal TFLOP/s", "")
     for rate in rates:
         table.add(rate.what, rate.goal, f"{rate.value:.1f}", *_judged(rate, device))
+    gradients = part.table("Weight gradients of all experts, by kernel", "shape", "kernel", "TFLOP/s")
+    for shape, kernel, gflops in read_gradient_rates(layer.output):
+        gradients.add(shape, kernel, f"{gflops / 1e3:.3g}")
     must_end_well(layer)
     if device == "cuda" and session.machine.gpus[0]["free"] < _STEP_GIB * GIB:
         part.note(f"train_step.py is left out: it needs {_STEP_GIB} GiB of free memory at the size of 8x7B.")

@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from megatron.core.fusions.linear import (
     Backend,
+    WgradBackend,
     ends_for_products,
     grouped_product,
     grouped_weight_gradient,
@@ -32,17 +33,18 @@ class _ExpertMLP(Function):
         gate_up: Tensor,
         down: Tensor,
         backend: Backend,
+        wgrad_backend: WgradBackend,
     ) -> Tensor:
         probs_R, ends_E = gather_weights(probs_TK, index), ends_for_products(x_TH, down, index.offsets_E, backend)
         h_RF = grouped_product(gather(x_TH, index), gate_up, ends_E, True, backend)
         y_RH = grouped_product(swiglu(h_RF, probs_R), down, ends_E, True, backend)
         maps = (index.row_to_pair_R, index.pair_to_row_TK, index.offsets_E)
         ctx.save_for_backward(x_TH, h_RF, probs_R, ends_E, *maps)
-        ctx.gate_up, ctx.down, ctx.backend = gate_up, down, backend
+        ctx.gate_up, ctx.down, ctx.backend, ctx.wgrad_backend = gate_up, down, backend, wgrad_backend
         return combine(y_RH, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, h_RF, probs_R, ends_E, *maps = ctx.saved_tensors
         index, gate_up, down = PermutationMap(*maps), ctx.gate_up, ctx.down
         grad_RH = gather(grads[0], index)
@@ -50,12 +52,15 @@ class _ExpertMLP(Function):
         grad_h_RF, grad_probs_R, a_RF = swiglu_backward(grad_a_RF, h_RF, probs_R)
         grad_down = None
         if ctx.needs_input_grad[4]:
-            grad_down = grouped_weight_gradient(down, grad_RH, a_RF, index.offsets_E)
+            grad_down = grouped_weight_gradient(down, grad_RH, a_RF, index.offsets_E, ctx.wgrad_backend)
         grad_rows_RH = grouped_product(grad_h_RF, gate_up, ends_E, False, ctx.backend)
         grad_gate_up = None
         if ctx.needs_input_grad[3]:
-            grad_gate_up = grouped_weight_gradient(gate_up, grad_h_RF, gather(x_TH, index), index.offsets_E)
-        return combine(grad_rows_RH, index), scatter_weights(grad_probs_R, index), None, grad_gate_up, grad_down, None
+            grad_gate_up = grouped_weight_gradient(
+                gate_up, grad_h_RF, gather(x_TH, index), index.offsets_E, ctx.wgrad_backend
+            )
+        grad_x_TH, grad_probs_TK = combine(grad_rows_RH, index), scatter_weights(grad_probs_R, index)
+        return grad_x_TH, grad_probs_TK, None, grad_gate_up, grad_down, None, None
 
 
 def expert_mlp(
@@ -65,6 +70,7 @@ def expert_mlp(
     gate_up: Tensor,
     down: Tensor,
     backend: Backend = "auto",
+    wgrad_backend: WgradBackend = "auto",
 ) -> Tensor:
     """sum_k p_tk W2_e (silu(G_e x_t) * U_e x_t) over the experts e = e_tk that are here: x [T, H] -> [T, H].
 
@@ -75,7 +81,8 @@ def expert_mlp(
         gate_up: [experts, 2F, H], gate then up.
         down: [experts, H, F].
         backend: what makes the products, see grouped_product.
+        wgrad_backend: what makes the weight gradients, see grouped_weight_gradient.
     """
     if (multiple := row_multiple(x_TH, gate_up, backend)) > 1:
         index = align_rows(index, multiple)
-    return _ExpertMLP.apply(x_TH, probs_TK, index, gate_up, down, backend)
+    return _ExpertMLP.apply(x_TH, probs_TK, index, gate_up, down, backend, wgrad_backend)

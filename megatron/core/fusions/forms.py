@@ -12,17 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions.kernels import Kernel, by_library, in_cpp, in_triton, instruction_set, load, refusal
-from megatron.core.fusions.kernels.library import meta
-from megatron.core.fusions.kernels.library.cpu import MAX_WIDTH
-from megatron.core.fusions.kernels.library.cuda import ADDS_TO_FLOAT32, HAS_GROUPED_MM, wants_grouped_mm
+from megatron.core.fusions.kernels.library import cpu, cuda, meta
+from megatron.core.fusions.kernels.library.cuda import takes_grouped_mm, wants_grouped_mm
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-def takes_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether torch has grouped_mm and it takes rows of these widths: they must be aligned to 16 bytes."""
-    return HAS_GROUPED_MM and dtype != FP64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def _is_grouped(x: Tensor, weight: Tensor, ends: Tensor, transpose: bool, backend: str) -> bool:
@@ -46,6 +40,10 @@ def _widens(a: Tensor, b: Tensor, out: Tensor, beta: float) -> bool:
     return a.dtype in (BF16, FP16) and out.dtype == FP32 and out.is_contiguous()
 
 
+def _is_described(grad: Tensor, x: Tensor, ends: Tensor, out: Tensor, beta: float) -> bool:
+    return _widens(grad, x, out, beta) and beta in (0, 1) and x.shape[0] > 0 and cuda.takes_descriptors(grad, x, out)
+
+
 # What a kernel asks of the arguments besides device and types, in words and as a function of them. C++ runs where it is
 # faster than the libraries: products in float32 need AVX-512 for that, in bfloat16 the tile registers of AMX.
 _ONE_TYPE = "input and weight of one type", lambda *args: args[-3].dtype == args[-2].dtype
@@ -57,10 +55,11 @@ _SHORT = "at most 1024 positions with AVX-512, 4096 in bfloat16 with AMX", _is_s
 _FLASH = "16 bits, heads of 8, 16 ... 256", lambda q, *_: q.dtype in (BF16, FP16) and q.shape[-1] in range(8, 257, 8)
 _WHOLE = "types that no kernel with grouped heads takes", lambda q, *_: q.dtype not in (BF16, FP16)
 _TILES = "bfloat16 with AMX", _fits_tiles
-_BROAD = "float32, over 1024 long", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > MAX_WIDTH
-_ADDED = "16 bits into float32, where torch can", lambda *args: ADDS_TO_FLOAT32 and _widens(*args)
+_BROAD = "float32, over 1024 long", lambda a, b, out, _: a.dtype == out.dtype == FP32 and max(out.shape) > cpu.MAX_WIDTH
+_ADDED = "16 bits into float32, where torch can", lambda *args: cuda.ADDS_TO_FLOAT32 and _widens(*args)
 _WIDENED = "16 bits into float32", _widens
 _GRADIENT = "gradients in float32 or as wide", lambda grad, x, ends, out, beta: out.dtype in (FP32, grad.dtype)
+_DESCRIBED = "16 bits into float32, rows in 16 bytes, beta 0 or 1, on an H100 or B200", _is_described
 _ALIGNED = "rows in 16 bytes, in bfloat16 on an H100 or B200 or where --moe-grouped-gemm-backend asks", _is_grouped
 _ASKED = "--moe-grouped-gemm-backend grouped_mm", lambda *args: args[-1] == "grouped_mm" and _is_grouped(*args)
 _SETS = "float32 with AVX-512, bfloat16 with AMX"
@@ -95,6 +94,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "grouped_product": (by_library("cuda", *_ALIGNED), by_library("cpu", *_ASKED), in_cpp(*_PRODUCTS)),
     "grouped_weight_gradient_": (in_triton("grouped_gemm", *_GRADIENT), in_cpp(*_SUMS)),
+    "grouped_weight_gradient_persistent_": (in_triton("persistent_gradient", *_DESCRIBED),),
     "row_multiple": (by_library("cpu", *_ONEDNN),),
     "vocabulary_blocks": (in_cpp(*_NARROW), by_library("cpu")),
 }  # fmt: skip

@@ -8,6 +8,7 @@ Whatever multiplies by a weight of the model does it here: a form in another pre
 N rows (tokens), I and O the widths of input and output; R rows sorted by expert, E experts.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.fusions.weight_gradient import deliver
 from megatron.core.waiting import to_host, waiting
 
 Backend = Literal["auto", "grouped_mm", "loop"]
+WgradBackend = Literal["auto", "tiles", "persistent"]
 
 
 @operation
@@ -94,9 +96,32 @@ def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_
         multiply_(grad_RO[rows].t(), x_RI[rows], out_OI, beta)
 
 
-def grouped_weight_gradient(weight_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor | None:
+@operation
+def grouped_weight_gradient_persistent_(
+    grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, out_EOI: Tensor, beta: float
+) -> None:
+    """`grouped_weight_gradient_` by a kernel that computes one tile after another, where there is one."""
+    grouped_weight_gradient_(grad_RO, x_RI, ends_E, out_EOI, beta)
+
+
+def takes_persistent(weight_EOI: Tensor, out_EOI: Tensor) -> bool:
+    """Whether there is such a kernel here for the gradient of this weight, added to `out_EOI`."""
+    grad_RO, x_RI = (weight_EOI.new_empty(1, width) for width in weight_EOI.shape[1:])
+    ends_E = torch.ones(weight_EOI.shape[0], dtype=torch.int32, device=weight_EOI.device)
+    return forms.kernel("grouped_weight_gradient_persistent_", grad_RO, x_RI, ends_E, out_EOI, 1.0) is not None
+
+
+def wgrad_operation(backend: WgradBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor, float], None]:
+    """The operation that `backend` stands for; `auto` is `tiles`."""
+    return grouped_weight_gradient_persistent_ if backend == "persistent" else grouped_weight_gradient_
+
+
+def grouped_weight_gradient(
+    weight_EOI: Tensor, grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, backend: WgradBackend = "auto"
+) -> Tensor | None:
     """`weight_gradient` for all experts."""
-    return deliver(weight_EOI, lambda out, beta: grouped_weight_gradient_(grad_RO, x_RI, ends_E, out, beta))
+    add_ = wgrad_operation(backend)
+    return deliver(weight_EOI, lambda out, beta: add_(grad_RO, x_RI, ends_E, out, beta))
 
 
 class _Linear(Function):

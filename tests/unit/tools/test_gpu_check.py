@@ -268,6 +268,11 @@ torch grouped_mm          700.0 (690.0 to 710.0)  600.0 (600.0 to 600.0)   0.90 
 
 4 experts, top 2, 8192 tokens
 this project, loop        100.0 (490.0 to 510.0)   50.0 (550.0 to 556.0)   1.20 (1.20 to 1.20)    0.100    1.000
+
+single operations, 8192 tokens, 4 experts
+  combine                            900.0 (880.0 to 910.0) GB/s
+  weight gradient, tiles       450000.0 (440000.0 to 451000.0) GFLOP/s
+  weight gradient, persistent  640000.0 (630000.0 to 650000.0) GFLOP/s
 """
 STEP = """
                                     seconds a step  GFLOP/s           time / ours          floor / time
@@ -278,6 +283,8 @@ transformers, eager         0.143 (0.143 to 0.143)    700.5   3.46 (3.46 to 3.46
 
 def test_rates_of_this_project_are_read() -> None:
     assert [rate.value for rate in speed.read_layer_rates(LAYER)] == [601.0, 555.0, 100.0, 50.0]
+    shape = "8192 tokens, 4 experts"
+    assert speed.read_gradient_rates(LAYER) == [(shape, "tiles", 450e3), (shape, "persistent", 640e3)]
     assert [rate.value for rate in speed.read_step_rate(STEP)] == [481.2505]
     assert speed.read_step_rate("warming up\n") == []
 

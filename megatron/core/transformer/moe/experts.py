@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from megatron.core.config import ModelConfig
 from megatron.core.fusions.expert_mlp import expert_mlp
 from megatron.core.fusions.forms import takes_grouped_mm
-from megatron.core.fusions.linear import Backend
+from megatron.core.fusions.linear import Backend, WgradBackend
 from megatron.core.fusions.permute import PermutationMap
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, Specs, new_parameter
 
@@ -23,7 +23,8 @@ class Experts(nn.Module):
 
     Attributes:
         backend: what makes their products; may be set again, to what has been measured.
-        takes_grouped_mm: whether there is a choice.
+        wgrad_backend: what makes their weight gradients, likewise.
+        takes_grouped_mm: whether there is a choice of the former.
     """
 
     def __init__(self, config: ModelConfig, specs: Specs, placement: Placement) -> None:
@@ -31,6 +32,7 @@ class Experts(nn.Module):
         self.linear_fc1 = _StackedWeight(specs["linear_fc1.weight"], placement)
         self.linear_fc2 = _StackedWeight(specs["linear_fc2.weight"], placement)
         self.backend: Backend = config.moe_grouped_gemm_backend
+        self.wgrad_backend: WgradBackend = config.moe_grouped_wgrad_backend
         _, hidden, width = self.linear_fc2.weight.shape
         self.takes_grouped_mm = takes_grouped_mm(config.dtype, hidden, width)
         if self.backend == "grouped_mm" and not self.takes_grouped_mm:
@@ -42,4 +44,5 @@ class Experts(nn.Module):
 
     def forward(self, x_TH: Tensor, probs_TK: Tensor, index: PermutationMap) -> Tensor:
         """`probs_TK` weights each token's choices; `index` knows which of them are for experts here."""
-        return expert_mlp(x_TH, probs_TK, index, self.linear_fc1.weight, self.linear_fc2.weight, self.backend)
+        weights = self.linear_fc1.weight, self.linear_fc2.weight
+        return expert_mlp(x_TH, probs_TK, index, *weights, self.backend, self.wgrad_backend)

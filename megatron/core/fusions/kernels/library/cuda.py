@@ -12,8 +12,13 @@ ADDS_TO_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 @functools.cache
-def _has_grouped_kernel(device: torch.device) -> bool:
+def _is_hopper_or_blackwell(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def takes_grouped_mm(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether torch has grouped_mm and it takes rows of these widths: they must be aligned to 16 bytes."""
+    return HAS_GROUPED_MM and dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 def wants_grouped_mm(x: Tensor, backend: str) -> bool:
@@ -22,8 +27,15 @@ def wants_grouped_mm(x: Tensor, backend: str) -> bool:
     For other types and GPUs torch loops over the experts, and waits for the device in each product to know their rows.
     """
     if backend == "auto":
-        return x.dtype == torch.bfloat16 and x.is_cuda and _has_grouped_kernel(x.device)
+        return x.dtype == torch.bfloat16 and x.is_cuda and _is_hopper_or_blackwell(x.device)
     return backend == "grouped_mm"
+
+
+def takes_descriptors(*tensors: Tensor) -> bool:
+    """Whether TMA moves large tiles of these contiguous tensors: their rows must begin at multiples of 16 bytes."""
+    starts = (part * tensor.itemsize for tensor in tensors for part in (tensor.shape[-1], tensor.storage_offset()))
+    has_it = all(not tensor.is_cuda or _is_hopper_or_blackwell(tensor.device) for tensor in tensors)
+    return has_it and all(start % 16 == 0 for start in starts)
 
 
 def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
