@@ -243,7 +243,7 @@ flags=(
 [[ -z $METRICS_PATH ]] || flags+=(--metrics-path "$METRICS_PATH")
 [[ -z $DATA_CACHE_PATH ]] || flags+=(--data-cache-path "$DATA_CACHE_PATH")
 
-# tools/launch.py is torchrun without its traceback after a signal; it needs the interpreter of this torchrun.
+# tools/launch.py is torchrun without its tracebacks; it needs the interpreter of this torchrun.
 launcher=("$torchrun")
 interpreter="$(sed -n '1{s/^#! *\(.*python[0-9.]*\)$/\1/p;q;}' "$torchrun" 2>/dev/null || true)"
 [[ ! -x $interpreter ]] || launcher=("$interpreter" "$here/tools/launch.py")

@@ -1,4 +1,4 @@
-"""torchrun with a quiet end: after SIGTERM or Ctrl-C it says what the ranks did, instead of a traceback.
+"""torchrun with a quiet end: a sentence about what the ranks did, instead of a traceback.
 
 Takes torchrun's arguments. Exit status: torchrun's; after a signal 0 if the ranks have stopped in order, otherwise 1.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 from megatron.core.text_files import open_standard_streams
 
 
 def launch(arguments: list[str]) -> int:
-    """Runs torchrun; returns its status after a signal, and raises what else it raises."""
+    """Runs torchrun; returns its status, and raises what else it raises."""
     with tempfile.TemporaryDirectory() as folder:
         farewell = Path(folder) / "farewell"
         # the first rank of this machine makes it when all is well; what it has not printed itself is in it
@@ -36,6 +37,11 @@ def launch(arguments: list[str]) -> int:
                 return 1
             if words := farewell.read_text():
                 print(words)
+        except ChildFailedError as failed:
+            rank, failure = failed.get_first_failure()
+            how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else "has said above why it ended"
+            print(f"the job has failed: rank {rank} {how} (exit status {failure.exitcode})", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""tools/launch.py: after a signal it says once what became of the run."""
+"""tools/launch.py: it says once what became of the run."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron.training.environment import Environment
 from megatron.training.initialize import _leave_words
@@ -37,3 +38,19 @@ def test_the_last_words_of_a_run_are_printed_once(
     output, errors = capsys.readouterr()
     assert output == words and (errors == "") == (rank is not None)
     assert not Path(os.environ["MEGATRON_FAREWELL_FILE"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(1, "rank 3 has said above why it ended (exit status 1)"), (-9, "rank 3 was ended by SIGKILL (exit status -9)")],
+)
+def test_a_failed_job_ends_without_a_traceback(
+    status: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(arguments: list[str]) -> None:
+        raise ChildFailedError("train.py", {3: ProcessFailure(local_rank=3, pid=1, exitcode=status, error_file="")})
+
+    monkeypatch.setattr(launch, "main", job)
+    monkeypatch.setenv("MEGATRON_FAREWELL_FILE", "")
+    assert launch.launch([]) == 1
+    assert capsys.readouterr().err == f"the job has failed: {words}\n"
