@@ -103,7 +103,7 @@ class WeightRule:
 
         None crosses the border between two parts of `parts`, or between two blocks, or divides a group.
         """
-        rows, unit = self.shape[0], self.shape[0] // self.groups
+        rows, unit = self.shape[0], self.shape[0] // self.groups if self.groups > 1 else 1
         cells = parts * self.partition_stride if self.partition_dim == 0 else 1
         step = max(at_most // unit, 1) * unit
         for start in range(0, rows, rows // cells):

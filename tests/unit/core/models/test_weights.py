@@ -153,6 +153,7 @@ def test_any_rows_are_made_of_rows_of_the_sources(size: int, at_most: int) -> No
         done = 0
         for rows in rule.chunks(size, at_most):
             assert rows.start == done
+            assert len(rows) <= max(at_most, rule.shape[0] // rule.groups if rule.groups > 1 else 1)
             done = rows.stop
             pieces = [
                 sources[rule.sources.index(source)][part.start : part.stop] for source, part in rule.source_rows(rows)
