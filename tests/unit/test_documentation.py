@@ -14,10 +14,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINE_LIMIT = 120
 MEASURED = re.compile(r"\d\s*(?:[MG]B/s|[GT]FLOP/s|tokens a second|m?s\b|seconds|minutes|times as|[秒倍]|分钟|毫秒)")
 
-# Flags of pip, srun, sbatch, torchrun and py-spy.
+# Flags of pip, srun, sbatch, scancel, torchrun and py-spy.
 FOREIGN = set(
     "--no-deps --target --max-restarts --rdzv-backend --nnodes --nproc-per-node --pid --cpus-per-task --gpus-per-node "
-    "--job-name --label --nodes --ntasks --ntasks-per-node --time --pty".split()
+    "--job-name --label --nodes --ntasks --ntasks-per-node --numa-binding --requeue --signal --time --pty".split()
 )
 
 
@@ -139,7 +139,7 @@ def test_the_variables_of_the_pages_are_the_scripts(name: str) -> None:
     blocks = [block for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL) if "example.sh" in block]
     rows = [line for line in text.splitlines() if re.match(r"\|.*`\w+=", line)]
     given = set(re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(blocks + rows)))
-    assert given and given - {"TRITON_CACHE_DIR"} <= set(re.findall(r"\b([A-Z][A-Z_]+):=", script))
+    assert given and given - {"SRUN_CPUS_PER_TASK"} <= set(re.findall(r"\b([A-Z][A-Z_]+):=", script))
 
 
 def test_the_readme_links_every_page() -> None:
