@@ -1,4 +1,4 @@
-"""The pages: readable lines, links that lead somewhere, both READMEs of one structure, figures in one place."""
+"""The pages: readable lines, links and files that are there, both READMEs of one structure, figures in one place."""
 
 import re
 from collections.abc import Iterator
@@ -59,6 +59,12 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
+def missing_files(text: str) -> list[str]:
+    """Files of this project that a text names and that are not there."""
+    named = re.findall(r"(?<![\w./])(?:megatron|core|training|tools|tests|docs)/[\w./-]+\.\w+", text)
+    return sorted({name for name in named if not any((start / name).exists() for start in (ROOT, ROOT / "megatron"))})
+
+
 def structure(text: str) -> list[str]:
     """What a translation must leave as it is: levels of headings, shapes of lists and tables, commands, links."""
     kept, fenced = [], False
@@ -87,12 +93,16 @@ def test_there_are_pages() -> None:
 def test_lines_are_readable_and_links_lead_somewhere(page: Path) -> None:
     assert long_lines(page.read_text(encoding="utf-8")) == []
     assert dead_links(page) == []
+    assert missing_files(page.read_text(encoding="utf-8")) == []
 
 
 def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One, two\n[a](page.md#one-two) [b](#one-two) [c](#three) [d](gone.md)\n", encoding="utf-8")
     assert dead_links(page) == ["#three", "gone.md"]
+    assert missing_files("`core/config.py` python tools/data.py, (training/gone.py) /data/tools/x.py") == [
+        "training/gone.py"
+    ]
     assert long_lines("x" * 121 + "\n```\n" + "x" * 121 + "\n```\n" + "x" * 121) == [1, 5]
 
 
