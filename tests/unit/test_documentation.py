@@ -1,4 +1,4 @@
-"""The pages: readable lines, links that lead somewhere, both READMEs of one structure, figures in one place."""
+"""The pages: readable lines, links and files that are there, both READMEs of one structure, figures in one place."""
 
 import re
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 LINE_LIMIT = 120
 MEASURED = re.compile(r"\d\s*(?:[MG]B/s|[GT]FLOP/s|tokens a second|m?s\b|seconds|minutes|times as|[秒倍]|分钟|毫秒)")
 
-# Flags of pip, srun, sbatch, torchrun and py-spy.
+# Flags of pip, srun, sbatch, scancel, torchrun and py-spy.
 FOREIGN = set(
     "--no-deps --target --max-restarts --rdzv-backend --nnodes --nproc-per-node --pid --cpus-per-task --gpus-per-node "
-    "--job-name --label --nodes --ntasks --ntasks-per-node --time --pty".split()
+    "--job-name --label --nodes --ntasks --ntasks-per-node --numa-binding --requeue --signal --time --pty".split()
 )
 
 
@@ -59,6 +59,12 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
+def missing_files(text: str) -> list[str]:
+    """Files of this project that a text names and that are not there."""
+    named = re.findall(r"(?<![\w./])(?:megatron|core|training|tools|tests|docs)/[\w./-]+\.\w+", text)
+    return sorted({name for name in named if not any((start / name).exists() for start in (ROOT, ROOT / "megatron"))})
+
+
 def structure(text: str) -> list[str]:
     """What a translation must leave as it is: levels of headings, shapes of lists and tables, commands, links."""
     kept, fenced = [], False
@@ -87,12 +93,16 @@ def test_there_are_pages() -> None:
 def test_lines_are_readable_and_links_lead_somewhere(page: Path) -> None:
     assert long_lines(page.read_text(encoding="utf-8")) == []
     assert dead_links(page) == []
+    assert missing_files(page.read_text(encoding="utf-8")) == []
 
 
 def test_what_is_wrong_with_a_page_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One, two\n[a](page.md#one-two) [b](#one-two) [c](#three) [d](gone.md)\n", encoding="utf-8")
     assert dead_links(page) == ["#three", "gone.md"]
+    assert missing_files("`core/config.py` python tools/data.py, (training/gone.py) /data/tools/x.py") == [
+        "training/gone.py"
+    ]
     assert long_lines("x" * 121 + "\n```\n" + "x" * 121 + "\n```\n" + "x" * 121) == [1, 5]
 
 
@@ -139,7 +149,7 @@ def test_the_variables_of_the_pages_are_the_scripts(name: str) -> None:
     blocks = [block for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL) if "example.sh" in block]
     rows = [line for line in text.splitlines() if re.match(r"\|.*`\w+=", line)]
     given = set(re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(blocks + rows)))
-    assert given and given - {"TRITON_CACHE_DIR"} <= set(re.findall(r"\b([A-Z][A-Z_]+):=", script))
+    assert given and given - {"SRUN_CPUS_PER_TASK"} <= set(re.findall(r"\b([A-Z][A-Z_]+):=", script))
 
 
 def test_the_readme_links_every_page() -> None:
