@@ -18,8 +18,9 @@ def format_of(folder: Path) -> CheckpointFormat:
             return candidate
     if is_torch_dist(folder):
         raise ValueError(
-            f"{folder} is a torch_dist checkpoint of Megatron-LM, which holds pickled objects: convert it there with "
-            "--ckpt-convert-format torch"
+            f"{folder} is a torch_dist checkpoint of Megatron-LM, which training does not start from: convert it first "
+            f"with python tools/checkpoint/util.py --loader mixtral --saver mixtral --load-dir {folder} --save-dir "
+            "NEW_FOLDER"
         )
     kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor metadata.json"
     raise ValueError(f"{folder} {kind}")

@@ -58,7 +58,7 @@ def test_megatrons_own_torch_dist_is_named_though_it_has_a_metadata_file(tmp_pat
     (step / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     for name in names:
         (step / name).touch()
-    with pytest.raises(ValueError, match=r"torch_dist checkpoint of Megatron-LM.*--ckpt-convert-format torch"):
+    with pytest.raises(ValueError, match=r"torch_dist checkpoint of Megatron-LM.*--loader mixtral --saver mixtral"):
         load(tiny_trainer(checkpoint_arguments(load=str(step))))
 
 
