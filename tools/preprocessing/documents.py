@@ -67,13 +67,7 @@ def check_texts(values: list[Any], keys: list[str]) -> list[str]:
     return values
 
 
-# Of short lines that cannot be parsed, why: in files of nothing else they are many and alike.
-_known: dict[bytes, tuple[str, str]] = {}
-
-
 def _parse(line: bytes) -> Any:
-    if line in _known:
-        raise BadDocument(*_known[line])
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -86,8 +80,6 @@ def _parse(line: bytes) -> Any:
             detail = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         if line.strip() in (b"[", b"{"):
             detail = ONE_A_LINE
-        if len(line) < 100 and len(_known) < 1000:
-            _known[line] = (NOT_JSON, detail)
         raise BadDocument(NOT_JSON, detail) from None
 
 

@@ -242,7 +242,7 @@ def _parquet_blocks(part: Input, keys: list[str]) -> Iterator[Block]:
             size += batch.nbytes
             done += batch.num_rows
         if rows[0] and (batch is None or size >= inputs.CHUNK_BYTES):
-            start, position = position, part.end * done // total
+            start, position = position, part.end * done // max(total, done)  # a damaged file may have more rows
             yield Block(part.path, start, position, None, rows)
             rows, size = [[] for _ in keys], 0
         if batch is None:
@@ -264,8 +264,6 @@ class Lines(NamedTuple):
 
     def numbers(self) -> list[int]:
         """Which of all lines each is, counted from 0."""
-        if not self.blank:
-            return list(range(len(self.lines)))
         whole = [number for number, line in enumerate(self.content.split(b"\n")[1:-1]) if line.strip()]
         return [*whole, self.content.count(b"\n") - 1]
 

@@ -29,6 +29,9 @@ class Encoded(NamedTuple):
     empty: int
 
 
+_SHORT = 64
+
+
 class Bad(NamedTuple):
     """A line of a block (counted from 0) that cannot be used, and why."""
 
@@ -76,14 +79,19 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
                 bad.append(Bad(number, error.reason, error.detail))
         return Documents(rows, bad, None)
     lines = lines_of(block)
+    junk: dict[bytes, tuple[str, str]] = {}  # short lines that are no documents: where they are many they are alike
     for number, line in enumerate(lines.lines):
         if isinstance(line, int):
             bad.append(Bad(number, TOO_LONG, ""))
-            continue
-        try:
-            rows.append((number, texts_of_line(line, keys)))
-        except BadDocument as error:
-            bad.append(Bad(number, error.reason, error.detail))
+        elif len(line) < _SHORT and line in junk:
+            bad.append(Bad(number, *junk[line]))
+        else:
+            try:
+                rows.append((number, texts_of_line(line, keys)))
+            except BadDocument as error:
+                bad.append(Bad(number, error.reason, error.detail))
+                if len(line) < _SHORT:
+                    junk[line] = (error.reason, error.detail)
     return Documents(rows, bad, lines)
 
 
@@ -102,7 +110,7 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
     if block.lines:  # of what was decompressed, its share of the bytes on disk
         size, whole = block.end - block.start, len(block.lines)
         lost, blank_bytes = -(-size * lost // whole), size * blank_bytes // whole
-    if bad:
+    if bad and lines.blank:
         numbers = lines.numbers()
         bad = [Bad(numbers[line], reason, detail) for line, reason, detail in bad]
     count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
