@@ -239,12 +239,13 @@ def test_a_slow_rank_is_compared_with_the_median_of_the_others() -> None:
         for _ in range(50):
             busy = [generator.choice((0.1, 0.2, 0.25, 1.0, generator.random())) for _ in range(ranks)]
             medians = [statistics.median(busy[:rank] + busy[rank + 1 :]) for rank in range(ranks)]
-            sentences = (
+            sentences = [
                 f"rank {rank} is slow: it works {own:.2f} s in a step, the others typically {median:.2f} s"
                 for rank, (own, median) in enumerate(zip(busy, medians, strict=True))
                 if own > 3 * median and own - median > 0.2
-            )
-            assert slow_ranks([busy]) == "; ".join(sentences)
+            ]
+            more = f"; and {len(sentences) - 8} more" if len(sentences) > 8 else ""
+            assert slow_ranks([busy]) == "; ".join(sentences[:8]) + more
 
 
 RANKS = 4096

@@ -27,7 +27,7 @@ from checkpoint_testing import (
 )
 from distributed_testing import run_distributed
 
-from megatron.core import dist_checkpointing
+from megatron.core import collectives, dist_checkpointing
 from megatron.core.dist_checkpointing import writer
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.training.checkpoints.random_states import random_states
@@ -199,10 +199,10 @@ def test_only_who_may_wait_long_asks_over_gloo(saved: Saved, monkeypatch: pytest
     _, trainer, progress = saved
     disk, asked = _SlowDisk(monkeypatch), list[Any]()
     arguments = replace(trainer.arguments, checkpoint=replace(trainer.arguments.checkpoint, async_save=True))
-    saver = CheckpointSaver(arguments, trainer.groups)
-    saver.save(trainer.model, trainer.optimizer, progress)
+    saver = CheckpointSaver(replace(trainer, arguments=arguments), RunRecord())
+    saver.save(progress)
     with monkeypatch.context() as patch:
-        patch.setattr(dist, "all_reduce", lambda numbers, op, group: asked.append((group, op)))
+        patch.setattr(collectives, "all_reduce", lambda numbers, op, group: asked.append((group, op)))
         names: dict[str, Any] = {name: Group((0, 1), 0, name) for name in ("world", "control")}  # type: ignore[arg-type]
         saver.groups = replace(trainer.groups, **names)
         saver.poll(torch.device("cpu"))
