@@ -172,7 +172,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Everything a run is told."""
+    """All settings of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig

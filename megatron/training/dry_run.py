@@ -54,7 +54,7 @@ class DryRun:
     sharded_optimizer: int
     """The optimizer's state with --use-distributed-optimizer."""
     activations: int
-    """What a step has alive beside these at its peak: activations, temporary tensors and messages."""
+    """What a step has alive besides these at its peak: activations, temporary tensors and messages."""
     live: int
     """The most chunks' microbatches that are alive at once."""
     microbatches: int

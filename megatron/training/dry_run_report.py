@@ -122,7 +122,7 @@ def table(result: DryRun, arguments: Arguments) -> str:
 
 
 def libraries_line(libraries: LibraryMemory) -> str:
-    """What to leave free beside the tensors, as text."""
+    """What to leave free besides the tensors, as text."""
     parts = (("NCCL", libraries.nccl), ("CUDA", libraries.cuda), ("fragmentation", libraries.fragmentation))
     return f"plus about {libraries.total / 2**30:.1f} GiB for NCCL, CUDA and fragmentation, by a rule: " + ", ".join(
         f"{name} {size / 2**30:.1f}" for name, size in parts

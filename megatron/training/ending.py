@@ -1,4 +1,4 @@
-"""The end of a rank, which the other ranks are told of: they may hang in a collective that it will never join."""
+"""The end of a rank, which the other ranks must learn of: they may hang in a collective that it will never join."""
 
 import json
 import os
@@ -30,11 +30,11 @@ class Ending:
         """Called before the process ends, such as what gives up a lock."""
 
     def join(self, store: dist.Store) -> None:
-        """Tells and hears the other ranks through `store`, a connection that nobody else waits in."""
+        """Communicates with the other ranks through `store`, a connection that no other thread waits in."""
         self._store = store
 
     def leave(self, status: int, sentence: str = "", *, reason: str = "", tell: bool = True) -> NoReturn:
-        """Prints `sentence` on standard error and ends the process; others are told it, or `reason` for it."""
+        """Prints `sentence` on standard error and ends the process; the others get it, or `reason` in its place."""
         self._leaving.acquire()  # never released: another thread that wants to leave waits for the end
         with suppress(OSError, ValueError):
             if sentence:
@@ -55,7 +55,7 @@ class Ending:
         os._exit(status)
 
     def told(self) -> tuple[int, int, str] | None:
-        """Status, rank and reason of the rank that ended first, None if none has told."""
+        """Status, rank and reason of the rank that ended first, None if none has ended."""
         if self._store is None:
             return None
         with suppress(RuntimeError):  # the store is gone with the job's launcher
@@ -65,7 +65,7 @@ class Ending:
         return None
 
     def follow(self) -> None:
-        """Ends this rank if another one has told that it did; the first rank repeats the reason."""
+        """Ends this rank if another one has ended; the first rank repeats the reason."""
         word = self.told()
         if word is None or word[1] == self._rank:
             return

@@ -24,7 +24,7 @@ class Environment:
     farewell_file: str | None = None
     """Where the first rank of a machine tells tools/launch.py that all is well, and what it has not printed itself."""
     waits_for_saves: bool = True
-    """Whether torchrun has been told to wait longer than 30 seconds after it has passed on a signal."""
+    """Whether torchrun waits longer than 30 seconds after it has passed on a signal."""
 
 
 def read_environment() -> Environment:

@@ -24,7 +24,7 @@ def evaluate(trainer: Trainer, dataset: Any, split: str = "", stop_signal: StopS
     model, iterations = trainer.arguments.model, trainer.arguments.training.eval_iters
     source = batches(trainer, dataset, 0)
     total, stop = 0.0, False
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     for number in range(1, iterations + 1):
         stop_signal.begin()
         results = run_microbatches(trainer, source, trainer.num_microbatches, forward_only=True)
@@ -36,8 +36,8 @@ def evaluate(trainer: Trainer, dataset: Any, split: str = "", stop_signal: StopS
         if stop:
             break
         now = time.monotonic()
-        if split and now - told > _PROGRESS_INTERVAL and number < iterations:
-            told = now
+        if split and now - reported > _PROGRESS_INTERVAL and number < iterations:
+            reported = now
             left = (now - started) / number * (iterations - number)
             print_once(
                 trainer.groups,

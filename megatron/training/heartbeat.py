@@ -1,4 +1,4 @@
-"""Finds a machine that is gone without a word, as after a power failure: its connections stay open, and nobody closes
+"""Finds a machine that is gone without a word, as after a power failure: its connections stay open, and nothing closes
 them, so that messages to it are waited for until a timeout of minutes or hours."""
 
 import contextlib
@@ -19,7 +19,7 @@ class Heartbeat:
     """Tells through `store`, each `_INTERVAL`, that this rank is alive; `lost` gets a sentence if another is not.
 
     The first rank looks at all others. These watch whether the store, on the first rank's machine, still answers.
-    Threads of its own do both, so that a rank may save, compile or wait as long as it likes. Rounds are counted and not
+    Its own threads do both, so that a rank may save, compile or wait as long as it likes. Rounds are counted and not
     seconds: a job that was suspended as a whole, or one process that was not scheduled, goes on.
     """
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from megatron.core.atomic_files import error_sentence
 from megatron.core.datasets.gpt_dataset import Sample
 from megatron.core.datasets.sampler import PretrainingSampler
-from megatron.training.signals import leave_stopping_to_the_parent
+from megatron.training.signals import ignore_stop_signals
 
 Batch = dict[str, Tensor]
 # Microbatches that each loader process keeps ready, so that a slow read does not hold up a step.
@@ -94,7 +94,7 @@ def load_batches(dataset: Any, sampler: PretrainingSampler, num_workers: int, de
         collate_fn=_collate_reported,
         num_workers=num_workers,
         prefetch_factor=_PREFETCHED if num_workers else None,
-        worker_init_fn=leave_stopping_to_the_parent,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # otherwise every new loader would draw from the state that checkpoints keep
     )

@@ -1,4 +1,4 @@
-"""How far a run has come, and what it was begun with: what a checkpoint holds beside tensors and settings."""
+"""How far a run has come, and what it was begun with: what a checkpoint holds besides tensors and settings."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any

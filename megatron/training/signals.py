@@ -173,7 +173,7 @@ class StopSignal:
                 self._leave(*reason)
 
 
-def leave_stopping_to_the_parent(_worker: int) -> None:
+def ignore_stop_signals(_worker: int) -> None:
     """Makes a loader process ignore the signals, which torchrun sends to it too: the training process needs it."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

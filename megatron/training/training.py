@@ -218,7 +218,7 @@ def train_step(
         global_batch_size=batch_size,
         tokens_per_second=batch_size * trainer.arguments.data.seq_length / seconds,
         skipped=not update.updated,
-        blames_scale=update.blames_scale,
+        overflow_may_be_the_scale=update.overflow_may_be_the_scale,
         seconds=seconds,
     )
     return record, averages.stop
@@ -279,7 +279,7 @@ def train(
         if saver is not None:
             saver.poll(trainer.device)
         # steps that look for the right loss scale are no sign of trouble
-        skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.blames_scale else 0
+        skipped_in_a_row = skipped_in_a_row + 1 if record.skipped and not record.overflow_may_be_the_scale else 0
         _check_skipped(training, record, skipped_in_a_row, saver)
         iteration = progress.iteration
         garbage.step(iteration)
@@ -288,7 +288,7 @@ def train(
             _save(saver, trainer, progress)
             saved_at = iteration
             stop = stop or largest((stop_signal.received,), trainer.groups)[0] > 0
-        # who asked to stop may not wait for an evaluation
+        # no evaluation after a request to stop
         due = training.eval_interval and iteration % training.eval_interval == 0 and not stop
         if validation_set is not None and due:
             stop = not _evaluate_and_log(trainer, "validation", validation_set, progress, log, stop_signal)

@@ -109,5 +109,5 @@ def _snapshots(folder: Path) -> list[Path]:
     parts = ("snapshots/*", "models--*/snapshots/*", "hub/models--*/snapshots/*")
     inside = ("*",) if folder.name == "snapshots" else parts
     found = sorted(path for pattern in inside for path in folder.glob(pattern) if path.is_dir())
-    # what a download that was broken off has left is not worth naming beside a model
+    # what a download that was broken off has left is not worth naming next to a model
     return [path for path in found if is_model_folder(path)] or found

@@ -27,7 +27,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a file that is an archive of its own, as in a distributed checkpoint."""
+    """A part of a file that is itself an archive, as in a distributed checkpoint."""
 
     start: int
     size: int

@@ -234,7 +234,7 @@ _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items() if name != "Unty
 
 @dataclass(frozen=True)
 class Named:
-    """Something that the reader of a pickle finds in a module of its own."""
+    """Something that the reader of a pickle finds in its own module."""
 
     module: str
     name: str

@@ -33,7 +33,7 @@ class StepResult(NamedTuple):
     """Global gradient norm before clipping, without the loss scale."""
     loss_scale: float = 1.0
     """The scale that the loss of this step had."""
-    blames_scale: bool = False
+    overflow_may_be_the_scale: bool = False
     """If not updated: whether a lower loss scale may help."""
 
 

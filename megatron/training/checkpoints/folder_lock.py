@@ -33,10 +33,10 @@ class FolderLock:
         """Takes the lock. Raises ValueError if another job is alive and has it.
 
         An owner that died on this machine is replaced at once. One on another machine must first be silent for the
-        whole patience; `say` is then told why this takes a while.
+        whole patience; `say` then gets the reason why this takes a while.
         """
         first: tuple[int, int] | None = None
-        started, told = time.monotonic(), False
+        started, said = time.monotonic(), False
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             locked = _try_lock(descriptor)
@@ -62,8 +62,8 @@ class FolderLock:
                     raise ValueError(self._refusal(owner))
                 self._replace()
                 return
-            if not told and time.monotonic() - started > 2 * _POLL:
-                told = True
+            if not said and time.monotonic() - started > 2 * _POLL:
+                said = True
                 say(
                     f"{self._folder} was locked by {_name(owner)}: waiting up to {self._patience:.0f} s for a sign of "
                     "its life"

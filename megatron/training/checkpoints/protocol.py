@@ -45,7 +45,7 @@ class PreparedStep(NamedTuple):
 
 
 class LoadedState(NamedTuple):
-    """What a checkpoint held beside tensors."""
+    """What a checkpoint held besides tensors."""
 
     arguments: Any
     """Every setting of the run that saved it, as attributes."""

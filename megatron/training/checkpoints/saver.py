@@ -41,7 +41,7 @@ def checkpoint_namespace(arguments: Arguments, progress: Progress) -> Any:
 
 
 class _BackgroundWriter(threading.Thread):
-    """Runs `write` beside the training; keeps what it returns, or why it failed."""
+    """Runs `write` while training goes on; keeps what it returns, or why it failed."""
 
     def __init__(self, write: Callable[[], object]) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
@@ -112,7 +112,7 @@ class CheckpointSaver:
         """
         if self._writer is None:
             return
-        # asked after every step: two numbers, and only what has failed is told in words
+        # asked after every step: two numbers, and only a failure takes words
         writing, failed = largest((self._writer.is_alive(), self._writer.error is not None), self.groups, device)
         if failed or not writing:
             writer, self._writer = self._writer, None

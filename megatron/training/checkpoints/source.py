@@ -57,7 +57,7 @@ def _locate(load: Path, settings: CheckpointConfig) -> CheckpointSource | None:
 
 
 def _refuse_lost_tracker(root: Path) -> None:
-    """Raises ValueError if something is there but no tracker: training from scratch would write over or beside it."""
+    """Raises ValueError if something is there but no tracker: training from scratch would write over or next to it."""
     kind = not_a_checkpoint(root)
     if kind is not None:
         raise ValueError(f"{root} {kind}")

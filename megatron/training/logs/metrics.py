@@ -25,7 +25,7 @@ class StepRecord:
     global_batch_size: int
     tokens_per_second: float
     skipped: bool
-    blames_scale: bool
+    overflow_may_be_the_scale: bool
     """Whether a lower loss scale may be the remedy, if skipped."""
     seconds: float
 
@@ -86,7 +86,7 @@ class Metric(NamedTuple):
     place: int = 0
     """Of the column in the log line; 0 for none."""
     column: str = ""
-    """Format of that column; may use `interval` beside the value."""
+    """Format of that column; may also use `interval`."""
     over: Callable[[Interval, Value], Any] = _last
     """Makes the column's value, of a whole interval; None leaves the column out."""
     flag: str = ""

@@ -27,7 +27,7 @@ class Sink:
         self.dropped = 0
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Writes, or drops the record; the first one that is dropped, and the first that is not again, are told."""
+        """Writes the record, or drops it; reports when that begins and when it ends."""
         try:
             write()
         except OSError as error:
@@ -116,7 +116,7 @@ def _append(file: Any, line: bytes) -> None:
 def _open_json_lines(path: Path, resumed_at: int | None) -> Any:
     """Opens for appending, without the lines of steps after `resumed_at`, which will be taken again.
 
-    A run that starts anew keeps what another one wrote there under a numbered name. With None all lines stay.
+    A new run keeps what another one wrote there under a numbered name. With None all lines stay.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if resumed_at == 0 and path.exists() and path.stat().st_size:  # another run's numbers

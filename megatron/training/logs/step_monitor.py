@@ -17,7 +17,7 @@ from megatron.core import collectives, waiting
 from megatron.core.waiting import waits
 
 _COLLECTIVES = str(Path(dist.__file__).parent)
-# Libraries, and what only marks that a thread waits: a place is told of what calls them.
+# Libraries, and what only marks that a thread waits: a place is that of what calls them.
 _PASSED_OVER = (
     sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<", collectives.__file__, waiting.__file__,
 )  # fmt: skip
@@ -50,7 +50,7 @@ class StepMonitor:
     device counts as working, since that may be what is slow.
 
     `stopping` says how many seconds ago a signal asked to stop. It may come from a launcher that has lost a rank, for
-    which the others then wait in vain; so all are asked, and a sentence about those that are silent goes to `lost`,
+    which the others then wait for ever; so all are asked, and a sentence about those that are silent goes to `lost`,
     which ends the process. `look` is called each second.
     """
 
@@ -157,12 +157,12 @@ class StepMonitor:
         ranks: dict[Whereabouts, list[int]] = {}
         for rank, found in places.items():
             ranks.setdefault(found or Whereabouts("", "not answering"), []).append(rank)
-        told = [_sentence(found, ranks[found]) for found in sorted(ranks) if found.waits_for != "other ranks"]
-        if not told:
-            told = ["every rank waits", *(_sentence(found, ranks[found]) for found in sorted(ranks))]
-        elif len(told) < len(ranks):
-            told.append("all others wait")
-        self._report(f"step {step} has taken {self._limit:.0f} s; {'; '.join(told)}")
+        sentences = [_sentence(found, ranks[found]) for found in sorted(ranks) if found.waits_for != "other ranks"]
+        if not sentences:
+            sentences = ["every rank waits", *(_sentence(found, ranks[found]) for found in sorted(ranks))]
+        elif len(sentences) < len(ranks):
+            sentences.append("all others wait")
+        self._report(f"step {step} has taken {self._limit:.0f} s; {'; '.join(sentences)}")
 
     def _look_for_lost_ranks(self, now: float) -> None:
         places = self._ask(now, _SIGNAL_PATIENCE)

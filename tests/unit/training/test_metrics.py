@@ -47,7 +47,7 @@ def _record(iteration: int, loss: float = 2.0, skipped: bool = False, busy: list
         global_batch_size=8,
         tokens_per_second=100.0,
         skipped=skipped,
-        blames_scale=False,
+        overflow_may_be_the_scale=False,
         seconds=0.5,
     )
 

@@ -70,7 +70,7 @@ def _accumulate_persistently(
             total = tl.zeros((OUT, IN), tl.float32)
             for row in range(begin, end, ROWS):
                 total = tl.dot(grads.load([row, out_column]).T, xs.load([row, in_column]), total)
-            # in quarters, for which there is shared memory beside the operands of the next products
+            # in quarters, for which there is shared memory next to the operands of the next products
             left, right = _halves(total, OUT, IN)
             first_part, second_part = _halves(left, OUT, IN // 2)
             third_part, fourth_part = _halves(right, OUT, IN // 2)
