@@ -65,6 +65,10 @@ class ReferenceEngine:
         self.encode_batch = tokenizer.tokenize_batch
 
 
+# Its time to start grows with the square of a token's length.
+_LONGEST_ADDED_TOKEN = 1000
+
+
 class GigatokenEngine:
     """gigatoken's encoder of a tokenizer.json; one text at a time, which is its fastest path in one thread."""
 
@@ -73,7 +77,7 @@ class GigatokenEngine:
     def __init__(self, source: str, reference: Tokenizer) -> None:
         self._source, self._reference = source, reference
         self._has_classes = has_classes(source)
-        _check_added_tokens(json.loads(source)["added_tokens"])
+        _check_added_tokens(source, reference)
         self.restart()
 
     def restart(self) -> None:
@@ -97,13 +101,30 @@ class GigatokenEngine:
         return [self._encode(text) for text in texts]
 
 
-def _check_added_tokens(tokens: list[dict[str, Any]]) -> None:
-    """Raises EngineUnavailable for what gigatoken ignores, which shows in few texts only."""
-    spaced = any(token["content"][:1].isspace() for token in tokens)
-    for token in tokens:
-        if token.get("single_word") or (spaced and token.get("rstrip")):
-            flag = "single_word" if token.get("single_word") else "rstrip, and others begin with a space"
-            raise EngineUnavailable(f"gigatoken cannot run this tokenizer (token {token['content']!r} is {flag})")
+def _check_added_tokens(source: str, reference: Tokenizer) -> None:
+    """Raises EngineUnavailable for what gigatoken ignores, which shows in few texts only, or takes too long for."""
+    try:
+        tokens = json.loads(source)["added_tokens"]
+        spaced = any(token["content"][:1].isspace() for token in tokens)
+        problems = [_problem_of_added_token(token, spaced, reference.vocab_size) for token in tokens]
+    except (ValueError, TypeError, KeyError, AttributeError):  # other libraries read more than is JSON
+        problems = ["its added tokens cannot be read"]
+    for problem in problems:
+        if problem is not None:
+            raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({problem})")
+
+
+def _problem_of_added_token(token: dict[str, Any], spaced: bool, size: int) -> str | None:
+    name = repr(token["content"][:100])
+    if not 0 <= token["id"] < size:  # it has a place for each id up to that
+        return f"token {name} has the id {token['id']!r:.100}, which the vocabulary of {size} has not"
+    if len(token["content"]) > _LONGEST_ADDED_TOKEN:
+        return f"token {name} is of {len(token['content'])} characters"
+    if token.get("single_word"):
+        return f"token {name} is single_word"
+    if spaced and token.get("rstrip"):
+        return f"token {name} is rstrip, and others begin with a space"
+    return None
 
 
 def has_classes(source: str) -> bool:
@@ -207,8 +228,9 @@ def _sentencepiece_json(model: Path) -> str:
         return sentencepiece_json(model.read_bytes())
     except ImportError:
         raise EngineUnavailable(_GIGATOKEN_MISSING) from None
-    except ValueError as error:
-        raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({error})") from None
+    except Exception as error:  # a reader without checks: of any type
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({reason})") from None
 
 
 def probes(reference: Tokenizer, source: str | None) -> list[str]:
