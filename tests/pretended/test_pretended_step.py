@@ -37,7 +37,6 @@ OF_SHARE = ("copy to the device: training/training.py:_set_expert_share",)
 OF_FALLBACK = ("fallback of grouped_mm: core/fusions/kernels/library/cuda.py:grouped_product",)
 # Those that need no mark: the copies are from memory that is staged at once, the fallback is torch's own.
 MEANT = {OF_ALL_TO_ALL[1], *OF_DOCUMENTS, *OF_FALLBACK}
-OF_LOOP = ("copy to the host: core/fusions/linear.py:_rows_of_experts",)
 PERSISTENT = "weight gradients by the persistent kernel"
 
 
@@ -107,9 +106,7 @@ SLOW = {
     "global balance": Layout(
         "--bf16 --global-batch-size 1 --moe-router-load-balancing-type global_aux_loss --dry-run 0/1", OF_SHARE, 1
     ),
-    "gradients in bfloat16": Layout(
-        f"--bf16 --global-batch-size 4 --grad-reduce-in-bf16 {ZERO} --dry-run 0/2", OF_LOOP, 2 * 8
-    ),
+    "gradients in bfloat16": Layout(f"--bf16 --global-batch-size 4 --grad-reduce-in-bf16 {ZERO} --dry-run 0/2"),
 }
 # What is planted, in which layout, and what is said of it.
 FAULTS = {
