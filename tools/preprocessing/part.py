@@ -193,9 +193,11 @@ class PartRun:
             }
             if bad.detail:
                 entry["detail"] = bad.detail
+            if bad.lines > 1:
+                entry["lines"] = bad.lines
             # A file's name may have bytes that are no UTF-8; they become JSON escapes.
             append(self._quarantine, json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            statistics.count(bad.reason)
+            statistics.count(bad.reason, bad.lines)
         journal.blocks += 1
         journal.file_lines += result.lines
         statistics.lines += result.lines
@@ -205,7 +207,7 @@ class PartRun:
         statistics.blank_lines += result.blank
         statistics.blank_bytes += result.blank_bytes
         file.lines += result.lines
-        file.bad_lines += len(result.bad)
+        file.bad_lines += sum(bad.lines for bad in result.bad)
         file.lost_bytes += result.lost_bytes
         if block.broken and block.broken != TOO_LONG:
             file.why = block.broken

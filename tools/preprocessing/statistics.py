@@ -100,9 +100,9 @@ class Statistics:
         for reason, count in other.bad.items():
             self.bad[reason] = self.bad.get(reason, 0) + count
 
-    def count(self, reason: str) -> None:
-        """One more bad line."""
-        self.bad[reason] = self.bad.get(reason, 0) + 1
+    def count(self, reason: str, lines: int) -> None:
+        """So many more bad lines."""
+        self.bad[reason] = self.bad.get(reason, 0) + lines
 
     def bad_summary(self) -> str:
         """Bad lines by reason, the most frequent first."""

@@ -30,14 +30,16 @@ class Encoded(NamedTuple):
 
 
 _SHORT = 64
+_LONG_RUN = 1000
 
 
 class Bad(NamedTuple):
-    """A line of a block (counted from 0) that cannot be used, and why."""
+    """A line of a block (counted from 0) that cannot be used, and why; with `lines` above 1 a run of such lines."""
 
     line: int
     reason: str
     detail: str
+    lines: int = 1
 
 
 class Result(NamedTuple):
@@ -112,9 +114,27 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
         lost, blank_bytes = -(-size * lost // whole), size * blank_bytes // whole
     if bad and lines.blank:
         numbers = lines.numbers()
-        bad = [Bad(numbers[line], reason, detail) for line, reason, detail in bad]
+        bad = [Bad(numbers[line], reason, detail) for line, reason, detail, _ in bad]
     count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
-    return {"lines": count, "bad": bad, "lost_bytes": lost, "blank": blank, "blank_bytes": blank_bytes, "cut": cut}
+    return {
+        "lines": count,
+        "bad": in_runs(bad),
+        "lost_bytes": lost,
+        "blank": blank,
+        "blank_bytes": blank_bytes,
+        "cut": cut,
+    }
+
+
+def in_runs(bad: list[Bad]) -> list[Bad]:
+    """The same with one entry for many lines in a row that have the same fault, so that a list of them stays short."""
+    found, start = [], 0
+    for end in range(1, len(bad) + 1 if len(bad) >= _LONG_RUN else 1):
+        first, last = bad[start], bad[end] if end < len(bad) else None
+        if last is None or last.line != first.line + end - start or last[1:] != first[1:]:
+            found += [first._replace(lines=end - start)] if end - start >= _LONG_RUN else bad[start:end]
+            start = end
+    return found or bad
 
 
 def ends_within_a_line(last: list[bytes | int], bad: list[Bad]) -> bool:

@@ -254,6 +254,17 @@ def test_blank_lines_are_counted_and_keep_the_numbers_of_others(tmp_path: Path, 
         assert row["lost_bytes"] == len(b"bad\r\n") + len(b"bad")
 
 
+def test_many_lines_with_the_same_fault_are_one_entry(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.jsonl", GOOD + b"x\n" * 1500 + GOOD + b"\nx\n" * 3 + b"[1]\n" * 1000 + b"x\n" * 999)
+    record = run(tmp_path, "--max-bad-fraction", "1")
+    row = record["files"][0]
+    assert (row["documents"], row["bad_lines"], row["lost_bytes"]) == (2, 3502, 2 * 1500 + 2 * 3 + 4 * 1000 + 2 * 999)
+    entries = [json.loads(line) for line in (tmp_path / "out_quarantine.jsonl").read_text().splitlines()]
+    found = [(entry["line"], entry.get("lines", 1)) for entry in entries]
+    assert found[:5] == [(2, 1500), (1504, 1), (1506, 1), (1508, 1), (1509, 1000)]
+    assert found[5:] == [(line, 1) for line in range(2509, 2509 + 999)]
+
+
 def test_megabytes_of_blank_lines_reach_no_parser(tmp_path: Path, monkeypatch, capsys) -> None:
     lines = []
     parse = preprocess_data.preprocess.__globals__["read_documents"].__globals__["texts_of_line"]
