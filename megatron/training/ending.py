@@ -28,6 +28,8 @@ class Ending:
         self._leaving = threading.Lock()
         self.before: list[Callable[[], None]] = []
         """Called before the process ends, such as what gives up a lock."""
+        self.in_order: list[Callable[[], None]] = []
+        """Called before it ends with status 0."""
 
     def join(self, store: dist.Store) -> None:
         """Communicates with the other ranks through `store`, a connection that no other thread waits in."""
@@ -45,7 +47,7 @@ class Ending:
             telling = threading.Thread(target=self._tell, args=(word,), daemon=True)
             telling.start()
             telling.join(_TELLING)
-        for action in self.before:
+        for action in (*self.before, *(() if status else self.in_order)):
             with suppress(OSError):
                 action()
         for stream in (sys.stdout, sys.stderr):

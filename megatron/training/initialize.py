@@ -204,10 +204,12 @@ def run(main: Callable[[Environment, Ending, StopSignal], None]) -> None:
     if environment.rank != 0:
         logging.getLogger("megatron").setLevel(logging.ERROR)  # warnings are the same on every rank
     stop_signal = StopSignal()
+    ending = Ending(environment.rank)
+    ending.in_order.append(lambda: _leave_words(environment, stop_signal, said=True))
     with terminal_output(keep=False):
-        _run(main, environment, Ending(environment.rank), stop_signal)
+        _run(main, environment, ending, stop_signal)
     stop_signal.uninstall()
-    _leave_words(environment, stop_signal)
+    _leave_words(environment, stop_signal, said=stop_signal.said)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -232,8 +234,7 @@ def _run(
     except KeyboardInterrupt:
         ending.leave(130, INTERRUPTED if environment.local_rank == 0 else "", reason="interrupted")
     except StoppedAtStart:
-        sentence, stop_signal.said = stop_signal.at_start(), True
-        _leave_words(environment, stop_signal)
+        sentence = stop_signal.at_start()
         ending.leave(0, sentence if environment.rank == 0 else "", reason=sentence)
     except SystemExit as error:  # of a reader of the output that has left, or of --help
         if dist.is_initialized():
@@ -256,11 +257,10 @@ def _await_speaker(ending: Ending, stop_signal: StopSignal) -> None:
         time.sleep(0.1)
 
 
-def _leave_words(environment: Environment, stop_signal: StopSignal) -> None:
+def _leave_words(environment: Environment, stop_signal: StopSignal, *, said: bool) -> None:
     """Tells the launcher, which a signal has ended too, that this machine's ranks ended in order, and what to print."""
     if stop_signal.received and environment.farewell_file is not None and environment.local_rank == 0:
-        said_here = stop_signal.said and environment.rank == 0
-        words = "" if said_here else stop_signal.farewell or stop_signal.at_start()
+        words = "" if said and environment.rank == 0 else stop_signal.farewell or stop_signal.at_start()
         with contextlib.suppress(OSError):
             Path(environment.farewell_file).write_text(words)
 

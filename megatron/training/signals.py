@@ -57,7 +57,7 @@ class StopSignal:
         self._came: float | None = None
         self._leave: Callable[[int, str], None] = lambda status, sentence: os._exit(status)
         self._saves = False
-        self._joined = self._training = False
+        self._joined = self._training = self._stopped = False
         self._interrupts, self._last_interrupt = 0, -_COPY_SECONDS
         self._began: float | None = None
         self._longest = 0.0
@@ -109,7 +109,7 @@ class StopSignal:
         """Says that the ranks know of each other: until the first step a signal ends all of them at once."""
         self._joined = True
         if self.received:
-            raise StoppedAtStart(0)
+            self._stop_at_start()
 
     def begin(self) -> None:
         """Marks the start of a step or of a batch of an evaluation."""
@@ -146,6 +146,12 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._note(number)
         if self._joined and not self._training:
+            self._stop_at_start()
+
+    def _stop_at_start(self) -> None:
+        """Raises StoppedAtStart once: copies of the signal must not interrupt what it leads to."""
+        if not self._stopped:
+            self._stopped = True
             raise StoppedAtStart(0)
 
     def _note(self, number: int) -> None:

@@ -25,10 +25,10 @@ def test_the_last_words_of_a_run_are_printed_once(
     def job(arguments: list[str]) -> None:
         stop_signal = StopSignal()
         stop_signal._note(signal.SIGTERM)
-        stop_signal.farewell, stop_signal.said = "stopped by SIGTERM", said
+        stop_signal.farewell = "stopped by SIGTERM"
         if rank is not None:
             file = os.environ["MEGATRON_FAREWELL_FILE"]
-            _leave_words(Environment(rank, 16, rank % 8, 8, farewell_file=file), stop_signal)
+            _leave_words(Environment(rank, 16, rank % 8, 8, farewell_file=file), stop_signal, said=said)
         raise SignalException("", signal.SIGTERM)
 
     monkeypatch.setattr(launch, "main", job)

@@ -98,6 +98,11 @@ def test_before_the_first_step_there_is_nothing_to_save() -> None:
     came = time.monotonic()
     assert stop.overdue(came + 2) is None
     assert stop.overdue(came + 4) == (0, stop.at_start())
+    again = installed()
+    again.join()
+    with pytest.raises(StoppedAtStart):
+        again._handle(signal.SIGTERM, None)
+    again._handle(signal.SIGTERM, None)  # a copy interrupts nothing of what the first one began
     early = installed()
     early._handle(signal.SIGTERM, None)  # the ranks do not know of each other yet
     with pytest.raises(StoppedAtStart):
