@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from megatron.training.logs.step_monitor import shown_ranks
+
 _INTERVAL = 10.0
 """Seconds between two beats."""
 _ROUNDS = 9
@@ -75,10 +77,9 @@ class Heartbeat:
             self._seen[rank] = beat
         silent = [rank for rank, rounds in enumerate(self._silent) if rounds >= _ROUNDS]
         if silent:
-            shown = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             self._lost(
-                f"rank {shown} has given no sign of life for {_ROUNDS * _INTERVAL:.0f} s: the machine may be down, or "
-                "cut off from the network; nothing was saved since the last checkpoint"
+                f"rank {shown_ranks(silent)} has given no sign of life for {_ROUNDS * _INTERVAL:.0f} s: the machine "
+                "may be down, or cut off from the network; nothing was saved since the last checkpoint"
             )
 
     def _run(self, action: Callable[[], None]) -> None:

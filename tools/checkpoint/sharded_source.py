@@ -9,7 +9,15 @@ from megatron.core.interchange.element_types import Array, cast, dtype_name, fro
 from megatron.core.models.mixtral.weights import mixtral_weights
 from megatron.core.models.weight_table import WeightRule
 from megatron.core.stages import whole_model
-from tools.checkpoint.stream import Description, check_counts, common_dtype, describe_training, list_some, rows_of
+from tools.checkpoint.stream import (
+    Description,
+    check_counts,
+    common_dtype,
+    describe_training,
+    list_some,
+    rows_of,
+    saved_sizes,
+)
 
 
 class ShardedSource:
@@ -25,8 +33,7 @@ class ShardedSource:
         self.folder, self.iteration = folder, iteration
         self._reader = CheckpointReader(folder)
         args = SimpleNamespace(**self._reader.arguments)
-        kinds = ("tensor", "pipeline", "expert")
-        self.saved_sizes = [getattr(args, f"{kind}_model_parallel_size", None) or 1 for kind in kinds]
+        self.saved_sizes = saved_sizes(args)
         """Tensor-, pipeline- and expert-parallel size of the run that saved it."""
         model = model_config_from_args(args)  # type: ignore[arg-type]
         found = self._reader.tensors("weight")

@@ -308,6 +308,11 @@ def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path
     )
 
 
+def saved_sizes(args: object) -> list[int]:
+    """Tensor-, pipeline- and expert-parallel size of the run that saved a checkpoint with these arguments."""
+    return [getattr(args, f"{kind}_model_parallel_size", None) or 1 for kind in ("tensor", "pipeline", "expert")]
+
+
 def with_vocabulary(model: ModelConfig, padded: int, fallback: int | None) -> ModelConfig:
     """`model` with its true vocabulary size, which is `fallback`, or else all `padded` entries, if it has none yet.
 

@@ -16,6 +16,7 @@ from tools.checkpoint.stream import (
     describe_training,
     list_some,
     rows_of,
+    saved_sizes,
     with_vocabulary,
 )
 from tools.checkpoint.torch_dist_names import keys_of
@@ -47,9 +48,8 @@ class TorchDistSource:
     ) -> None:
         self.folder, self.iteration = folder, iteration
         self._checkpoint = CheckpointFolder(folder)
-        args, _ = saved_arguments(self._checkpoint)
-        kinds = ("tensor", "pipeline", "expert")
-        self.saved_sizes = [getattr(args, f"{kind}_model_parallel_size", None) or 1 for kind in kinds]
+        args = saved_arguments(self._checkpoint)
+        self.saved_sizes = saved_sizes(args)
         """Tensor-, pipeline- and expert-parallel size of the run that saved it."""
         self._keys = {_PREFIX.sub("", key): key for key in self._checkpoint.catalog.tensors}
         if len(self._keys) < len(self._checkpoint.catalog.tensors):
@@ -57,10 +57,11 @@ class TorchDistSource:
         model = model_config_from_args(args, true_vocab_size)
         check_counts(model.num_layers, model.num_experts, self._count(), folder)
         embedding = self._keys.get("embedding.word_embeddings.weight")
-        self._padded = self._checkpoint.shape(embedding)[0] if embedding is not None else 0
-        model = with_vocabulary(model, self._padded, fallback_vocab_size)
-        self._places = {rule.name: self._place(rule) for rule in mixtral_weights(model, self._padded or None)}
-        self._check(model.num_layers, model.num_experts, list(mixtral_weights(model, self._padded)))
+        padded = self._checkpoint.shape(embedding)[0] if embedding is not None else 0
+        model = with_vocabulary(model, padded, fallback_vocab_size)
+        rules = list(mixtral_weights(model, padded or None))
+        self._places = {rule.name: self._place(rule) for rule in rules}
+        self._check(model.num_layers, model.num_experts, rules)
         self.stages = {(0, 0): whole_model(model.num_layers)}
         used = {key for key, _ in self._places.values()}
         dtype = common_dtype({key: self._checkpoint.dtype(key) for key in sorted(used)}, params_dtype)

@@ -128,13 +128,15 @@ def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
 
 def in_runs(bad: list[Bad]) -> list[Bad]:
     """The same with one entry for many lines in a row that have the same fault, so that a list of them stays short."""
+    if len(bad) < _LONG_RUN:
+        return bad
     found, start = [], 0
-    for end in range(1, len(bad) + 1 if len(bad) >= _LONG_RUN else 1):
+    for end in range(1, len(bad) + 1):
         first, last = bad[start], bad[end] if end < len(bad) else None
         if last is None or last.line != first.line + end - start or last[1:] != first[1:]:
             found += [first._replace(lines=end - start)] if end - start >= _LONG_RUN else bad[start:end]
             start = end
-    return found or bad
+    return found
 
 
 def ends_within_a_line(last: list[bytes | int], bad: list[Bad]) -> bool:

@@ -30,9 +30,6 @@ _ASK_INTERVAL, _PATIENCE = 1.0, 5.0
 # A rank can be silent for a while without being gone, when a library holds the interpreter.
 _SIGNAL_DELAY, _SIGNAL_INTERVAL, _SIGNAL_PATIENCE = 4.0, 20.0, 15.0
 
-# Ranks that a sentence names; more of them are counted.
-_MOST_NAMED = 8
-
 
 class Whereabouts(NamedTuple):
     """Where a rank is."""
@@ -170,8 +167,8 @@ class StepMonitor:
         silent = [rank for rank in silent if not self._store.check([f"done/{rank}"])]
         if silent:
             self._lost(
-                f"rank {_shown(silent)} does not answer and may have been killed (by the system if memory ran out, for "
-                "example): nothing was saved since the last checkpoint"
+                f"rank {shown_ranks(silent)} does not answer and may have been killed (by the system if memory ran "
+                "out, for example): nothing was saved since the last checkpoint"
             )
 
 
@@ -197,11 +194,12 @@ def _whereabouts() -> Whereabouts:
 
 def _sentence(found: Whereabouts, ranks: list[int]) -> str:
     several = len(ranks) > 1
-    who = f"{'ranks' if several else 'rank'} {_shown(ranks)}"
+    who = f"{'ranks' if several else 'rank'} {shown_ranks(ranks)}"
     if found.waits_for:
         return f"{who} {'wait' if several else 'waits'} for {found.waits_for} {found.place}"
     return f"{who} {'are' if several else 'is'} {found.place}"
 
 
-def _shown(ranks: list[int]) -> str:
+def shown_ranks(ranks: list[int]) -> str:
+    """The first few of `ranks`, as text."""
     return ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")

@@ -136,7 +136,7 @@ def test_a_cut_off_file_is_noticed_before_anything_is_read(folder: Path) -> None
 def test_arguments_that_are_missing_or_hostile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     torch.save({"args": argparse.Namespace(num_layers=4, hook=Payload())}, folder / "common.pt")
-    args, _ = saved_arguments(CheckpointFolder(folder))
+    args = saved_arguments(CheckpointFolder(folder))
     assert args.num_layers == 4 and not (folder / "harmed").exists()
     torch.save({"iteration": 4}, folder / "common.pt")
     with pytest.raises(ValueError, match="has no training arguments"):

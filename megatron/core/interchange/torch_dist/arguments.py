@@ -12,8 +12,8 @@ _COMMON_FILE = "common.pt"
 _COMMON_STATE = "common_state"
 
 
-def saved_arguments(checkpoint: CheckpointFolder) -> tuple[Namespace, dict[str, Any]]:
-    """The `args` of the run that saved it, and the rest of what all its ranks share. Raises ValueError without them.
+def saved_arguments(checkpoint: CheckpointFolder) -> Namespace:
+    """The `args` of the run that saved it. Raises ValueError without them.
 
     Values of classes that are not plain stand for nothing there: they are neither imported nor called.
     """
@@ -30,4 +30,4 @@ def saved_arguments(checkpoint: CheckpointFolder) -> tuple[Namespace, dict[str, 
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
         raise ValueError(f"{path} has no training arguments ('args'): the shape of the model is not known")
-    return args, common
+    return args
