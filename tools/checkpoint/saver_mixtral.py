@@ -186,7 +186,6 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     Raises ValueError if the model does not divide over the layout, the folder is not empty or the disk too small.
     """
     description, target = source.description, check(args)
-    root, existed = target.folder, target.folder.exists()
     model = model_to_write(description, args)
     try:
         layout, parallel = target_layout(args, model)
@@ -212,20 +211,28 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     check_disk(target, planned_bytes(writer, writer.rules), report=source.dry_run)
     if source.dry_run:
         return
+    with release_folder(target) as folder:
+        writer.open(folder, content)
+        transfer(source, writer, writer.rules)
+        writer.check_complete()
+        source.check_complete()
+        commit_step(target.folder, "release", layout)
+    print(f"wrote {target.name / 'release'}: {layout}, {description.dtype}, weights only")
+
+
+@contextlib.contextmanager
+def release_folder(target: Target) -> Iterator[Path]:
+    """The hidden folder that the step `release` is written into; nothing is left of a failed attempt."""
+    root, existed = target.folder, target.folder.exists()
     with exclusive_folder(begin_step(root, "release")):
         try:
-            writer.open(begin_step(root, "release"), content)
-            transfer(source, writer, writer.rules)
-            writer.check_complete()
-            source.check_complete()
-            commit_step(root, "release", layout)
+            yield begin_step(root, "release")
         except BaseException:
             abandon_step(root, "release")
             if not existed:
                 with contextlib.suppress(OSError):  # only if nothing else has come into it
                     root.rmdir()
             raise
-    print(f"wrote {target.name / 'release'}: {layout}, {description.dtype}, weights only")
 
 
 def model_to_write(description: Description, args: argparse.Namespace) -> ModelConfig:

@@ -1,20 +1,19 @@
 """Saver: Megatron-LM's `torch_dist` format, which its `--load` takes at any parallel layout."""
 
 import argparse
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.core.atomic_files import atomic_writer, exclusive_folder
-from megatron.core.interchange import CHECKPOINT_VERSION, Layout, begin_step, model_args_namespace
+from megatron.core.atomic_files import atomic_writer
+from megatron.core.interchange import CHECKPOINT_VERSION, Layout, model_args_namespace
 from megatron.core.interchange.element_types import STORED_AS, Array
-from megatron.core.interchange.layout import abandon_step, replace_step
+from megatron.core.interchange.layout import replace_step
 from megatron.core.interchange.torch_dist import METADATA_FILE, Chunk, Place, SavedTensor, encode_metadata
 from megatron.core.models.mixtral.weights import mixtral_weights
 from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint import saver_mixtral
-from tools.checkpoint.saver_mixtral import extra_args, model_to_write, tokenizer_to_name
+from tools.checkpoint.saver_mixtral import extra_args, model_to_write, release_folder, tokenizer_to_name
 from tools.checkpoint.stream import (
     CheckedSource,
     Destination,
@@ -52,7 +51,6 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     Raises ValueError if the folder is not empty or the disk too small.
     """
     description, target = source.description, check(args)
-    root, existed = target.folder, target.folder.exists()
     model = model_to_write(description, args)
     extra = extra_args(description, tokenizer_to_name(description, args))
     content: dict[str, object] = {
@@ -67,22 +65,14 @@ def save(source: CheckedSource, args: argparse.Namespace) -> None:
     check_disk(target, planned_bytes(writer, rules), report=source.dry_run)
     if source.dry_run:
         return
-    with exclusive_folder(begin_step(root, "release")):
-        try:
-            folder = begin_step(root, "release")
-            writer.open(folder, state_keys(model.num_layers, model.num_experts, args.target_transformer_impl))
-            transfer(source, writer, rules)
-            writer.finish(folder, model.num_layers, model.num_experts)
-            source.check_complete()
-            _write(folder / "common.pt", torch_bytes(content))
-            _write(folder / "metadata.json", _BACKEND)
-            replace_step(root, "release", {path.name for path in folder.iterdir()})
-        except BaseException:
-            abandon_step(root, "release")
-            if not existed:
-                with contextlib.suppress(OSError):  # only if nothing else has come into it
-                    root.rmdir()
-            raise
+    with release_folder(target) as folder:
+        writer.open(folder, state_keys(model.num_layers, model.num_experts, args.target_transformer_impl))
+        transfer(source, writer, rules)
+        writer.finish(folder, model.num_layers, model.num_experts)
+        source.check_complete()
+        _write(folder / "common.pt", torch_bytes(content))
+        _write(folder / "metadata.json", _BACKEND)
+        replace_step(target.folder, "release", {path.name for path in folder.iterdir()})
     print(f"wrote {target.name / 'release'}: torch_dist, {description.dtype}, weights only, for any layout")
 
 
