@@ -128,7 +128,7 @@ def _read_corpus(folder: Path) -> None:
             assert block.start <= block.end <= part.end
             if not block.broken:
                 found = read_documents(block, ["text"])
-                measured(block, found, found.bad)
+                measured(block, found)
 
 
 def _run_files(folder: Path) -> None:
@@ -171,7 +171,7 @@ def _resume(folder: Path) -> None:
             path.write_bytes(seal(unseal(path.read_bytes()) | {"fingerprint": part.fingerprint}))
     if (report := finished_report(settings.output_prefix, Place(1, 2), part.fingerprint)) is not None:
         report.statistics.add(report.statistics)
-    PartRun(part, lambda statistics, documents: None).run()
+    PartRun(part, lambda statistics, documents: None, lambda statistics, path: None).run()
 
 
 def _step(folder: Path) -> None:

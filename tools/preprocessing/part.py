@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from megatron.core.atomic_files import append, sync_file
 from megatron.core.datasets.description import read_description
@@ -21,7 +21,7 @@ from tools.preprocessing.progress import Progress
 from tools.preprocessing.reader import TOO_LONG, Block, blocks_of
 from tools.preprocessing.settings import Settings, token_type
 from tools.preprocessing.statistics import FileCount, Statistics
-from tools.preprocessing.worker import Result
+from tools.preprocessing.worker import Bad, Result
 
 ENDS_WITHIN_A_LINE = "it ends in the middle of a line"
 SECONDS_BETWEEN_JOURNALS = 10.0
@@ -77,8 +77,14 @@ def quarantine_path(prefix: str) -> Path:
 class PartRun:
     """Writes a part; on a kill, or an error that a second try can mend, what is done stays for --resume."""
 
-    def __init__(self, part: Part, check: Callable[[Statistics, list[int]], None]) -> None:
-        self._part, self._check = part, check
+    def __init__(
+        self,
+        part: Part,
+        check: Callable[[Statistics, list[int]], None],
+        check_on_the_way: Callable[[Statistics, str], None],
+    ) -> None:
+        """`check` is given the counts of the whole part, the other those so far and the file; either may raise."""
+        self._part, self._check, self._check_on_the_way = part, check, check_on_the_way
         self._journal_path = journal_path(part.prefix)
         self._quarantine_temporary = Path(f"{quarantine_path(part.prefix)}.tmp")
         self._journal = self._start()
@@ -171,6 +177,7 @@ class PartRun:
             part.alive()
             if time.monotonic() - last >= SECONDS_BETWEEN_JOURNALS:
                 self._save()
+                self._check_on_the_way(statistics, block.path)
                 last = time.monotonic()
         progress.finish()
 
@@ -185,18 +192,8 @@ class PartRun:
             writer.add_documents(encoded.tokens, encoded.lengths)
             statistics.empty[i] += encoded.empty
             file.documents[i] += len(encoded.lengths)
+        self._list(block.path, result.bad)
         for bad in result.bad:
-            entry: dict[str, Any] = {
-                "file": block.path,
-                "line": journal.file_lines + bad.line + 1,
-                "reason": bad.reason,
-            }
-            if bad.detail:
-                entry["detail"] = bad.detail
-            if bad.lines > 1:
-                entry["lines"] = bad.lines
-            # A file's name may have bytes that are no UTF-8; they become JSON escapes.
-            append(self._quarantine, json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
             statistics.count(bad.reason, bad.lines)
         journal.blocks += 1
         journal.file_lines += result.lines
@@ -213,6 +210,25 @@ class PartRun:
             file.why = block.broken
         elif result.cut and any(file.documents):
             file.why = ENDS_WITHIN_A_LINE
+
+    def _list(self, path: str, found: list[Bad]) -> None:
+        """Append bad lines of a block to the quarantine."""
+
+        def encoded(value: object) -> bytes:
+            # A file's name may have bytes that are not UTF-8; they become JSON escapes.
+            return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+        faults: dict[tuple[str, str], bytes] = {}  # many lines have the same, and encoding takes most of the time
+        entries: list[bytes] = []
+        start = encoded({"file": path})[:-1]
+        for line, reason, detail, lines in found:
+            fault = faults.get((reason, detail))
+            if fault is None:
+                fault = encoded({"reason": reason, "detail": detail} if detail else {"reason": reason})[1:-1]
+                faults[reason, detail] = fault
+            more = b', "lines": %d' % lines if lines > 1 else b""
+            entries.append(b'%b, "line": %d, %b%b}\n' % (start, self._journal.file_lines + line + 1, fault, more))
+        append(self._quarantine, b"".join(entries))
 
     def _save(self) -> None:
         self._journal.writers = [writer.checkpoint() for writer in self._writers]

@@ -3,7 +3,6 @@
 import bz2
 import contextlib
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
@@ -16,7 +15,6 @@ from tools.preprocessing.kinds import HEAD_BYTES, PARQUET, UNREADABLE, foreign
 LONGEST_LINE = 64 << 20
 TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BLANK_LINES = re.compile(rb"\n\s*\n")
 _ROWS = 64
 _PIECE = 1 << 20
 # What a decompressor may need: the window of zstd --long=27, which is zstd's own limit, and of xz -9.
@@ -252,30 +250,21 @@ def _parquet_blocks(part: Input, keys: list[str]) -> Iterator[Block]:
 
 
 class Lines(NamedTuple):
-    """Lines of a block of text that are not blank, without their ends; a size stands for one that is too long."""
+    """Lines of a block of text without their ends; a size stands for one that is too long."""
 
     lines: list[bytes | int]
-    blank: int
-    blank_bytes: int
     ends: bool
     """Whether the last line has a line end."""
-    content: bytes
-    """What they were taken from: a line end, and what follows."""
 
-    def numbers(self) -> list[int]:
-        """Which of all lines each is, counted from 0."""
-        whole = [number for number, line in enumerate(self.content.split(b"\n")[1:-1]) if line.strip()]
-        return [*whole, self.content.count(b"\n") - 1]
-
-    def size(self, index: int) -> int:
-        """Bytes of a line with its end."""
-        line = self.lines[index]
+    def size(self, start: int, count: int) -> int:
+        """Bytes of `count` equal lines from line `start` on, with their ends."""
+        line = self.lines[start]
         size = line if isinstance(line, int) else len(line) + 1
-        return size - (index == len(self.lines) - 1 and not self.ends)
+        return size * count - (not self.ends and start + count == len(self.lines))
 
 
 def lines_of(block: Block) -> Lines:
-    """Lines that begin in a block of text; runs of blank ones are skipped at once."""
+    """Lines that begin in a block of text."""
     last: bytes | int = b""
     ends = True
     if block.lines is not None:
@@ -289,18 +278,17 @@ def lines_of(block: Block) -> Lines:
             if not block.start:
                 content = b"\n" + content
             elif b"\n" not in content:
-                return Lines([], 0, 0, True, b"")
+                return Lines([], True)
             else:  # a line that began in an earlier block is that block's; one that begins exactly here is this one's
                 content = content[content.find(b"\n") :]
             if begun := content[content.rfind(b"\n") + 1 :]:
                 last, ends = _complete(begun, file)
-    packed = _BLANK_LINES.sub(b"\n", content)
-    lines: list[bytes | int] = [*packed.split(b"\n")[1:-1], *([last] if last else [])]
+    lines: list[bytes | int] = [*content.split(b"\n")[1:-1], *([last] if last else [])]
     if len(content) > LONGEST_LINE:
         lines = [line if isinstance(line, int) else _bounded(line) for line in lines]
     if block.start == 0 and lines and isinstance(first := lines[0], bytes):
         lines[0] = first.removeprefix(_BYTE_ORDER_MARK)
-    return Lines(lines, content.count(b"\n") - packed.count(b"\n"), len(content) - len(packed), ends, content)
+    return Lines(lines, ends)
 
 
 def _complete(begun: bytes, file: IO[bytes]) -> tuple[bytes | int, bool]:

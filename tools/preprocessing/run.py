@@ -97,14 +97,7 @@ def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, do
     damaged = [] if settings.allow_damaged_files else statistics.damaged(corpus)
     if statistics.bad_fraction > settings.max_bad_fraction or damaged or not all(documents):
         print("\n".join(statistics.file_lines(corpus)), file=sys.stderr)
-    if statistics.bad_fraction > settings.max_bad_fraction:
-        format_errors = sum(statistics.bad.get(reason, 0) for reason in (NOT_JSON, NOT_AN_OBJECT))
-        form = f" ({ONE_A_LINE})" if 2 * format_errors > statistics.bad_lines else ""
-        raise TooManyBad(
-            f"{100 * statistics.bad_fraction:.3g}% of the input is bad ({statistics.bad_summary()}; listed in "
-            f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
-            f"allows: fix the input{form}, or give a larger fraction together with --resume to keep what is done"
-        )
+    _check_bad_fraction(settings, statistics, "")
     if damaged:
         names = ", ".join(f"{printable(path)}: {statistics.files[path].trouble}" for path in damaged[:3])
         more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
@@ -117,6 +110,19 @@ def check_outcome(settings: Settings, corpus: Corpus, statistics: Statistics, do
             raise ValueError(f"--input {' '.join(settings.input)} has no document with text under the key {key!r}")
 
 
+def _check_bad_fraction(settings: Settings, statistics: Statistics, where: str) -> None:
+    """Raises TooManyBad if so much is bad already that the rest cannot make up for it."""
+    if statistics.bad_fraction <= settings.max_bad_fraction:
+        return
+    format_errors = sum(statistics.bad.get(reason, 0) for reason in (NOT_JSON, NOT_AN_OBJECT))
+    form = f" ({ONE_A_LINE})" if 2 * format_errors > statistics.bad_lines else ""
+    raise TooManyBad(
+        f"{100 * statistics.bad_fraction:.3g}% of the input is bad{where} ({statistics.bad_summary()}; listed in "
+        f"{quarantine_path(settings.output_prefix)}), more than --max-bad-fraction {settings.max_bad_fraction:g} "
+        f"allows: fix the input{form}, or give a larger fraction together with --resume to keep what is done"
+    )
+
+
 def _write_part(part: Part, place: Place, engine: str) -> tuple[Report, str]:
     """Write this rank's part with `engine`; returns its report and the name of the engine that ended it."""
 
@@ -124,8 +130,15 @@ def _write_part(part: Part, place: Place, engine: str) -> tuple[Report, str]:
         if place.ranks == 1:
             check_outcome(part.settings, part.corpus, statistics, documents)
 
+    def check_on_the_way(statistics: Statistics, path: str) -> None:
+        if place.ranks == 1:
+            total = sum(file.size for file in part.inputs)
+            read = f"{statistics.read_bytes / 1e6:.1f} of {total / 1e6:.1f} MB"
+            where = f" after {read}, which end in {printable(path)}"
+            _check_bad_fraction(part.settings, statistics, where)
+
     try:
-        return PartRun(part, check).run(), engine
+        return PartRun(part, check, check_on_the_way).run(), engine
     except EngineDiffers as error:
         if part.settings.tokenizer_backend != "auto" or place.ranks > 1:
             advice = "use --tokenizer-backend hf or sentencepiece"
@@ -133,7 +146,7 @@ def _write_part(part: Part, place: Place, engine: str) -> tuple[Report, str]:
         print(f"warning: {error}; starting again from the beginning with the reference tokenizer")
     reference = ReferenceEngine(part.tokenizer)
     with WorkerPool(part.settings.workers, Encoder(part.settings, part.tokenizer, reference)) as pool:
-        return PartRun(part._replace(pool=pool), check).run(), reference.name
+        return PartRun(part._replace(pool=pool), check, check_on_the_way).run(), reference.name
 
 
 def preprocess(settings: Settings, place: Place, rank_timeout: float) -> None:

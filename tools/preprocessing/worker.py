@@ -1,5 +1,6 @@
 """Encoding of blocks."""
 
+import itertools
 import os
 from typing import Any, NamedTuple
 
@@ -29,17 +30,75 @@ class Encoded(NamedTuple):
     empty: int
 
 
-_SHORT = 64
 _LONG_RUN = 1000
+_MOST_LISTED = 10_000
+
+
+class Fault(NamedTuple):
+    """Why a line cannot be used."""
+
+    reason: str
+    detail: str
 
 
 class Bad(NamedTuple):
-    """A line of a block (counted from 0) that cannot be used, and why; with `lines` above 1 a run of such lines."""
+    """A line of a block (counted from 0) that cannot be used, and why; with `lines` above 1 the first of so many."""
 
     line: int
     reason: str
     detail: str
     lines: int = 1
+
+
+class BadLines:
+    """The lines of a block that cannot be used, and how many bytes they and the blank lines have.
+
+    They are listed one by one, but long runs of lines with the same fault as one, and what comes after the first
+    10,000 by reason, so that a file of nothing else takes little time and makes a short list.
+    """
+
+    def __init__(self) -> None:
+        self.lines, self.bytes, self.blank, self.blank_bytes = 0, 0, 0, 0
+        self._listed: list[Bad] = []
+        self._others: dict[str, Bad] = {}
+
+    def add(self, line: int, fault: Fault, lines: int, size: int) -> None:
+        """So many lines that have the same fault, of `size` bytes in all: a run, or any once `is_full`."""
+        if fault.reason == BLANK:
+            self.blank += lines
+            self.blank_bytes += size
+            return
+        self.lines += lines
+        self.bytes += size
+        if not self.is_full:
+            self._listed.append(Bad(line, *fault, lines))
+        elif fault.reason in self._others:
+            first = self._others[fault.reason]
+            self._others[fault.reason] = first._replace(line=min(first.line, line), lines=first.lines + lines)
+        else:
+            self._others[fault.reason] = Bad(line, *fault, lines)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more lines are not listed one by one."""
+        return len(self._listed) >= _MOST_LISTED
+
+    def entries(self) -> list[Bad]:
+        """What is listed of them, in order."""
+        listed = sorted(self._listed)
+        found: list[Bad] = []
+        start = 0
+        for end in range(1, len(listed) + 1):
+            first, last = listed[start], listed[end - 1]
+            past = last.line + last.lines
+            if end < len(listed) and listed[end].line == past and listed[end][1:3] == first[1:3]:
+                continue
+            if past - first.line >= _LONG_RUN:
+                found.append(first._replace(lines=past - first.line))
+            else:
+                found += [first._replace(line=line, lines=1) for line in range(first.line, past)]
+            start = end
+        return found + sorted(self._others.values())
 
 
 class Result(NamedTuple):
@@ -60,90 +119,82 @@ class Result(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """What is in a block: the texts of each usable line with its place, the places of the others, and the lines."""
+    """What is in a block: the texts of each usable line with its place, the other lines, and how many there are."""
 
     rows: list[tuple[int, list[str]]]
-    bad: list[Bad]
-    """Blank lines among them."""
+    bad: BadLines
+    total: int
     lines: Lines | None
     """None for the rows of a Parquet file."""
+    cut: bool
 
 
 def read_documents(block: Block, keys: list[str]) -> Documents:
-    """The documents of a block; places are counted without the runs of blank lines (see `Lines.numbers`)."""
+    """The documents of a block."""
     rows: list[tuple[int, list[str]]] = []
-    bad: list[Bad] = []
+    bad = BadLines()
     if block.columns is not None:
         for number, values in enumerate(zip(*block.columns)):
             try:
                 rows.append((number, check_texts(list(values), keys)))
             except BadDocument as error:
-                bad.append(Bad(number, error.reason, error.detail))
-        return Documents(rows, bad, None)
+                bad.add(number, Fault(error.reason, error.detail), 1, 0)
+        return Documents(rows, bad, max(len(block.columns[0]) if block.columns else 0, 1), None, False)
     lines = lines_of(block)
-    junk: dict[bytes, tuple[str, str]] = {}  # short lines that are no documents: where they are many they are alike
-    for number, line in enumerate(lines.lines):
-        if isinstance(line, int):
-            bad.append(Bad(number, TOO_LONG, ""))
-        elif len(line) < _SHORT and line in junk:
-            bad.append(Bad(number, *junk[line]))
-        else:
+    faults: dict[bytes | int, Fault] = {}  # of each line that is no document: where they are many they are alike
+    unlisted: dict[bytes | int, list[int]] = {}  # blank ones, and bad ones when many are listed: the first, how many
+    number = 0
+    for line, equal in itertools.groupby(lines.lines):
+        count = len(list(equal))
+        if line not in faults:
             try:
-                rows.append((number, texts_of_line(line, keys)))
+                texts = _texts(line, keys)
+                rows += [(each, texts) for each in range(number, number + count)]
             except BadDocument as error:
-                bad.append(Bad(number, error.reason, error.detail))
-                if len(line) < _SHORT:
-                    junk[line] = (error.reason, error.detail)
-    return Documents(rows, bad, lines)
+                faults[line] = Fault(error.reason, error.detail)
+        if line in faults:
+            if (bad.is_full or faults[line].reason == BLANK) and number + count < len(lines.lines):
+                unlisted.setdefault(line, [number, 0])[1] += count
+            else:
+                bad.add(number, faults[line], count, lines.size(number, count))
+        number += count
+    for line, (first, count) in unlisted.items():
+        bad.add(first, faults[line], count, (line if isinstance(line, int) else len(line) + 1) * count)
+    last = lines.lines[-1] if lines.lines else b""
+    cut = not lines.ends and last in faults and ends_within_a_line(last, faults[last].reason)
+    return Documents(rows, bad, number, lines, cut)
 
 
-def measured(block: Block, found: Documents, bad: list[Bad]) -> dict[str, Any]:
+def _texts(line: bytes | int, keys: list[str]) -> list[str]:
+    if isinstance(line, int):
+        raise BadDocument(TOO_LONG)
+    return texts_of_line(line, keys)
+
+
+def measured(block: Block, found: Documents) -> dict[str, Any]:
     """The fields of a Result that tell of lines: how many, which are bad, and their bytes on disk."""
+    bad = found.bad
+    lost, blank_bytes = bad.bytes, bad.blank_bytes
     if found.lines is None:
-        rows = max(len(block.columns[0]) if block.columns else 0, 1)
-        lost = -(-(block.end - block.start) * len(bad) // rows)
-        return {"lines": rows, "bad": bad, "lost_bytes": lost, "blank": 0, "blank_bytes": 0, "cut": False}
-    lines = found.lines
-    cut = not lines.ends and ends_within_a_line(lines.lines[-1:], bad)
-    single = [each for each in bad if each.reason == BLANK]
-    bad = [each for each in bad if each.reason != BLANK]
-    lost = sum(lines.size(each.line) for each in bad)
-    blank_bytes = lines.blank_bytes + sum(lines.size(each.line) for each in single)
-    if block.lines:  # of what was decompressed, its share of the bytes on disk
+        lost = -(-(block.end - block.start) * bad.lines // found.total)
+    elif block.lines:  # of what was decompressed, its share of the bytes on disk
         size, whole = block.end - block.start, len(block.lines)
         lost, blank_bytes = -(-size * lost // whole), size * blank_bytes // whole
-    if bad and lines.blank:
-        numbers = lines.numbers()
-        bad = [Bad(numbers[line], reason, detail) for line, reason, detail, _ in bad]
-    count, blank = len(lines.lines) + lines.blank, lines.blank + len(single)
     return {
-        "lines": count,
-        "bad": in_runs(bad),
+        "lines": found.total,
+        "bad": bad.entries(),
         "lost_bytes": lost,
-        "blank": blank,
+        "blank": bad.blank,
         "blank_bytes": blank_bytes,
-        "cut": cut,
+        "cut": found.cut,
     }
 
 
-def in_runs(bad: list[Bad]) -> list[Bad]:
-    """The same with one entry for many lines in a row that have the same fault, so that a list of them stays short."""
-    if len(bad) < _LONG_RUN:
-        return bad
-    found, start = [], 0
-    for end in range(1, len(bad) + 1):
-        first, last = bad[start], bad[end] if end < len(bad) else None
-        if last is None or last.line != first.line + end - start or last[1:] != first[1:]:
-            found += [first._replace(lines=end - start)] if end - start >= _LONG_RUN else bad[start:end]
-            start = end
-    return found
-
-
-def ends_within_a_line(last: list[bytes | int], bad: list[Bad]) -> bool:
-    """Whether the last line, which has no line end, begins an object that it does not end, or is of zeros."""
-    if not last or not bad or bad[-1].reason not in (NOT_JSON, BAD_UTF8) or isinstance(last[0], int):
+def ends_within_a_line(last: bytes | int, reason: str) -> bool:
+    """Whether the last line, a bad one without a line end, begins an object that it does not end, or is of zeros."""
+    if reason not in (NOT_JSON, BAD_UTF8) or isinstance(last, int):
         return False
-    line = last[0].strip()
+    line = last.strip()
     return line[:1] in (b"{", b"\0") and not line.endswith(b"}")
 
 
@@ -169,14 +220,18 @@ class Encoder:
         found = read_documents(block, self._keys)
         columns = [[texts[i] for _, texts in found.rows] for i in range(len(self._keys))]
         ids, refused = self._encode_columns(columns, [line for line, _ in found.rows])
+        for line, reason in refused:
+            found.bad.add(line, Fault("not tokens", reason), 1, found.lines.size(line, 1) if found.lines else 0)
         difference = None if self._is_reference else self._check(columns[0], block)
         parts = [self._assemble(each) for each in ids]
         self._bound_memory()
         size = sum(len(text) if text.isascii() else len(text.encode()) for texts in columns for text in texts)
-        counts = measured(block, found, sorted(found.bad + refused))
-        return Result(parts=parts, text_bytes=size, difference=difference, **counts)
+        return Result(parts=parts, text_bytes=size, difference=difference, **measured(block, found))
 
-    def _encode_columns(self, columns: list[list[str]], lines: list[int]) -> tuple[list[list[Any]], list[Bad]]:
+    def _encode_columns(
+        self, columns: list[list[str]], lines: list[int]
+    ) -> tuple[list[list[Any]], list[tuple[int, str]]]:
+        """The ids by key, and the lines of which there are none, each with the reason."""
         try:
             return [self._batches(texts) for texts in columns], []
         except ValueError:
@@ -188,7 +243,7 @@ class Encoder:
             try:
                 row = [self._engine.encode_batch([text])[0] for text in texts]
             except ValueError as error:
-                bad.append(Bad(line, "not tokens", str(error)))
+                bad.append((line, str(error)))
                 continue
             for column, found in zip(ids, row):
                 column.append(found)

@@ -15,7 +15,7 @@ from preprocessing_testing import arguments, outputs
 from megatron.core.datasets.description import read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tools import preprocess_data
-from tools.preprocessing import inputs
+from tools.preprocessing import inputs, part
 from tools.preprocessing.inputs import find_inputs, natural_order
 from tools.preprocessing.kinds import foreign, is_product
 
@@ -265,16 +265,48 @@ def test_many_lines_with_the_same_fault_are_one_entry(tmp_path: Path) -> None:
     assert found[5:] == [(line, 1) for line in range(2509, 2509 + 999)]
 
 
-def test_megabytes_of_blank_lines_reach_no_parser(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_equal_lines_that_are_no_documents_are_parsed_once_a_block(tmp_path: Path, monkeypatch, capsys) -> None:
     lines = []
     parse = preprocess_data.preprocess.__globals__["read_documents"].__globals__["texts_of_line"]
     monkeypatch.setattr(
         "tools.preprocessing.worker.texts_of_line", lambda line, keys: lines.append(line) or parse(line, keys)
     )
-    put(tmp_path / "in" / "a.jsonl", GOOD + b"\n" * 3_000_000 + GOOD + b" \t\r\n" * 500_000)
-    run(tmp_path)
-    assert lines == [GOOD.strip()] * 2
-    assert "skipped 3500000 blank lines" in capsys.readouterr().out
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 1 << 30)
+    put(tmp_path / "in" / "a.jsonl", GOOD + b"\n" * 3_000_000 + GOOD + b"x\n \t\r\n[]\n" * 90_000)
+    run(tmp_path, "--max-bad-fraction", "1")
+    assert sorted(lines) == sorted([GOOD.strip(), GOOD.strip(), b"", b"x", b" \t\r", b"[]"])
+    assert "skipped 3090000 blank lines" in capsys.readouterr().out
+
+
+def test_the_list_of_bad_lines_stays_short(tmp_path: Path) -> None:
+    """After 10,000 in a block they are listed by reason; counts and bytes stay exact."""
+    put(tmp_path / "in" / "a.jsonl", GOOD + b"x\n\n[]\n" * 20_000 + GOOD + b'{"a":1}\n' * 7 + b"x")
+    row = run(tmp_path, "--max-bad-fraction", "1")["files"][0]
+    assert (row["documents"], row["bad_lines"]) == (2, 40_008)
+    assert row["lost_bytes"] == 5 * 20_000 + 7 * len(b'{"a":1}\n') + 1
+    entries = [json.loads(line) for line in (tmp_path / "out_quarantine.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in entries[:4]] == [2, 4, 5, 7] and len(entries) == 10_003
+    others = [(entry["line"], entry["reason"], entry["lines"]) for entry in entries[10_000:]]
+    first = 2 + 3 * 5000
+    counts = [(first, "invalid JSON", 15_001), (first + 2, "not an object", 15_000), (60_003, "missing key", 7)]
+    assert others == counts
+
+
+def test_too_much_that_is_bad_ends_the_run_on_the_way(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(inputs, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(part, "SECONDS_BETWEEN_JOURNALS", 0.0)
+    put(tmp_path / "in" / "a.jsonl", GOOD * 100)
+    put(tmp_path / "in" / "b.jsonl", b"x\n" * 2000 + GOOD * 200)
+    put(tmp_path / "in" / "c.jsonl", GOOD * 100)
+    run(tmp_path, status=1)
+    error = capsys.readouterr().err
+    assert "of the input is bad after 0.0 of 0.0 MB, which end in" in error and "b.jsonl (invalid JSON " in error
+    assert not (tmp_path / "out_text_document.idx").exists()
+    run(tmp_path, "--resume", "--max-bad-fraction", "0.9")
+    resumed = sorted((tmp_path / name).read_bytes() for name in ("out_text_document.bin", "out_quarantine.jsonl"))
+    run(tmp_path, "--max-bad-fraction", "0.9")
+    whole = sorted((tmp_path / name).read_bytes() for name in ("out_text_document.bin", "out_quarantine.jsonl"))
+    assert resumed == whole
 
 
 def test_windows_of_zstd_are_limited(tmp_path: Path) -> None:
