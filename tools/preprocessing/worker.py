@@ -153,7 +153,7 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
             except BadDocument as error:
                 faults[line] = Fault(error.reason, error.detail)
         if line in faults:
-            if (bad.is_full or faults[line].reason == BLANK) and number + count < len(lines.lines):
+            if (faults[line].reason == BLANK or bad.is_full) and number + count < len(lines.lines):
                 unlisted.setdefault(line, [number, 0])[1] += count
             else:
                 bad.add(number, faults[line], count, lines.size(number, count))
