@@ -15,7 +15,7 @@ GOAL = 480.0
 _SCRIPT = "mixtral_4x7b_example.sh"
 _STEPS, _MICROBATCHES = 5, 4
 _WARM_UP = 2
-# The libraries' own memory and temporary tensors, which the dry run does not count: a fixed part and a share.
+# The libraries' own memory, fragmentation and kernels' workspaces: a fixed part and a share.
 _RESERVE_GIB, _RESERVE_SHARE = 3.0, 0.04
 _SETTINGS = (
     "HIDDEN_SIZE", "FFN_HIDDEN_SIZE", "NUM_ATTENTION_HEADS", "NUM_QUERY_GROUPS", "NUM_EXPERTS", "MOE_ROUTER_TOPK",
