@@ -16,7 +16,7 @@ ifneq ($(INSTALLED_AT),$(CURDIR))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test verify test-all gpu check format clean
+.PHONY: help install demo test verify test-all doctor gpu check format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ verify: $(STAMP) ## every layout, kernels for every GPU, a pretended GPU, every 
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+doctor: ## what would keep training from running, or running fast, on this machine (ARGS='--help'); installs nothing
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/doctor.py $(ARGS)
 
 gpu: ## check this machine's GPUs in 8 minutes: kernels, numbers, layouts, speed (ARGS='--help'); installs nothing
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py $(ARGS)

@@ -51,16 +51,24 @@ def _line(operation: str, device: str) -> list[str]:
     return lines + [f"  {'':{_WIDTH}}  not {reason}" for reason in dict.fromkeys(absent)]
 
 
+def without_kernel(device: str) -> list[str]:
+    """Operations that can run as nothing but their formula on a device of this machine."""
+    return [name for name, row in TABLE.items() if all(_obstacle(kernel, device) for kernel in row)]
+
+
+def kernel_parts() -> tuple[str, str, str]:
+    """What C++ kernels are built for, why there are none, and why there are none of Triton's; empty if all is well."""
+    cpp, triton = load("cpu.wrapper"), load("triton.swiglu")
+    return instruction_set(), cpp if isinstance(cpp, str) else "", triton if isinstance(triton, str) else ""
+
+
 def report(operations: Iterable[str]) -> str:
     """For every kind of device here. Raises ValueError for an operation that there is not."""
     unknown = sorted(set(operations) - TABLE.keys())
     if unknown:
         raise ValueError(f"--operation {unknown[0]}: there is no such operation; choose from {' '.join(TABLE)}")
-    cpp, triton = load("cpu.wrapper"), load("triton.swiglu")
-    lines = [
-        f"torch {torch.__version__}; C++: {cpp if isinstance(cpp, str) else instruction_set()}; "
-        f"Triton: {triton if isinstance(triton, str) else 'installed'}"
-    ]
+    built_for, no_cpp, no_triton = kernel_parts()
+    lines = [f"torch {torch.__version__}; C++: {no_cpp or built_for}; Triton: {no_triton or 'installed'}"]
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         lines.append(f"on {device}" + (f", {torch.cuda.get_device_name()}" if device == "cuda" else ""))

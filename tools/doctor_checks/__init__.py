@@ -1,0 +1,1 @@
+"""What tools/doctor.py asks of a machine."""
