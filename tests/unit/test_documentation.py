@@ -16,8 +16,9 @@ MEASURED = re.compile(r"\d\s*(?:[MG]B/s|[GT]FLOP/s|tokens a second|m?s\b|seconds
 
 # Flags of pip, srun, sbatch, scancel, torchrun and py-spy.
 FOREIGN = set(
-    "--no-deps --target --max-restarts --rdzv-backend --nnodes --nproc-per-node --pid --cpus-per-task --gpus-per-node "
-    "--job-name --label --nodes --ntasks --ntasks-per-node --numa-binding --requeue --signal --time --pty".split()
+    "--cpus-per-task --extra-index-url --gpus-per-node --job-name --label --max-restarts --nnodes --no-deps --nodes "
+    "--nproc-per-node --ntasks --ntasks-per-node --numa-binding --pid --pty --rdzv-backend --requeue --signal --target "
+    "--time".split()
 )
 
 
