@@ -42,7 +42,8 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
         "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",
         "overlap-p2p-communication-warmup-flush", "use-dist-ckpt",
-        "dist-ckpt-optim-fully-reshardable", "verify-integrity",
+        "dist-ckpt-optim-fully-reshardable", "verify-integrity", "log-validation-ppl-to-tensorboard",
+        "log-loss-scale-to-tensorboard", "log-batch-size-to-tensorboard", "log-learning-rate-to-tensorboard",
     ),
     # kernels, streams and memory
     **_flags(
@@ -115,8 +116,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     # logs, profiles and watching over the job
     **_flags(
         "no effect", "", "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
-        "log-memory-to-tensorboard", "log-validation-ppl-to-tensorboard", "log-loss-scale-to-tensorboard",
-        "log-batch-size-to-tensorboard", "log-world-size-to-tensorboard", "log-learning-rate-to-tensorboard",
+        "log-memory-to-tensorboard", "log-world-size-to-tensorboard",
         "no-log-loss-scale-to-tensorboard", "no-log-learning-rate-to-tensorboard", "log-straggler",
         "disable-straggler-on-startup", "log-energy", "log-device-memory-used", "log-max-attention-logit",
         "no-barrier-with-level-1-timing", "profile", "use-pytorch-profiler", "pytorch-profiler-collect-shapes",
@@ -126,8 +126,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "check-for-large-grads", "flight-recorder-include-stack-trace",
     ),
     **_flags(
-        "no effect", "one", "wandb-project", "wandb-exp-name", "wandb-save-dir", "wandb-entity", "timing-log-level",
-        "timing-log-option", "tensorboard-log-interval", "tensorboard-queue-size", "logging-level",
+        "no effect", "one", "timing-log-level", "timing-log-option", "tensorboard-queue-size", "logging-level",
         "log-memory-interval", "config-logger-dir", "straggler-ctrlr-port", "straggler-minmax-count",
         "profile-step-start", "profile-step-end", "memory-snapshot-path", "one-logger-project",
         "one-logger-run-name", "app-tag-run-name", "app-tag-run-version", "otel-service-name", "otel-span-groups",

@@ -158,6 +158,18 @@ class LoggingConfig:
     """Dense peak of one device in TFLOP/s, for MFU; in 16 bits that of common NVIDIA GPUs is known."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard event files."""
+    tensorboard_log_interval: int | None = None
+    """Steps between records in TensorBoard and the loggers; --log-interval if not given."""
+    logger: tuple[str, ...] = ()
+    """Loggers that get what TensorBoard gets: wandb, mlflow, trackio. Each is a package to be installed."""
+    wandb_project: str | None = None
+    """Project of the loggers, in MLflow the experiment; turns wandb on where no --logger is given."""
+    wandb_exp_name: str | None = None
+    """Name of the run in the loggers; they make one up if not given."""
+    wandb_entity: str | None = None
+    """User or team that the project of wandb belongs to."""
+    wandb_save_dir: str | None = None
+    """Folder for the loggers' files and the identity by which a resumed run goes on; in --save if not given."""
     metrics_path: str | None = None
     """File that gets one JSON line an iteration, with numbers in full precision."""
     moe_per_layer_logging: bool = False
@@ -168,6 +180,16 @@ class LoggingConfig:
             raise ValueError(f"--log-interval must be positive, got {self.log_interval}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"--peak-tflops must be positive, got {self.peak_tflops}")
+        if self.tensorboard_log_interval is not None and self.tensorboard_log_interval <= 0:
+            raise ValueError(f"--tensorboard-log-interval must be positive, got {self.tensorboard_log_interval}")
+        unknown = [name for name in self.logger if name not in ("wandb", "mlflow", "trackio")]
+        if unknown:
+            raise ValueError(f"--logger {unknown[0]}: there is no such logger; choose from wandb, mlflow and trackio")
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The loggers besides TensorBoard."""
+        return tuple(dict.fromkeys(self.logger)) or (("wandb",) if self.wandb_project else ())
 
 
 @dataclass(frozen=True, kw_only=True)

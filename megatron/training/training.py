@@ -4,7 +4,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -360,6 +361,8 @@ def _open_log(trainer: Trainer, last: int, resumed_at: int | None) -> MetricsLog
             flops_per_sample_and_rank=flops / trainer.groups.world.size,
             resumed_at=resumed_at,
             peak_tflops=logging.peak_tflops or peak_tflops(trainer.device, model.dtype),
+            folder=Path(trainer.arguments.checkpoint.save or "."),
+            settings=asdict(trainer.arguments),
         )
 
     return together(make, trainer.groups)

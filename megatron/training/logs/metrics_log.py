@@ -1,12 +1,16 @@
-"""The log of a run: what every step and evaluation leaves on the console, in JSON lines and in TensorBoard."""
+"""The log of a run: what every step and evaluation leaves on the console, in JSON lines and in loggers."""
 
+import importlib.util
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron.training.config import LoggingConfig
+from megatron.training.logs.loggers import PROJECT, LoggedRun, new_logger
 from megatron.training.logs.metrics import Interval, StepRecord, json_values, line, scalars
-from megatron.training.logs.sinks import Console, JsonLines, TensorBoard
+from megatron.training.logs.sinks import Console, JsonLines, ScalarSink, TensorBoard
 from megatron.training.logs.stragglers import slow_ranks
 
 
@@ -21,7 +25,10 @@ class MetricsLog:
         flops_per_sample_and_rank: float,
         resumed_at: int | None,
         peak_tflops: float | None = None,
+        folder: Path = Path(),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        """`folder` is where loggers keep their files unless told otherwise; `settings` is what they show of the run."""
         self.config = config
         self.interval = Interval(
             total_iterations=total_iterations,
@@ -30,7 +37,21 @@ class MetricsLog:
         )
         self.console = Console()
         self.json = JsonLines(Path(config.metrics_path), resumed_at) if config.metrics_path else None
-        self.tensorboard = TensorBoard(config.tensorboard_dir, resumed_at) if config.tensorboard_dir else None
+        self.loggers: list[ScalarSink] = []
+        if config.tensorboard_dir:
+            self.loggers.append(TensorBoard(config.tensorboard_dir, resumed_at))
+        if config.logger_names:
+            place = Path(config.wandb_save_dir) if config.wandb_save_dir else folder / "loggers"
+            project = config.wandb_project or PROJECT
+            run = LoggedRun(project, config.wandb_exp_name, config.wandb_entity, place, resumed_at, settings or {})
+            self.loggers += [new_logger(name, run) for name in config.logger_names if self._is_wanted(name)]
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether to log there: scripts of Megatron-LM name a project whether or not wandb is installed."""
+        if self.config.logger or importlib.util.find_spec(name) is not None:
+            return True
+        self.console.write(f"WARNING: --wandb-project has no effect without the package {name}: pip install {name}")
+        return False
 
     def step(self, record: StepRecord) -> None:
         """Records one iteration; prints the line of an interval at its end."""
@@ -41,9 +62,12 @@ class MetricsLog:
             self.console.write(line(self.interval, self.config))
             if slow := slow_ranks(step.averages.busy_seconds for step in self.interval.steps):
                 self.console.write(f"WARNING: {slow}")
-            if self.tensorboard is not None:
-                self.tensorboard.write(record.iteration, scalars(record, self.config))
             self.interval = replace(self.interval, steps=[])
+        every = self.config.tensorboard_log_interval or self.config.log_interval
+        if self.loggers and (record.iteration % every == 0 or record.iteration == self.interval.total_iterations):
+            values = scalars(record, self.config)
+            for logger in self.loggers:
+                logger.write(record.iteration, values)
 
     def evaluation(self, split: str, iteration: int, consumed_samples: int, loss: float) -> None:
         """Records the loss on a split."""
@@ -53,11 +77,12 @@ class MetricsLog:
         self.console.write(
             f" {split} loss at iteration {iteration} | lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} |"
         )
-        if self.tensorboard is not None:
-            self.tensorboard.write(iteration, {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity})
+        for logger in self.loggers:
+            logger.write(iteration, {f"lm loss {split}": loss, f"lm loss {split} ppl": perplexity})
 
     def close(self) -> None:
         """Closes the files."""
-        for sink in (self.json, self.tensorboard):
-            if sink is not None:
-                sink.close()
+        if self.json is not None:
+            self.json.close()
+        for logger in self.loggers:
+            logger.close()

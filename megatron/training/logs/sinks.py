@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class Sink:
     """
 
     target: str
+    failures: tuple[type[Exception], ...] = (OSError,)
+    """What may go wrong while it writes."""
 
     def __init__(self) -> None:
         self.dropped = 0
@@ -30,7 +33,7 @@ class Sink:
         """Writes the record, or drops it; reports when that begins and when it ends."""
         try:
             write()
-        except OSError as error:
+        except self.failures as error:
             if not self.dropped:
                 _warn(f"WARNING: records for {self.target} are dropped while they cannot be written: {error}")
             self.dropped += 1
@@ -70,7 +73,25 @@ class JsonLines(Sink):
         self.attempt(self.file.close)
 
 
-class TensorBoard(Sink):
+class ScalarSink(Sink, ABC):
+    """Takes scalars by their names, as TensorBoard and all loggers do."""
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step."""
+        self.attempt(lambda: self._write(iteration, scalars))
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self.attempt(self._close)
+
+    @abstractmethod
+    def _write(self, iteration: int, scalars: Mapping[str, float]) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+
+class TensorBoard(ScalarSink):
     """Scalars in TensorBoard's event files, without those of steps after `resumed_at`, which will be taken again.
 
     Raises ValueError if the package is not installed.
@@ -87,13 +108,12 @@ class TensorBoard(Sink):
         purged = None if resumed_at is None else resumed_at + 1
         self.writer: Any = SummaryWriter(folder, purge_step=purged)  # type: ignore[no-untyped-call]
 
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars by name."""
-        self.attempt(lambda: [self.writer.add_scalar(name, value, iteration) for name, value in scalars.items()])
+    def _write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, iteration)
 
-    def close(self) -> None:
-        """Closes the files."""
-        self.attempt(self.writer.close)
+    def _close(self) -> None:
+        self.writer.close()
 
 
 def _warn(line: str) -> None:

@@ -324,7 +324,7 @@ def test_a_terminal_and_a_tensorboard_that_fail_stop_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     log = _log(tensorboard_dir=str(tmp_path))
-    log.tensorboard.writer = SimpleNamespace(add_scalar=fail, close=fail)
+    log.loggers[0].writer = SimpleNamespace(add_scalar=fail, close=fail)
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=fail, flush=fail))
     log.step(_record(100))
     log.evaluation("validation", 100, 800, 2.5)
