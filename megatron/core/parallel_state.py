@@ -135,28 +135,16 @@ CHANNEL_CTAS = 4
 
 def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes of the axes of the dense and of the expert grid. Raises ValueError if the layout does not fit the world."""
-    dense = {
-        "pp": config.pipeline_model_parallel_size,
-        "dp": config.data_parallel_size(world_size),
-        "cp": config.context_parallel_size,
-        "tp": config.tensor_model_parallel_size,
-    }
-    expert_model = (
-        config.pipeline_model_parallel_size * config.expert_model_parallel_size * config.expert_tensor_parallel
-    )
+    tp, cp, dp = config.tensor_model_parallel_size, config.context_parallel_size, config.data_parallel_size(world_size)
+    pp, ep, etp = config.pipeline_model_parallel_size, config.expert_model_parallel_size, config.expert_tensor_parallel
+    expert_model = pp * ep * etp
     if world_size % expert_model:
         raise ValueError(
-            f"world size {world_size} is not divisible by pipeline ({config.pipeline_model_parallel_size}) x expert "
-            f"({config.expert_model_parallel_size}) x expert-tensor ({config.expert_tensor_parallel}) parallel size "
-            f"= {expert_model}: start a multiple of {expert_model} processes or change the layout"
+            f"world size {world_size} is not divisible by pipeline ({pp}) x expert ({ep}) x expert-tensor ({etp}) "
+            f"parallel size = {expert_model}: start a multiple of {expert_model} processes or change the layout"
         )
-    expert = {
-        "pp": config.pipeline_model_parallel_size,
-        "edp": world_size // expert_model,
-        "ep": config.expert_model_parallel_size,
-        "etp": config.expert_tensor_parallel,
-    }
-    return dense, expert
+    expert = {"pp": pp, "edp": world_size // expert_model, "ep": ep, "etp": etp}
+    return {"pp": pp, "dp": dp, "cp": cp, "tp": tp}, expert
 
 
 def rank_lists(sizes: dict[str, int], axes: tuple[str, ...]) -> list[list[int]]:
