@@ -192,8 +192,7 @@ def engine_source(name: str, reference: Tokenizer) -> str | None:
     """What engine `name` is built from, to be made once for all workers. Raises EngineUnavailable."""
     if name == reference_name(reference):
         return None
-    paths = [Path(path) for path in getattr(reference, "paths", ())]
-    kind = reference.file_format
+    paths, kind = reference.paths, reference.file_format
     if name == "sentencepiece":
         model = paths[0].parent / "tokenizer.model" if paths else None
         if model is None or not model.is_file():

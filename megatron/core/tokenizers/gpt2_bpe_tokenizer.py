@@ -3,14 +3,13 @@
 import heapq
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import regex
 
 from megatron.core.text_files import read_object, read_text
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
+from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.settings import checked_size
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,10 +27,11 @@ def bytes_to_characters() -> dict[int, str]:
     return table
 
 
-class GPT2BPETokenizer:
+class GPT2BPETokenizer(Tokenizer):
     """GPT-2's tokenizer; `<|endoftext|>` ends documents and is never read out of a text."""
 
-    file_format: FileFormat = "gpt2"
+    kind, file_format = "GPT2BPETokenizer", "gpt2"
+    added_tokens = (END_OF_TEXT,)
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         self.paths = [Path(vocab_file), Path(merge_file)]
@@ -50,8 +50,6 @@ class GPT2BPETokenizer:
         self._cache: dict[str, list[int]] = {}
         self.vocab_size = 1 + max(self._ids.values())
         self.eod = self._ids[END_OF_TEXT]
-        self.bos: int | None = None
-        self.added_tokens = [END_OF_TEXT]
 
     @staticmethod
     def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -75,11 +73,6 @@ class GPT2BPETokenizer:
                 raise ValueError(f"{path}, line {number}: {line!r} is not a merge of two vocabulary pieces") from None
             merges.setdefault(*merge)
         return merges
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        return tokenizer_identity("GPT2BPETokenizer", self.vocab_size, self.eod, self.paths)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -120,10 +113,6 @@ class GPT2BPETokenizer:
             if preceding[position] >= 0:
                 offer(preceding[position])
         return [token for token in ids if token >= 0]
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
-        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
