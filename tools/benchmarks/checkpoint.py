@@ -8,7 +8,6 @@ Everything is done in turns, several times; printed are medians, and the ratio t
 are synced to the disk where they are written and come from the page cache where they are read.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard, snapshot, write_metadata, write_shards
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 HIDDEN, FFN = 4096, 14336
 
@@ -103,7 +102,7 @@ def measure(folder: Path, size: int, rounds: int) -> list[tuple[str, list[float]
 
 def main() -> int:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to write (default: %(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the rank's state (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")

@@ -9,7 +9,6 @@ removed right before its next turn, then `sync` runs. The tools have their outpu
 its time with a `sync` after it is printed too.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -31,7 +30,7 @@ from megatron.core.interchange.element_types import cast
 from megatron.core.models.mixtral.hf_config import hf_config_from_model, hf_config_with_dtype
 from tools.checkpoint.saver_mixtral_hf import ShardsWriter
 from tools.checkpoint.stream import model_bytes
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
@@ -128,7 +127,7 @@ def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--folder", help="folder on the disk to measure (default: the system's for temporary files)")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the model (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are printed (default: 3)")

@@ -23,7 +23,7 @@ from tools.benchmarks.machine import machine
 from tools.benchmarks.moe_contestants import OURS, Layer, contestants
 from tools.benchmarks.moe_kernels import kernel_table
 from tools.benchmarks.turns import ratios, spread
-from tools.run_tool import parsed, positive, run_tool
+from tools.run_tool import parsed, positive, run_tool, tool_parser
 
 _EXAMPLE = """examples:
   python tools/benchmarks/moe_layer.py                  # Mixtral 8x7B in bfloat16 on a GPU, a small layer on a CPU
@@ -199,9 +199,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
     parser.add_argument("--dtype", choices=tuple(BOUNDS), help="bfloat16 on a GPU, float32 on a CPU, if not given")
     parser.add_argument("--hidden-size", type=positive, help="4096 on a GPU, 512 on a CPU, if not given")
