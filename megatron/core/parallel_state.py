@@ -157,11 +157,7 @@ def rank_lists(sizes: dict[str, int], axes: tuple[str, ...]) -> list[list[int]]:
 
 
 def build_process_groups(
-    config: ParallelConfig,
-    rank: int,
-    world_size: int,
-    timeout: timedelta | None = None,
-    control_backend: str = "gloo",
+    config: ParallelConfig, rank: int, world_size: int, timeout: timedelta | None = None, control_backend: str = "gloo"
 ) -> ProcessGroups:
     """Creates this process's groups; collective over all ranks of an initialised torch.distributed.
 

@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import cast
 from megatron.core.models.mixtral.hf_config import hf_config_from_model, hf_config_with_dtype
+from tools.benchmarks.machine import ROOT
 from tools.checkpoint.saver_mixtral_hf import ShardsWriter
 from tools.checkpoint.stream import model_bytes
 from tools.run_tool import parsed, tool_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
     num_layers=1, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=16, num_query_groups=8, vocab_size=32000,
     num_experts=8, rotary_base=1e6, max_position_embeddings=4096,
@@ -41,7 +41,6 @@ MODEL = ModelConfig(
 
 def make_model(folder: Path, nbytes: int) -> int:
     """Writes a Mixtral folder of at least `nbytes` bytes of random bf16 weights; returns their size."""
-
     layers = 4
     while model_bytes(replace(MODEL, num_layers=layers), "bfloat16") < nbytes:
         layers += 4

@@ -25,13 +25,8 @@ def kernel_table(
     device: torch.device,
 ) -> list[str]:
     """Lines of a table; `seconds` times a call. R = tokens * K rows."""
-    hidden, width, experts, top_k = (
-        config.hidden_size,
-        config.ffn_hidden_size,
-        config.num_experts,
-        config.moe_router_topk,
-    )
-    rows, size = tokens * top_k, config.dtype.itemsize
+    hidden, width, experts = config.hidden_size, config.ffn_hidden_size, config.num_experts
+    top_k, rows, size = config.moe_router_topk, tokens * config.moe_router_topk, config.dtype.itemsize
 
     def drawn(*shape: int, dtype: torch.dtype = config.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_()

@@ -186,14 +186,9 @@ def compare(args: argparse.Namespace) -> None:
     )
     for experts in args.experts:
         config = ModelConfig(
-            num_layers=1,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_attention_heads=1,
-            num_experts=experts,
-            moe_router_topk=args.top_k,
-            params_dtype=args.dtype,
-        )
+            num_layers=1, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size, num_attention_heads=1,
+            num_experts=experts, moe_router_topk=args.top_k, params_dtype=args.dtype,
+        )  # fmt: skip
         measure(config, args.tokens, args.rounds, device)
 
 

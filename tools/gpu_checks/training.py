@@ -40,17 +40,10 @@ class Step(NamedTuple):
     grad_norm: float
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Largest |a - b| / |b| of a step's loss and gradient norm."""
-
-    loss: float
-    grad_norm: float
-
-
-# In float32 two kinds of products on one CPU differ by 6e-8, and a run in bfloat16 by 6e-5 and 2e-3: operands that are
-# rounded must be seen. In bfloat16 a router chooses another expert for some tokens.
-BOUNDS = {"float32": Bounds(5e-6, 1e-4), "bfloat16": Bounds(1e-3, 2e-2)}
+# The largest |a - b| / |b| of a step's loss and gradient norm. In float32 two kinds of products on one CPU differ by
+# 6e-8, and a run in bfloat16 by 6e-5 and 2e-3: operands that are rounded must be seen. In bfloat16 a router chooses
+# another expert for some tokens.
+BOUNDS = {"float32": Step(5e-6, 1e-4), "bfloat16": Step(1e-3, 2e-2)}
 _DTYPE_FLAGS: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("--bf16",)}
 
 
@@ -103,7 +96,7 @@ def differences(ours: list[Step], reference: list[Step]) -> tuple[list[float], l
     return losses, norms
 
 
-def within(bounds: Bounds, losses: list[float], norms: list[float]) -> bool:
+def within(bounds: Step, losses: list[float], norms: list[float]) -> bool:
     """Whether all differences are small enough; NaN is not."""
     return all(d <= bounds.loss for d in losses) and all(d <= bounds.grad_norm for d in norms)
 

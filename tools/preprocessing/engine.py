@@ -16,20 +16,10 @@ from tools.preprocessing.vocabulary import sentencepiece_json
 
 BACKENDS = ("auto", "gigatoken", "hf", "sentencepiece")
 # Steps of a tokenizer.json that do not look at what kind of character one is; "Regex" is no step, but a pattern's kind.
-_CLASSLESS = frozenset(
-    (
-        "BPE",
-        "ByteFallback",
-        "Fuse",
-        "Metaspace",
-        "Precompiled",
-        "Prepend",
-        "Replace",
-        "Sequence",
-        "Strip",
-        "TemplateProcessing",
-    )
-)
+_CLASSLESS = {
+    "BPE", "ByteFallback", "Fuse", "Metaspace", "Precompiled", "Prepend", "Replace", "Sequence", "Strip",
+    "TemplateProcessing",
+}  # fmt: skip
 _GIGATOKEN_MISSING = "the package gigatoken is not installed (pip install gigatoken)"
 # What libraries disagree about first: spaces, special tokens in the text, joined, unassigned and new characters.
 PROBES = (

@@ -22,16 +22,7 @@ from megatron.core.datasets.description import (
     file_sha256,
     read_description,
 )
-from megatron.core.datasets.indexed_dataset import (
-    BLOCK,
-    CODES,
-    DTYPES,
-    HEADER,
-    MAGIC,
-    VERSION,
-    IndexedDataset,
-    blocks,
-)
+from megatron.core.datasets.indexed_dataset import BLOCK, CODES, DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, blocks
 
 logger = logging.getLogger(__name__)
 
