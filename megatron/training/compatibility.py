@@ -37,9 +37,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "group-query-attention", "no-position-embedding", "no-masked-softmax-fusion", "moe-grouped-gemm",
         "accumulate-allreduce-grads-in-fp32", "no-bias-swiglu-fusion",
         "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
-    ),
-    **_flags(
-        "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
+        "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
         "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",
         "overlap-p2p-communication-warmup-flush", "use-dist-ckpt",
         "dist-ckpt-optim-fully-reshardable", "verify-integrity",

@@ -85,7 +85,6 @@ class GigatokenEngine:
             raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({reason})") from None
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
-        """See `Engine`."""
         if self._has_classes:
             return [self._encode(text) if is_settled(text) else self._reference.tokenize(text) for text in texts]
         return [self._encode(text) for text in texts]
@@ -149,7 +148,6 @@ class TokenizersEngine:
             raise EngineUnavailable(f"tokenizers cannot run this tokenizer ({error})") from None
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
-        """See `Engine`."""
         return [
             self._tokenizer.encode(text, add_special_tokens=False).ids
             if is_settled(text)

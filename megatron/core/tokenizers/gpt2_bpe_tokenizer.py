@@ -75,7 +75,6 @@ class GPT2BPETokenizer(Tokenizer):
         return merges
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         ids: list[int] = []
         for word in _WORDS.findall(text):
             merged = self._cache.get(word)

@@ -147,11 +147,9 @@ class TokenizerFromJson(Tokenizer):
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:

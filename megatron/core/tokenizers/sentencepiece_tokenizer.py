@@ -50,7 +50,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         ids = range(self.vocab_size)
         return [self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unused(i)]
 
@@ -63,9 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
         return default if default >= 0 else None
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._model.encode(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
         return self._model.decode(list(map(int, ids)))

@@ -61,7 +61,6 @@ class TransformersTokenizer(Tokenizer):
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         return list(self._tokenizer.get_added_vocab())
 
     def backend_json(self) -> str | None:
@@ -72,7 +71,6 @@ class TransformersTokenizer(Tokenizer):
         return backend.to_str()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def detokenize(self, ids: Sequence[int]) -> str:
