@@ -118,9 +118,8 @@ class ModelConfig:
         """`params_dtype` as a torch dtype."""
         import torch  # here, since tools that only know a model's shape would spend most of their time importing it
 
-        return {
-            "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
-        }[self.params_dtype]  # fmt: skip
+        dtype: torch.dtype = getattr(torch, self.params_dtype)
+        return dtype
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding table: `vocab_size` rounded up so that TP ranks hold equal, aligned parts."""

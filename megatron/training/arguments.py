@@ -29,7 +29,6 @@ SHAPE_FIELDS = (
     "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size", "num_experts", "moe_router_topk",
 )  # fmt: skip
 
-
 _EXAMPLE = """example:
   torchrun --nproc-per-node 8 pretrain_gpt.py --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 \\
       --sequence-parallel --bf16 --load checkpoints --save checkpoints --use-checkpoint-args --seq-length 4096 \\

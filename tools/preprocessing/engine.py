@@ -29,9 +29,9 @@ PROBES = (
     "中文，字。日本語한국어", "👩‍👩‍👧🏳️‍🌈", "\0\x07\ufeff\ufffd", "\U0010ffff\ue000\U000331ff's", "ࢗ'll", "a" * 300,
     " " * 100 + "x", "http://a.b/c?d=e&f#g", "שלום مرحبا", "==--//**", "\u200bzero\u200dwidth",
 )  # fmt: skip
-
-
 _TOKENS_A_PROBE = 20
+# gigatoken's time to start grows with the square of a token's length.
+_LONGEST_ADDED_TOKEN = 1000
 
 
 class EngineUnavailable(Exception):
@@ -53,10 +53,6 @@ class ReferenceEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = reference_name(tokenizer)
         self.encode_batch = tokenizer.tokenize_batch
-
-
-# Its time to start grows with the square of a token's length.
-_LONGEST_ADDED_TOKEN = 1000
 
 
 class GigatokenEngine:

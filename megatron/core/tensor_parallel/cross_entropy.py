@@ -25,8 +25,6 @@ from megatron.core.tensor_parallel import mappings
 
 MAX_LOGITS = 2**27
 """Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
-
-
 _ALIGNED_TOKENS = 64
 """A piece that begins elsewhere would be one more variant of each kernel, compiled in the middle of a step."""
 

@@ -38,7 +38,10 @@ class GPT2BPETokenizer(Tokenizer):
         for flag, path in zip(("--vocab-file", "--merge-file"), self.paths):
             if not path.is_file():
                 raise FileNotFoundError(f"{flag} {path} does not exist")
-        self._ids = self._read_vocabulary(self.paths[0])
+        self._ids = read_object(self.paths[0])
+        if not all(type(token) is int and token >= 0 for token in self._ids.values()):
+            raise ValueError(f"{vocab_file} must be a JSON object of pieces and their ids")
+        self.vocab_size = checked_size(self.paths[0], self._ids.values())
         self._characters = bytes_to_characters()
         self._bytes = {character: byte for byte, character in self._characters.items()}
         self._tokens = {token: piece for piece, token in self._ids.items()}
@@ -48,16 +51,7 @@ class GPT2BPETokenizer(Tokenizer):
         self._byte_ids = [self._ids[self._characters[byte]] for byte in range(256)]
         self._merges = self._read_merges(self.paths[1])
         self._cache: dict[str, list[int]] = {}
-        self.vocab_size = 1 + max(self._ids.values())
         self.eod = self._ids[END_OF_TEXT]
-
-    @staticmethod
-    def _read_vocabulary(path: Path) -> dict[str, int]:
-        vocabulary = read_object(path)
-        if not all(type(token) is int and token >= 0 for token in vocabulary.values()):
-            raise ValueError(f"{path} must be a JSON object of pieces and their ids")
-        checked_size(path, vocabulary.values())
-        return vocabulary
 
     def _read_merges(self, path: Path) -> dict[tuple[int, int], tuple[int, int]]:
         """(left id, right id) -> (rank, merged id)."""
