@@ -104,26 +104,13 @@ class ProcessGroups:
 
 # One rank may work or save for long while the others wait for it.
 CONTROL_TIMEOUT = timedelta(hours=6)
-DENSE_AXES = ("pp", "dp", "cp", "tp")
-EXPERT_AXES = ("pp", "edp", "ep", "etp")
 
-# Name -> (grid, axes the group runs along); the remaining axes number its copies.
-_RANKS_AXES = {
-    "pp": (DENSE_AXES, ("pp",)),
-    "dp": (DENSE_AXES, ("dp",)),
-    "model": (DENSE_AXES, ("pp", "tp")),
-    "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
-}
+# Name -> axes of a grid that the group runs along; the remaining axes number its copies.
+_RANKS_AXES = {"pp": ("pp",), "dp": ("dp",), "model": ("pp", "tp"), "expert_model": ("pp", "ep", "etp")}
 _GROUP_AXES = {
-    "tp": (DENSE_AXES, ("tp",)),
-    "cp": (DENSE_AXES, ("cp",)),
-    "tp_cp": (DENSE_AXES, ("cp", "tp")),
-    "dp_cp": (DENSE_AXES, ("dp", "cp")),
-    "ep": (EXPERT_AXES, ("ep",)),
-    "etp": (EXPERT_AXES, ("etp",)),
-    "ep_etp": (EXPERT_AXES, ("ep", "etp")),
-    "edp": (EXPERT_AXES, ("edp",)),
-}
+    "tp": ("tp",), "cp": ("cp",), "tp_cp": ("cp", "tp"), "dp_cp": ("dp", "cp"),
+    "ep": ("ep",), "etp": ("etp",), "ep_etp": ("ep", "etp"), "edp": ("edp",),
+}  # fmt: skip
 
 # Groups whose communication overlaps with that of the others.
 _REPLICAS = {"dp_cp", "edp"}
@@ -166,7 +153,6 @@ def build_process_groups(
     Raises ValueError if the layout does not divide `world_size`.
     """
     dense, expert = grid_sizes(config, world_size)
-    sizes = {DENSE_AXES: dense, EXPERT_AXES: expert}
     if world_size == 1:
         return ProcessGroups()
     world = Group(tuple(range(world_size)), rank, _world())
@@ -174,16 +160,17 @@ def build_process_groups(
     # during the backward pass, at another moment on each rank, which must not mix with the model's own communication.
     made: dict[tuple[bool, str], dist.ProcessGroup] = {(False, str([list(world.ranks)])): _world()}
 
+    def lists_along(axes: tuple[str, ...]) -> list[list[int]]:
+        return rank_lists(dense if dense.keys() >= set(axes) else expert, axes)
+
     def group(name: str, lists: list[list[int]]) -> Group:
         key = (name in _REPLICAS, str(lists))
         if len(lists[0]) > 1 and key not in made:
             made[key] = _create(name, lists, rank, timeout)
         return Group(*_own(lists, rank), made.get(key))
 
-    groups: dict[str, Any] = {
-        name: Ranks(*_own(rank_lists(sizes[grid], axes), rank)) for name, (grid, axes) in _RANKS_AXES.items()
-    }
-    groups |= {name: group(name, rank_lists(sizes[grid], axes)) for name, (grid, axes) in _GROUP_AXES.items()}
+    groups: dict[str, Any] = {name: Ranks(*_own(lists_along(axes), rank)) for name, axes in _RANKS_AXES.items()}
+    groups |= {name: group(name, lists_along(axes)) for name, axes in _GROUP_AXES.items()}
     channels = _pipeline_channels(rank_lists(dense, ("pp",)), rank, config.interleaved, timeout)
     try:
         control = Group(world.ranks, rank, dist.new_group(backend=control_backend, timeout=timeout))

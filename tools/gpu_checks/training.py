@@ -12,20 +12,16 @@ from tools.gpu_checks.session import Device, PartEnded, Session, must_end_well
 STEPS = 3
 # What the first weights and the data are does not depend on device or layout.
 _COMMON = (
-    "--tokenizer-type", "NullTokenizer", "--mock-data", "--train-iters", STEPS, "--lr", "1e-4", "--moe-router-topk", 2,
-    "--moe-aux-loss-coeff", "1e-2", "--micro-batch-size", 1, "--global-batch-size", 4, "--eval-iters", 0,
-    "--eval-interval", 0, "--log-interval", 1,
-)  # fmt: skip
-_SIZES: dict[str, tuple[object, ...]] = {
-    "cuda": (
-        "--num-layers", 4, "--hidden-size", 512, "--ffn-hidden-size", 1792, "--num-attention-heads", 8,
-        "--num-query-groups", 4, "--num-experts", 8, "--vocab-size", 4096, "--seq-length", 512,
-    ),
-    "cpu": (
-        "--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 128, "--num-attention-heads", 4,
-        "--num-query-groups", 2, "--num-experts", 4, "--vocab-size", 512, "--seq-length", 64,
-    ),
-}  # fmt: skip
+    f"--tokenizer-type NullTokenizer --mock-data --train-iters {STEPS} --lr 1e-4 --moe-router-topk 2 "
+    "--moe-aux-loss-coeff 1e-2 --micro-batch-size 1 --global-batch-size 4 --eval-iters 0 --eval-interval 0 "
+    "--log-interval 1"
+)
+_SIZES = {
+    "cuda": "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1792 --num-attention-heads 8 --num-query-groups 4 "
+    "--num-experts 8 --vocab-size 4096 --seq-length 512",
+    "cpu": "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2 "
+    "--num-experts 4 --vocab-size 512 --seq-length 64",
+}
 # float32 is float32 everywhere: the variable keeps libraries from rounding operands to TF32.
 _EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
@@ -74,9 +70,8 @@ LAYOUTS = (
 
 def training_words(session: Session, device: Device, metrics: Path, ranks: int, *flags: object) -> list[str]:
     """The command of a small run, under torchrun if there are ranks."""
-    sizes = _SIZES[session.device]
-    script = "pretrain_gpt.py"
-    return session.python(script, "--device", device, *sizes, *_COMMON, *flags, "--metrics-path", metrics, ranks=ranks)
+    words = [*_SIZES[session.device].split(), *_COMMON.split(), *flags, "--metrics-path", metrics]
+    return session.python("pretrain_gpt.py", "--device", device, *words, ranks=ranks)
 
 
 def read_steps(ran: Ran, metrics: Path) -> list[Step]:
