@@ -191,14 +191,8 @@ class IndexedDatasetWriter:
         description_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._bin.name, f"{self.prefix}.bin")
         if origin:
-            DatasetDescription(
-                **origin._asdict(),
-                documents=self.document_count,
-                tokens=self.token_count,
-                dtype=self.dtype.name,
-                sha256=checksums,
-                input=source,
-            ).write(self.prefix)
+            counts = {"documents": self.document_count, "tokens": self.token_count, "dtype": self.dtype.name}
+            DatasetDescription(**origin._asdict(), **counts, sha256=checksums, input=source).write(self.prefix)
         os.replace(self._idx.name, f"{self.prefix}.idx")
         os.unlink(self._documents.name)
         sync_folder(Path(self.prefix).parent)
