@@ -19,7 +19,7 @@ from megatron.core.models.mixtral.weights import layer_rows
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.recompute import RecomputeConfig
-from megatron.core.tensor_parallel.parameter import NamedShard, Specs, specs_of
+from megatron.core.tensor_parallel.parameter import NamedShard, Specs, named_shards, specs_of
 from megatron.training.config import Arguments, CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron.training.loader import collate
 from megatron.training.progress import Progress
@@ -122,13 +122,17 @@ def _shards(shards: list[NamedShard]) -> dict[str, tuple[Tensor, int | None, int
     }
 
 
+def _named_shards(model: Any) -> list[NamedShard]:
+    return [shard for chunk in model for shard in named_shards(chunk, chunk.first_layer)]
+
+
 def _gradient_shards(model: Any) -> list[NamedShard]:
     shards = []
     with torch.no_grad():
         saved = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter in model.parameters():
             parameter.copy_(main_grad(parameter))
-        for shard in model.named_shards():
+        for shard in _named_shards(model):
             shards.append(NamedShard(shard.global_name, shard.stage_name, shard.data.clone(), shard.spec))
         for parameter, value in zip(model.parameters(), saved, strict=True):
             parameter.copy_(value)
@@ -172,7 +176,7 @@ def train_tiny(rank: int, world_size: int, settings: Mapping[str, Any], params_d
             }
         )
     trainer.buffers.wait_for_parameters()
-    weights = _shards(list(trainer.model.named_shards()))
+    weights = _shards(_named_shards(trainer.model))
     return StepOutcome(numbers, gradients, weights)
 
 

@@ -20,7 +20,7 @@ from megatron.core.datasets.blended_dataset import blend_summary, build_train_va
 from megatron.core.datasets.description import DatasetDescription, description_path, file_sha256, read_description
 from megatron.core.datasets.indexed_dataset import IndexedDataset, data_set_prefix
 from megatron.core.tokenizers import TOKENIZER_TYPES, Tokenizer, build_tokenizer
-from tools.run_tool import parsed, run_tool
+from tools.run_tool import parsed, run_tool, tool_parser
 
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 23, 1 << 20
 SECONDS_BETWEEN_LINES = 10
@@ -222,9 +222,7 @@ def build_index(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with the names of training's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = tool_parser(__doc__, EXAMPLE, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: object, text: str) -> argparse.ArgumentParser:

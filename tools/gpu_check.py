@@ -30,7 +30,7 @@ from tools.gpu_checks.report import MARKDOWN, Part, Report
 from tools.gpu_checks.session import Machine, PartEnded, Session, probe
 from tools.gpu_checks.speed import check_speed
 from tools.gpu_checks.training import check_layouts, check_numerics
-from tools.run_tool import parsed, run_tool
+from tools.run_tool import parsed, run_tool, tool_parser
 
 _PROBE_SECONDS = 60
 _LEAST_SECONDS = 25
@@ -132,7 +132,7 @@ def _stop(*_: object) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--minutes", type=_minutes, default=8.0, help="for all parts together (default: 8)")
     parser.add_argument("--output", default="gpu_report", metavar="FOLDER", help="of the report (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries each part, small")

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Merge indexed data sets into one, in natural order of their names; memory does not grow with their size."""
 
-import argparse
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from megatron.core.datasets.description import DatasetDescription, Origin, read_
 from megatron.core.datasets.indexed_dataset import IndexedDataset, data_set_prefix
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from tools.preprocessing.inputs import identity, natural_order
-from tools.run_tool import parsed, run_tool
+from tools.run_tool import parsed, run_tool, tool_parser
 
 EXAMPLES = """examples:
   python tools/merge_datasets.py --input encoded/parts --output-prefix encoded/corpus_text_document
@@ -111,12 +110,7 @@ def merge(patterns: list[str], output: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLES, allow_abbrev=False)
     parser.add_argument("--input", required=True, metavar="PATH", nargs="+", action="extend",
                         help="folders of data sets, or prefixes of single ones")  # fmt: skip
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="the merged data set without .bin")

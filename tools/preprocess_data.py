@@ -26,7 +26,7 @@ from tools.preprocessing.pool import WorkerDied
 from tools.preprocessing.ranks import Place, part_prefix, place_from
 from tools.preprocessing.run import preprocess
 from tools.preprocessing.settings import Settings, TokenizerFlags
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 EXAMPLES = """examples:
   python tools/preprocess_data.py --input corpus/ --output-prefix encoded/corpus --json-keys text \\
@@ -44,12 +44,7 @@ def available_cores() -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line, with Megatron's flag names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLES, allow_abbrev=False)
     add = parser.add_argument
     add("--input", required=True, metavar="PATH", nargs="+", action="extend",
         help="folders (all below them), files or globs; may be given several times")  # fmt: skip

@@ -1,7 +1,8 @@
-"""What tools have in common: how they end, and a type of argument."""
+"""What tools have in common: their command lines, and how they end."""
 
 import argparse
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 
 from megatron.core.atomic_files import allow_open_files, error_sentence
@@ -17,25 +18,27 @@ def run_tool(
     """Exit code of a tool: 0, or 1 after one sentence on stderr for whatever the user can get wrong."""
     allow_open_files()
     with terminal_output():
-        return _run(action, interrupted, sentence)
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"error: {interrupted}", file=sys.stderr)
+            return 130
+        return 0
 
 
-def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def tool_parser(description: str | None, epilog: str | None = None, *, allow_abbrev: bool = True) -> ArgumentParser:
+    """A parser whose help has both texts with the lines as they are written."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return ArgumentParser(description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=allow_abbrev)
+
+
+def parsed(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line (`sys.argv` if not given); a reader of --help that leaves (`| head`) ends the tool quietly."""
     with terminal_output():
         return parser.parse_args(argv)
-
-
-def _run(action: Callable[[], object], interrupted: str, sentence: Callable[[ValueError | OSError], str]) -> int:
-    try:
-        action()
-    except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"error: {interrupted}", file=sys.stderr)
-        return 130
-    return 0
 
 
 def positive(text: str) -> int:

@@ -8,7 +8,6 @@ Example:
   python tools/show_forms.py --operation swiglu grouped_product
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.fusions.forms import TABLE
 from megatron.core.fusions.kernels import DEVICES, Kernel, instruction_set, load
-from tools.run_tool import parsed, run_tool
+from tools.run_tool import parsed, run_tool, tool_parser
 
 NAMES = {"triton": "Triton", "cpu": "C++", "library": "library"}
 TYPES = (torch.float32, torch.bfloat16)
@@ -79,7 +78,7 @@ def report(operations: Iterable[str]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--operation", nargs="+", default=list(TABLE), metavar="NAME", help="only these (default: all)")
     args = parsed(parser, argv)
     return run_tool(lambda: print(report(args.operation)))

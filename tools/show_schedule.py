@@ -5,7 +5,6 @@ Example:
   python tools/show_schedule.py --pp 4 --microbatches 8 --virtual 2
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron.core.pipeline_parallel.schedules import Forward, Pipeline, program
 from megatron.core.pipeline_parallel.simulation import simulate
-from tools.run_tool import parsed, run_tool
+from tools.run_tool import parsed, run_tool, tool_parser
 
 
 def draw(pipeline: Pipeline, microbatches: int) -> str:
@@ -41,14 +40,7 @@ def draw(pipeline: Pipeline, microbatches: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a schedule; returns the exit status."""
-    assert __doc__ is not None
-    description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="show_schedule.py",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(*str(__doc__).split("\n\n", 1))
     parser.add_argument("--pp", type=int, required=True, help="pipeline-parallel size")
     parser.add_argument("--microbatches", type=int, required=True, help="microbatches in a step")
     parser.add_argument("--virtual", type=int, default=1, help="chunks of layers on each rank (default: 1)")

@@ -118,9 +118,8 @@ class ModelConfig:
         """`params_dtype` as a torch dtype."""
         import torch  # here, since tools that only know a model's shape would spend most of their time importing it
 
-        return {
-            "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
-        }[self.params_dtype]  # fmt: skip
+        dtype: torch.dtype = getattr(torch, self.params_dtype)
+        return dtype
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding table: `vocab_size` rounded up so that TP ranks hold equal, aligned parts."""
@@ -340,16 +339,13 @@ class DataConfig:
 
     def _check_sources(self) -> None:
         """Raises ValueError for flags that say different things of where the data are."""
-        given = {
-            flag
-            for flag in ("data_path", "data_args_path", "per_split_data_args_path", "mock_data")
-            if getattr(self, flag)
-        }
+        names = ("data_path", "data_args_path", "per_split_data_args_path", "mock_data")
+        given = {name for name in names if getattr(self, name)}
         if self.train_data_path or self.valid_data_path or self.test_data_path:
             given.add("train_data_path, valid_data_path and test_data_path")
         if len(given) > 1:
-            names = " and ".join("--" + name.replace("_", "-").replace(", ", ", --") for name in sorted(given))
-            raise ValueError(f"{names} exclude each other: give only one of them")
+            flags = " and ".join("--" + name.replace("_", "-").replace(", ", ", --") for name in sorted(given))
+            raise ValueError(f"{flags} exclude each other: give only one of them")
         if (self.valid_data_path or self.test_data_path) and not self.train_data_path:
             raise ValueError("--valid-data-path and --test-data-path need --train-data-path too")
         if self.split is not None and (self.train_data_path or self.per_split_data_args_path):
@@ -358,10 +354,5 @@ class DataConfig:
     @property
     def is_given(self) -> bool:
         """Whether there is anything to train on."""
-        return bool(
-            self.data_path
-            or self.data_args_path
-            or self.train_data_path
-            or self.per_split_data_args_path
-            or self.mock_data
-        )
+        by_file = self.data_args_path or self.per_split_data_args_path
+        return bool(self.data_path or self.train_data_path or by_file or self.mock_data)

@@ -8,7 +8,7 @@ def require_positive(config: object, *names: str) -> None:
     """Refuses numbers of zero or less in the fields named; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # not so of NaN either
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 

@@ -104,26 +104,13 @@ class ProcessGroups:
 
 # One rank may work or save for long while the others wait for it.
 CONTROL_TIMEOUT = timedelta(hours=6)
-DENSE_AXES = ("pp", "dp", "cp", "tp")
-EXPERT_AXES = ("pp", "edp", "ep", "etp")
 
-# Name -> (grid, axes the group runs along); the remaining axes number its copies.
-_RANKS_AXES = {
-    "pp": (DENSE_AXES, ("pp",)),
-    "dp": (DENSE_AXES, ("dp",)),
-    "model": (DENSE_AXES, ("pp", "tp")),
-    "expert_model": (EXPERT_AXES, ("pp", "ep", "etp")),
-}
+# Name -> axes of a grid that the group runs along; the remaining axes number its copies.
+_RANKS_AXES = {"pp": ("pp",), "dp": ("dp",), "model": ("pp", "tp"), "expert_model": ("pp", "ep", "etp")}
 _GROUP_AXES = {
-    "tp": (DENSE_AXES, ("tp",)),
-    "cp": (DENSE_AXES, ("cp",)),
-    "tp_cp": (DENSE_AXES, ("cp", "tp")),
-    "dp_cp": (DENSE_AXES, ("dp", "cp")),
-    "ep": (EXPERT_AXES, ("ep",)),
-    "etp": (EXPERT_AXES, ("etp",)),
-    "ep_etp": (EXPERT_AXES, ("ep", "etp")),
-    "edp": (EXPERT_AXES, ("edp",)),
-}
+    "tp": ("tp",), "cp": ("cp",), "tp_cp": ("cp", "tp"), "dp_cp": ("dp", "cp"),
+    "ep": ("ep",), "etp": ("etp",), "ep_etp": ("ep", "etp"), "edp": ("edp",),
+}  # fmt: skip
 
 # Groups whose communication overlaps with that of the others.
 _REPLICAS = {"dp_cp", "edp"}
@@ -135,28 +122,16 @@ CHANNEL_CTAS = 4
 
 def grid_sizes(config: ParallelConfig, world_size: int) -> tuple[dict[str, int], dict[str, int]]:
     """Sizes of the axes of the dense and of the expert grid. Raises ValueError if the layout does not fit the world."""
-    dense = {
-        "pp": config.pipeline_model_parallel_size,
-        "dp": config.data_parallel_size(world_size),
-        "cp": config.context_parallel_size,
-        "tp": config.tensor_model_parallel_size,
-    }
-    expert_model = (
-        config.pipeline_model_parallel_size * config.expert_model_parallel_size * config.expert_tensor_parallel
-    )
+    tp, cp, dp = config.tensor_model_parallel_size, config.context_parallel_size, config.data_parallel_size(world_size)
+    pp, ep, etp = config.pipeline_model_parallel_size, config.expert_model_parallel_size, config.expert_tensor_parallel
+    expert_model = pp * ep * etp
     if world_size % expert_model:
         raise ValueError(
-            f"world size {world_size} is not divisible by pipeline ({config.pipeline_model_parallel_size}) x expert "
-            f"({config.expert_model_parallel_size}) x expert-tensor ({config.expert_tensor_parallel}) parallel size "
-            f"= {expert_model}: start a multiple of {expert_model} processes or change the layout"
+            f"world size {world_size} is not divisible by pipeline ({pp}) x expert ({ep}) x expert-tensor ({etp}) "
+            f"parallel size = {expert_model}: start a multiple of {expert_model} processes or change the layout"
         )
-    expert = {
-        "pp": config.pipeline_model_parallel_size,
-        "edp": world_size // expert_model,
-        "ep": config.expert_model_parallel_size,
-        "etp": config.expert_tensor_parallel,
-    }
-    return dense, expert
+    expert = {"pp": pp, "edp": world_size // expert_model, "ep": ep, "etp": etp}
+    return {"pp": pp, "dp": dp, "cp": cp, "tp": tp}, expert
 
 
 def rank_lists(sizes: dict[str, int], axes: tuple[str, ...]) -> list[list[int]]:
@@ -169,11 +144,7 @@ def rank_lists(sizes: dict[str, int], axes: tuple[str, ...]) -> list[list[int]]:
 
 
 def build_process_groups(
-    config: ParallelConfig,
-    rank: int,
-    world_size: int,
-    timeout: timedelta | None = None,
-    control_backend: str = "gloo",
+    config: ParallelConfig, rank: int, world_size: int, timeout: timedelta | None = None, control_backend: str = "gloo"
 ) -> ProcessGroups:
     """Creates this process's groups; collective over all ranks of an initialised torch.distributed.
 
@@ -182,7 +153,6 @@ def build_process_groups(
     Raises ValueError if the layout does not divide `world_size`.
     """
     dense, expert = grid_sizes(config, world_size)
-    sizes = {DENSE_AXES: dense, EXPERT_AXES: expert}
     if world_size == 1:
         return ProcessGroups()
     world = Group(tuple(range(world_size)), rank, _world())
@@ -190,16 +160,17 @@ def build_process_groups(
     # during the backward pass, at another moment on each rank, which must not mix with the model's own communication.
     made: dict[tuple[bool, str], dist.ProcessGroup] = {(False, str([list(world.ranks)])): _world()}
 
+    def lists_along(axes: tuple[str, ...]) -> list[list[int]]:
+        return rank_lists(dense if dense.keys() >= set(axes) else expert, axes)
+
     def group(name: str, lists: list[list[int]]) -> Group:
         key = (name in _REPLICAS, str(lists))
         if len(lists[0]) > 1 and key not in made:
             made[key] = _create(name, lists, rank, timeout)
         return Group(*_own(lists, rank), made.get(key))
 
-    groups: dict[str, Any] = {
-        name: Ranks(*_own(rank_lists(sizes[grid], axes), rank)) for name, (grid, axes) in _RANKS_AXES.items()
-    }
-    groups |= {name: group(name, rank_lists(sizes[grid], axes)) for name, (grid, axes) in _GROUP_AXES.items()}
+    groups: dict[str, Any] = {name: Ranks(*_own(lists_along(axes), rank)) for name, axes in _RANKS_AXES.items()}
+    groups |= {name: group(name, lists_along(axes)) for name, axes in _GROUP_AXES.items()}
     channels = _pipeline_channels(rank_lists(dense, ("pp",)), rank, config.interleaved, timeout)
     try:
         control = Group(world.ranks, rank, dist.new_group(backend=control_backend, timeout=timeout))

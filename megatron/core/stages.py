@@ -26,15 +26,8 @@ def divide_layers(
     """The stages of each pipeline rank, in the order in which a microbatch visits them there.
 
     A microbatch passes chunk 0 of every rank, then chunk 1 of every rank, and so on (arXiv:2104.04473, section 2.2).
-
-    Args:
-        num_layers: layers of the whole model.
-        ranks: pipeline-parallel size.
-        chunks: stages on each rank; more than one for an interleaved pipeline.
-        first: layers on the first rank, in all its chunks together; an equal share if not given.
-        last: the same for the last rank.
-
-    Raises ValueError if the layers cannot be divided so.
+    `first` and `last` are the layers on the first and the last rank, in all their chunks together; an equal share if
+    not given. Raises ValueError if the layers cannot be divided so.
     """
     counts = _layers_per_rank(num_layers, ranks, first, last)
     for count in counts:

@@ -29,7 +29,6 @@ SHAPE_FIELDS = (
     "max_position_embeddings", "rotary_base", "norm_epsilon", "vocab_size", "num_experts", "moe_router_topk",
 )  # fmt: skip
 
-
 _EXAMPLE = """example:
   torchrun --nproc-per-node 8 pretrain_gpt.py --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 \\
       --sequence-parallel --bf16 --load checkpoints --save checkpoints --use-checkpoint-args --seq-length 4096 \\
@@ -114,19 +113,14 @@ def parse_arguments(
     """
     parser = build_parser()
     # flags may be spelled with underscores, as in --json_keys
-    normal = [
-        argument.split("=")[0].replace("_", "-") + argument[len(argument.split("=")[0]) :]
-        if argument.startswith("--")
-        else argument
-        for argument in argv
-    ]
+    parts = [argument.partition("=") if argument.startswith("--") else ("", "", argument) for argument in argv]
+    normal = [flag.replace("_", "-") + equals + value for flag, equals, value in parts]
     normal, remarks = with_values_of_ours(normal)
     namespace, unknown = parser.parse_known_args(normal)
     if unknown:
         raise ValueError(_unknown_flags(unknown, parser))
     given = vars(namespace)
-    grouped = "group_query_attention" in given
-    if grouped and "num_query_groups" not in given and "use_checkpoint_args" not in given:
+    if "group_query_attention" in given and "num_query_groups" not in given and "use_checkpoint_args" not in given:
         raise ValueError("--group-query-attention needs --num-query-groups, the number of key/value heads")
     remarks += check_compatibility(given)
     take_expert_width(given)
@@ -135,16 +129,11 @@ def parse_arguments(
             raise ValueError(f"--{flag} contradicts --params-dtype {given['params_dtype']} (or --bf16 and --fp16 both)")
     if given.get("use_checkpoint_args") and given.get("load") and checkpoint_model is not None:
         remarks += _take_shape(given, checkpoint_model(given["load"]))
-    sections = {
-        section: config_class(
-            **{
-                field.name: tuple(given[field.name]) if isinstance(given[field.name], list) else given[field.name]
-                for field in dataclasses.fields(config_class)
-                if field.name in given
-            }
-        )
-        for section, config_class in SECTIONS.items()
-    }
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    sections = {}
+    for section, config_class in SECTIONS.items():
+        names = {field.name for field in dataclasses.fields(config_class)}
+        sections[section] = config_class(**{name: value for name, value in given.items() if name in names})
     arguments = Arguments(**sections)
     _check_together(arguments)
     return arguments, remarks
@@ -193,12 +182,9 @@ def _check_together(arguments: Arguments) -> None:
         )
     if not dry_run and arguments.tokenizer.tokenizer_type == "NullTokenizer" and model.vocab_size is None:
         raise ValueError("NullTokenizer needs --vocab-size")
-    if arguments.optimizer.lr_warmup_fraction is not None and (
-        arguments.optimizer.lr_warmup_iters or arguments.optimizer.lr_warmup_samples
-    ):
+    optimizer, samples_run = arguments.optimizer, arguments.training.train_samples is not None
+    if optimizer.lr_warmup_fraction is not None and (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples):
         raise ValueError("give --lr-warmup-fraction or --lr-warmup-iters/--lr-warmup-samples, not both")
-    samples_run = arguments.training.train_samples is not None
-    optimizer = arguments.optimizer
     iterations = optimizer.lr_decay_iters or optimizer.lr_warmup_iters or optimizer.lr_wsd_decay_iters
     samples = optimizer.lr_decay_samples or optimizer.lr_warmup_samples or optimizer.lr_wsd_decay_samples
     if (samples_run and iterations) or (not samples_run and samples):

@@ -27,113 +27,98 @@ class CompatibilityFlag(NamedTuple):
         return f"{texts[self.kind]} {self.reason}".strip()
 
 
-def _flags(kind: Any, values: Any, *names: str) -> dict[str, CompatibilityFlag]:
-    return {name: CompatibilityFlag(kind, values) for name in names}
+def _flags(kind: Any, values: Any, names: str) -> dict[str, CompatibilityFlag]:
+    return {name: CompatibilityFlag(kind, values) for name in names.split()}
 
 
 COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
-    **_flags(
-        "implied", "", "use-mcore-models", "disable-bias-linear", "swiglu", "untie-embeddings-and-output-weights",
-        "group-query-attention", "no-position-embedding", "no-masked-softmax-fusion", "moe-grouped-gemm",
-        "accumulate-allreduce-grads-in-fp32", "no-bias-swiglu-fusion",
-        "no-bias-gelu-fusion", "no-bias-dropout-fusion", "use-rotary-position-embeddings",
-    ),
-    **_flags(
-        "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
-        "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",
-        "overlap-p2p-communication-warmup-flush", "use-dist-ckpt",
-        "dist-ckpt-optim-fully-reshardable", "verify-integrity", "log-validation-ppl-to-tensorboard",
-        "log-loss-scale-to-tensorboard", "log-batch-size-to-tensorboard", "log-learning-rate-to-tensorboard",
-    ),
+    **_flags("implied", "", """
+        use-mcore-models disable-bias-linear swiglu untie-embeddings-and-output-weights group-query-attention
+        no-position-embedding no-masked-softmax-fusion moe-grouped-gemm accumulate-allreduce-grads-in-fp32
+        no-bias-swiglu-fusion no-bias-gelu-fusion no-bias-dropout-fusion use-rotary-position-embeddings
+        attention-softmax-in-fp32 use-cpu-initialization no-create-attention-mask-in-dataloader auto-detect-ckpt-format
+        no-check-for-nan-in-loss-and-grad overlap-p2p-communication overlap-p2p-communication-warmup-flush use-dist-ckpt
+        dist-ckpt-optim-fully-reshardable verify-integrity log-validation-ppl-to-tensorboard
+        log-loss-scale-to-tensorboard log-batch-size-to-tensorboard log-learning-rate-to-tensorboard
+    """),
     # kernels, streams and memory
-    **_flags(
-        "no effect", "", "moe-permute-fusion", "moe-router-fusion", "moe-use-legacy-grouped-gemm", "use-flash-attn",
-        "no-gradient-accumulation-fusion", "no-rope-fusion", "no-persist-layer-norm", "cross-entropy-loss-fusion",
-        "disable-jit-fuser", "use-transformer-engine-op-fuser", "use-te-activation-func", "fused-residual-rmsnorm",
-        "enable-experimental", "apply-query-key-layer-scaling",
-        "delay-wgrad-compute", "defer-embedding-wgrad-compute", "distribute-saved-activations",
-        "enable-cuda-graph", "external-cuda-graph", "cuda-graph-retain-backward-graph", "te-rng-tracker",
-        "use-precision-aware-optimizer", "optimizer-cpu-offload", "optimizer-cuda-graph",
-        "use-torch-optimizer-for-cpu-offload", "overlap-cpu-optimizer-d2h-h2d", "no-pin-cpu-grads",
-        "no-pin-cpu-params", "fine-grained-activation-offloading", "init-model-with-meta-device",
-    ),
-    **_flags(
-        "no effect", "one", "transformer-impl", "attention-backend", "flash-attention-version",
-        "cross-entropy-fusion-impl", "wgrad-deferral-limit", "cuda-graph-impl", "cuda-graph-warmup-steps",
-        "optimizer-offload-fraction", "cpu-offloading-num-layers", "empty-unused-memory-level",
-    ),
-    **_flags("no effect", "many", "cuda-graph-scope", "cuda-graph-modules", "offload-modules"),
+    **_flags("no effect", "", """
+        moe-permute-fusion moe-router-fusion moe-use-legacy-grouped-gemm use-flash-attn no-gradient-accumulation-fusion
+        no-rope-fusion no-persist-layer-norm cross-entropy-loss-fusion disable-jit-fuser use-transformer-engine-op-fuser
+        use-te-activation-func fused-residual-rmsnorm enable-experimental apply-query-key-layer-scaling
+        delay-wgrad-compute defer-embedding-wgrad-compute distribute-saved-activations enable-cuda-graph
+        external-cuda-graph cuda-graph-retain-backward-graph te-rng-tracker use-precision-aware-optimizer
+        optimizer-cpu-offload optimizer-cuda-graph use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d
+        no-pin-cpu-grads no-pin-cpu-params fine-grained-activation-offloading init-model-with-meta-device
+    """),
+    **_flags("no effect", "one", """
+        transformer-impl attention-backend flash-attention-version cross-entropy-fusion-impl wgrad-deferral-limit
+        cuda-graph-impl cuda-graph-warmup-steps optimizer-offload-fraction cpu-offloading-num-layers
+        empty-unused-memory-level
+    """),
+    **_flags("no effect", "many", "cuda-graph-scope cuda-graph-modules offload-modules"),
     # messages between ranks
-    **_flags(
-        "no effect", "", "tp-comm-overlap", "disable-tp-comm-overlap-ag", "disable-tp-comm-overlap-rs",
-        "tp-comm-overlap-rs-dgrad", "disable-tp-comm-bulk-dgrad", "disable-tp-comm-bulk-wgrad",
-        "disable-tp-comm-split-ag", "disable-tp-comm-split-rs", "tp-comm-overlap-disable-qkv",
-        "tp-comm-overlap-disable-fc1", "no-async-tensor-model-parallel-allreduce", "use-ring-exchange-p2p",
-        "overlap-moe-expert-parallel-comm", "overlap-dispatch-backward-with-experts-wgrad",
-        "ep-overlap-early-attn-memory-release", "high-priority-a2a-comm-stream", "moe-enable-deepep",
-        "moe-permute-fusion-into-hybridep", "moe-shared-expert-overlap", "overlap-param-gather-with-optimizer-step",
-        "no-align-grad-reduce", "no-align-param-gather", "ddp-average-in-collective",
-        "ddp-pad-buckets-for-high-nccl-busbw", "ddp-reduce-scatter-with-fp32-accumulation", "use-nccl-ub",
-        "disable-symmetric-registration", "no-gradient-reduce-div-fusion", "use-sharp", "disable-gloo-process-groups",
-        "create-all-gather-group", "use-tp-pp-dp-mapping",
-    ),
-    **_flags(
-        "no effect", "one", "tp-comm-overlap-cfg", "tp-comm-bootstrap-backend", "moe-flex-dispatcher-backend",
-        "moe-deepep-num-sms", "moe-hybridep-num-sms", "moe-flex-dispatcher-num-sms", "ddp-num-buckets",
-        "num-distributed-optimizer-instances", "nccl-communicator-config-path", "sharp-enabled-group",
-        "microbatch-group-size-per-virtual-pipeline-stage", "pipeline-model-parallel-comm-backend",
-        "distributed-timeout-seconds-after-init", "local-rank", "data-parallel-sharding-strategy",
-    ),
-    **_flags(
-        "no effect", "many", "cp-comm-type", "hierarchical-context-parallel-sizes", "high-priority-stream-groups",
-    ),
+    **_flags("no effect", "", """
+        tp-comm-overlap disable-tp-comm-overlap-ag disable-tp-comm-overlap-rs tp-comm-overlap-rs-dgrad
+        disable-tp-comm-bulk-dgrad disable-tp-comm-bulk-wgrad disable-tp-comm-split-ag disable-tp-comm-split-rs
+        tp-comm-overlap-disable-qkv tp-comm-overlap-disable-fc1 no-async-tensor-model-parallel-allreduce
+        use-ring-exchange-p2p overlap-moe-expert-parallel-comm overlap-dispatch-backward-with-experts-wgrad
+        ep-overlap-early-attn-memory-release high-priority-a2a-comm-stream moe-enable-deepep
+        moe-permute-fusion-into-hybridep moe-shared-expert-overlap overlap-param-gather-with-optimizer-step
+        no-align-grad-reduce no-align-param-gather ddp-average-in-collective ddp-pad-buckets-for-high-nccl-busbw
+        ddp-reduce-scatter-with-fp32-accumulation use-nccl-ub disable-symmetric-registration
+        no-gradient-reduce-div-fusion use-sharp disable-gloo-process-groups create-all-gather-group use-tp-pp-dp-mapping
+    """),
+    **_flags("no effect", "one", """
+        tp-comm-overlap-cfg tp-comm-bootstrap-backend moe-flex-dispatcher-backend moe-deepep-num-sms
+        moe-hybridep-num-sms moe-flex-dispatcher-num-sms ddp-num-buckets num-distributed-optimizer-instances
+        nccl-communicator-config-path sharp-enabled-group microbatch-group-size-per-virtual-pipeline-stage
+        pipeline-model-parallel-comm-backend distributed-timeout-seconds-after-init local-rank
+        data-parallel-sharding-strategy
+    """),
+    **_flags("no effect", "many", "cp-comm-type hierarchical-context-parallel-sizes high-priority-stream-groups"),
     # what --fp8-format alone turns on
-    **_flags(
-        "no effect", "", "fp8-param-gather", "no-fp8-wgrad", "moe-router-padding-for-fp8",
-        "moe-router-padding-for-quantization", "reuse-grad-buf-for-mxfp8-param-ag", "keep-fp8-transpose-cache",
-        "first-last-layers-bf16", "tp-only-amax-red",
-    ),
-    **_flags(
-        "no effect", "one", "fp8-recipe", "fp8-margin", "fp8-interval", "fp8-amax-history-len",
-        "fp8-amax-compute-algo", "num-layers-at-start-in-bf16", "num-layers-at-end-in-bf16",
-    ),
+    **_flags("no effect", "", """
+        fp8-param-gather no-fp8-wgrad moe-router-padding-for-fp8 moe-router-padding-for-quantization
+        reuse-grad-buf-for-mxfp8-param-ag keep-fp8-transpose-cache first-last-layers-bf16 tp-only-amax-red
+    """),
+    **_flags("no effect", "one", """
+        fp8-recipe fp8-margin fp8-interval fp8-amax-history-len fp8-amax-compute-algo num-layers-at-start-in-bf16
+        num-layers-at-end-in-bf16
+    """),
     # checkpoints and data files
-    **_flags(
-        "no effect", "", "ckpt-fully-parallel-save", "no-ckpt-fully-parallel-save", "ckpt-fully-parallel-load",
-        "no-ckpt-fully-parallel-load", "ckpt-assume-constant-structure", "exit-signal-handler-for-dataloader",
-        "use-persistent-ckpt-worker", "dist-ckpt-save-pre-mcore-014", "ckpt-fully-parallel-load-per-rank-objects",
-        "distrib-optim-fully-reshardable-mem-efficient", "async-ckpt-use-cpu-shm", "no-save-rng", "no-mmap-bin-files",
-        "dataloader-fast-cache-load", "dataloader-defer-npy-index-mmap", "enable-msc", "disable-msc",
-    ),
-    **_flags(
-        "no effect", "one", "dist-ckpt-strictness", "dist-ckpt-format", "dist-ckpt-workers", "async-strategy",
-        "async-ckpt-cpu-priority", "async-ckpt-io-priority", "ckpt-fully-parallel-load-exchange-algo",
-        "ckpt-fully-parallel-save-process-group", "ckpt-fully-parallel-load-process-group",
-        "non-persistent-save-interval", "non-persistent-ckpt-type", "non-persistent-global-ckpt-dir",
-        "non-persistent-local-ckpt-dir", "non-persistent-local-ckpt-algo", "num-dataset-builder-threads",
-        "object-storage-cache-path",
-    ),
+    **_flags("no effect", "", """
+        ckpt-fully-parallel-save no-ckpt-fully-parallel-save ckpt-fully-parallel-load no-ckpt-fully-parallel-load
+        ckpt-assume-constant-structure exit-signal-handler-for-dataloader use-persistent-ckpt-worker
+        dist-ckpt-save-pre-mcore-014 ckpt-fully-parallel-load-per-rank-objects
+        distrib-optim-fully-reshardable-mem-efficient async-ckpt-use-cpu-shm no-save-rng no-mmap-bin-files
+        dataloader-fast-cache-load dataloader-defer-npy-index-mmap enable-msc disable-msc
+    """),
+    **_flags("no effect", "one", """
+        dist-ckpt-strictness dist-ckpt-format dist-ckpt-workers async-strategy async-ckpt-cpu-priority
+        async-ckpt-io-priority ckpt-fully-parallel-load-exchange-algo ckpt-fully-parallel-save-process-group
+        ckpt-fully-parallel-load-process-group non-persistent-save-interval non-persistent-ckpt-type
+        non-persistent-global-ckpt-dir non-persistent-local-ckpt-dir non-persistent-local-ckpt-algo
+        num-dataset-builder-threads object-storage-cache-path
+    """),
     # logs, profiles and watching over the job
-    **_flags(
-        "no effect", "", "log-progress", "log-params-norm", "log-num-zeros-in-grad", "log-timers-to-tensorboard",
-        "log-memory-to-tensorboard", "log-world-size-to-tensorboard",
-        "no-log-loss-scale-to-tensorboard", "no-log-learning-rate-to-tensorboard", "log-straggler",
-        "disable-straggler-on-startup", "log-energy", "log-device-memory-used", "log-max-attention-logit",
-        "no-barrier-with-level-1-timing", "profile", "use-pytorch-profiler", "pytorch-profiler-collect-shapes",
-        "pytorch-profiler-collect-callstack", "pytorch-profiler-collect-chakra", "nvtx-ranges", "record-shapes",
-        "record-memory-history", "run-workload-inspector-server", "no-one-logger", "enable-one-logger",
-        "one-logger-async", "otel-enabled", "enable-ft-package", "calc-ft-timeouts", "check-for-spiky-loss",
-        "check-for-large-grads", "flight-recorder-include-stack-trace",
-    ),
-    **_flags(
-        "no effect", "one", "timing-log-level", "timing-log-option", "tensorboard-queue-size", "logging-level",
-        "log-memory-interval", "config-logger-dir", "straggler-ctrlr-port", "straggler-minmax-count",
-        "profile-step-start", "profile-step-end", "memory-snapshot-path", "one-logger-project",
-        "one-logger-run-name", "app-tag-run-name", "app-tag-run-version", "otel-service-name", "otel-span-groups",
-        "rerun-mode", "train-sync-interval", "gpu-sniff-test-interval",
-        "check-weight-hash-across-dp-replicas-interval", "flight-recorder-dump-path",
-        "flight-recorder-trace-buffer-size",
-    ),
+    **_flags("no effect", "", """
+        log-progress log-params-norm log-num-zeros-in-grad log-timers-to-tensorboard log-memory-to-tensorboard
+        log-world-size-to-tensorboard no-log-loss-scale-to-tensorboard no-log-learning-rate-to-tensorboard log-straggler
+        disable-straggler-on-startup log-energy log-device-memory-used log-max-attention-logit
+        no-barrier-with-level-1-timing profile use-pytorch-profiler pytorch-profiler-collect-shapes
+        pytorch-profiler-collect-callstack pytorch-profiler-collect-chakra nvtx-ranges record-shapes
+        record-memory-history run-workload-inspector-server no-one-logger enable-one-logger one-logger-async
+        otel-enabled enable-ft-package calc-ft-timeouts check-for-spiky-loss check-for-large-grads
+        flight-recorder-include-stack-trace
+    """),
+    **_flags("no effect", "one", """
+        timing-log-level timing-log-option tensorboard-queue-size logging-level log-memory-interval config-logger-dir
+        straggler-ctrlr-port straggler-minmax-count profile-step-start profile-step-end memory-snapshot-path
+        one-logger-project one-logger-run-name app-tag-run-name app-tag-run-version otel-service-name otel-span-groups
+        rerun-mode train-sync-interval gpu-sniff-test-interval check-weight-hash-across-dp-replicas-interval
+        flight-recorder-dump-path flight-recorder-trace-buffer-size
+    """),
     **_flags("no effect", "many", "profile-ranks"),
     "moe-layer-freq": CompatibilityFlag("only", "one", ("1",), "Every layer has experts."),
     "normalization": CompatibilityFlag("only", "one", ("RMSNorm",), "Mixtral has no other."),

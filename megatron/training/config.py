@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config import DataConfig, ModelConfig, ParallelConfig, TokenizerConfig
+from megatron.core.config_checks import require_positive
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.recompute import RecomputeConfig
 from megatron.training.batch_schedule import BatchSchedule, build_batch_schedule
@@ -63,20 +64,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.gpu_memory is not None and (self.dry_run is None or not self.gpu_memory > 0):
             raise ValueError(f"--gpu-memory is a number of GiB for --dry-run, got {self.gpu_memory}")
-        if self.micro_batch_size <= 0:
-            raise ValueError(f"--micro-batch-size must be positive, got {self.micro_batch_size}")
+        require_positive(self, "micro_batch_size", "global_batch_size", "exit_interval", "exit_duration_in_mins")
         if (self.train_iters is None) == (self.train_samples is None):
             raise ValueError("give exactly one of --train-iters and --train-samples")
         if self.train_iters == 0 or self.train_samples == 0:
             raise ValueError("--train-iters and --train-samples must be positive")
-        if self.global_batch_size is not None and self.global_batch_size <= 0:
-            raise ValueError(f"--global-batch-size must be positive, got {self.global_batch_size}")
         if min(self.train_iters or 0, self.train_samples or 0, self.eval_iters, self.eval_interval) < 0:
             raise ValueError("--train-iters, --train-samples, --eval-iters and --eval-interval must not be negative")
-        if self.exit_interval is not None and self.exit_interval <= 0:
-            raise ValueError(f"--exit-interval must be positive, got {self.exit_interval}")
-        if self.exit_duration_in_mins is not None and not self.exit_duration_in_mins > 0:
-            raise ValueError(f"--exit-duration-in-mins must be positive, got {self.exit_duration_in_mins}")
         if self.manual_gc_interval < 0:
             raise ValueError(f"--manual-gc-interval must not be negative, got {self.manual_gc_interval}")
         if self.skip_train and not self.eval_iters:
@@ -134,12 +128,7 @@ class CheckpointConfig:
     """Remove older checkpoints apart from those of iterations that are multiples of this."""
 
     def __post_init__(self) -> None:
-        if self.save_interval is not None and self.save_interval <= 0:
-            raise ValueError(f"--save-interval must be positive, got {self.save_interval}")
-        for name in ("keep_last_checkpoints", "save_retain_interval"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        require_positive(self, "save_interval", "keep_last_checkpoints", "save_retain_interval")
         if self.async_save and self.ckpt_format == "torch":
             raise ValueError("--async-save needs --ckpt-format torch_dist")
         if self.use_checkpoint_args and not self.load:
@@ -176,12 +165,7 @@ class LoggingConfig:
     """Record the load of every layer's experts in TensorBoard and the metrics file, not only the whole model's."""
 
     def __post_init__(self) -> None:
-        if self.log_interval <= 0:
-            raise ValueError(f"--log-interval must be positive, got {self.log_interval}")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise ValueError(f"--peak-tflops must be positive, got {self.peak_tflops}")
-        if self.tensorboard_log_interval is not None and self.tensorboard_log_interval <= 0:
-            raise ValueError(f"--tensorboard-log-interval must be positive, got {self.tensorboard_log_interval}")
+        require_positive(self, "log_interval", "peak_tflops", "tensorboard_log_interval")
         unknown = [name for name in self.logger if name not in ("wandb", "mlflow", "trackio")]
         if unknown:
             raise ValueError(f"--logger {unknown[0]}: there is no such logger; choose from wandb, mlflow and trackio")

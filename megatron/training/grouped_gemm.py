@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import main_grad
 from megatron.core.fusions.forms import wants_grouped_mm
 from megatron.core.fusions.linear import (
@@ -23,9 +21,8 @@ from megatron.core.fusions.linear import (
     takes_persistent,
     wgrad_operation,
 )
-from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
-from megatron.core.waiting import to_host, waiting
+from megatron.core.waiting import waiting
 from megatron.training.config import Arguments
 from megatron.training.initialize import largest, on_first, print_once, together
 from megatron.training.setup import Trainer
@@ -140,14 +137,6 @@ PRODUCTS = Choice("products", "backend", ("grouped_mm", "loop"), 0.85, _measure_
 WEIGHT_GRADIENTS = Choice("weight gradients", "wgrad_backend", ("tiles", "persistent"), 0.9, _measure_gradients)
 
 
-def _slowest(seconds: float, groups: ProcessGroups, device: torch.device) -> float:
-    """The longest of all ranks, which is what a step waits for."""
-    longest = torch.tensor(seconds, dtype=torch.float64, device=device)
-    if groups.world.size > 1:
-        collectives.all_reduce(longest, dist.ReduceOp.MAX, group=groups.world.handle)
-    return to_host(longest).item()
-
-
 def _has_persistent(experts: Experts, asked: bool) -> bool:
     """Whether both gradients have that kernel; raises ValueError if it is asked for and they do not."""
     weights = _weights(experts)
@@ -216,7 +205,8 @@ def choose(
         backend = before
         said = "as measured when the run began"
     else:
-        times = {each: _slowest(choice.measure(each, experts[0], rows), groups, device) for each in choice.backends}
+        # of the slowest rank, which is what a step waits for
+        times = {each: largest((choice.measure(each, experts[0], rows),), groups)[0] for each in choice.backends}
         backend = second if times[second] < choice.advantage * times[first] else first
         said = "from " + ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items())
     for module in experts:

@@ -58,13 +58,9 @@ def start_distributed(arguments: Arguments, environment: Environment) -> tuple[t
     )
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=environment.rank,
-            world_size=environment.world_size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+            "nccl" if device.type == "cuda" else "gloo", store=store, rank=environment.rank,
+            world_size=environment.world_size, timeout=timeout, device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
     except RuntimeError as error:  # gloo's errors have no class of their own
         if device.type == "cuda" and not isinstance(error, dist.DistError):
             raise
@@ -105,15 +101,9 @@ def start_monitor(
             print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
     return StepMonitor(
-        store.clone(),
-        groups.world.rank,
-        groups.world.size,
-        limit,
-        report,
-        stopping=stop_signal.seconds,
-        lost=lambda sentence: ending.leave(1, f"error: {sentence}"),
-        look=ending.follow,
-    )
+        store.clone(), groups.world.rank, groups.world.size, limit, report, stopping=stop_signal.seconds,
+        lost=lambda sentence: ending.leave(1, f"error: {sentence}"), look=ending.follow,
+    )  # fmt: skip
 
 
 def start_heartbeat(environment: Environment, groups: ProcessGroups, ending: Ending) -> Heartbeat | None:
@@ -124,11 +114,9 @@ def start_heartbeat(environment: Environment, groups: ProcessGroups, ending: End
     speaks = environment.local_rank == 0
     store: Any = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
     heartbeat = Heartbeat(
-        store.clone(),
-        groups.world.rank,
-        groups.world.size,
+        store.clone(), groups.world.rank, groups.world.size,
         lambda sentence: ending.leave(1, f"error: {sentence}" if speaks else "", reason=sentence),
-    )
+    )  # fmt: skip
     heartbeat.start()
     return heartbeat
 

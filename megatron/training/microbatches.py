@@ -39,14 +39,10 @@ def run_microbatches(
         return trainer.forward_step(chunks[chunk], batch, hidden, microbatch)
 
     return forward_backward(
-        run_chunk,
-        pipeline=trainer.pipeline,
-        rank=trainer.groups.pp.rank,
-        num_microbatches=num_microbatches,
-        link=trainer.link,
-        forward_only=forward_only,
+        run_chunk, pipeline=trainer.pipeline, rank=trainer.groups.pp.rank, num_microbatches=num_microbatches,
+        link=trainer.link, forward_only=forward_only,
         overlap=not trainer.arguments.parallel.no_overlap_p2p_communication,
-    )
+    )  # fmt: skip
 
 
 def sum_of_losses(results: list[MicrobatchResult]) -> torch.Tensor | None:

@@ -37,11 +37,7 @@ def _learning_rate_schedule(arguments: Arguments, batches: BatchSchedule) -> Lea
         iterations = config.lr_decay_iters or arguments.training.train_iters or 0
         last_phase = decay - batches.samples_after(max(0, iterations - config.lr_wsd_decay_iters))
     return LearningRateSchedule.from_config(
-        config,
-        warmup_samples=warmup,
-        decay_samples=decay,
-        wsd_decay_samples=last_phase,
-        weight_decay_samples=total,
+        config, warmup_samples=warmup, decay_samples=decay, wsd_decay_samples=last_phase, weight_decay_samples=total
     )
 
 

@@ -8,7 +8,6 @@ Everything is done in turns, several times; printed are medians, and the ratio t
 are synced to the disk where they are written and come from the page cache where they are read.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard, snapshot, write_metadata, write_shards
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 HIDDEN, FFN = 4096, 14336
 
@@ -59,8 +58,8 @@ def copy_synced(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def measure(folder: Path, size: int, rounds: int) -> list[tuple[str, list[float], str]]:
-    """(what, seconds in each round, what it is compared with) of every action, done in turns."""
+def measure(folder: Path, size: int, rounds: int) -> dict[str, tuple[list[float], str]]:
+    """Seconds in each round, and what they are compared with, of every action, done in turns."""
     shards = rank_state(size)
     name = "rank_00000.safetensors"
 
@@ -98,12 +97,12 @@ def measure(folder: Path, size: int, rounds: int) -> list[tuple[str, list[float]
     for _ in range(rounds):
         for what, (action, _base) in actions.items():
             times[what].append(seconds(action))
-    return [(what, times[what], base) for what, (_, base) in actions.items()]
+    return {what: (times[what], base) for what, (_, base) in actions.items()}
 
 
 def main() -> int:
     """Measures and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where to write (default: %(default)s)")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the rank's state (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
@@ -111,15 +110,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = measure(Path(folder), int(args.gigabytes * 1e9), args.rounds)
         size = (Path(folder) / "rank_00000.safetensors").stat().st_size
-    medians = {what: statistics.median(times) for what, times, _ in results}
     print(f"{size / 1e6:.0f} MB, {args.rounds} rounds, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| | seconds | MB/s of the file | time / time of the copy |\n|---|---|---|---|")
-    for what, times, base in results:
-        ratio = ""
+    for what, (times, base) in results.items():
+        median, ratio = statistics.median(times), ""
         if base:
-            other = next(values for name, values, _ in results if name == base)
-            ratio = f"{statistics.median(a / b for a, b in zip(times, other, strict=True)):.2f} ({base})"
-        print(f"| {what} | {medians[what]:.2f} | {size / 1e6 / medians[what]:.0f} | {ratio} |")
+            ratio = f"{statistics.median(a / b for a, b in zip(times, results[base][0], strict=True)):.2f} ({base})"
+        print(f"| {what} | {median:.2f} | {size / 1e6 / median:.0f} | {ratio} |")
     return 0
 
 

@@ -12,7 +12,6 @@ Examples:
   python tools/benchmarks/comm_volume.py --layouts --targets
 """
 
-import argparse
 import json
 import re
 import sys
@@ -45,7 +44,7 @@ from megatron.core.pipeline_parallel.runner import forward_backward
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.recompute import RecomputeConfig
 from megatron.core.tensor_parallel.parameter import initialize_parameters
-from tools.run_tool import parsed
+from tools.run_tool import parsed, run_tool, tool_parser
 from tools.traffic.counter import CommunicationCounter, group_labels, sent_share
 from tools.traffic.volume import Step, Traffic, step_traffic
 
@@ -229,29 +228,22 @@ def _sent(entries: list[Traffic], kind: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints both tables; returns the exit status."""
-    assert __doc__ is not None
-    description, _, epilog = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="comm_volume.py",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(*str(__doc__).split("\n\n", 1))
     parser.add_argument("--layouts", nargs="*", default=DEFAULT, help="layouts to measure (default: of every kind)")
     parser.add_argument("--targets", action="store_true", help="only the table of the two large models")
     args = parsed(parser, argv)
-    equal = True
-    try:
+    differs: list[bool] = []
+
+    def report() -> None:
         if not args.targets:
             lines, equal = comparison(measure_layouts(list(dict.fromkeys(args.layouts))))
             print("\n".join(lines))
             print("measured equals the formulas" if equal else "measured DIFFERS from the formulas")
             print()
+            differs.append(not equal)
         print("\n".join(target_table()))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0 if equal else 1
+
+    return run_tool(report) or int(any(differs))
 
 
 if __name__ == "__main__":

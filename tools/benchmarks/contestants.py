@@ -183,39 +183,20 @@ def megatron_core_step(shape: StepShape, folder: str) -> Contestant:
     else:
         layers = specs.get_gpt_layer_local_spec(num_experts=shape.num_experts, normalization="RMSNorm")
     config = _core("transformer.transformer_config").TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        moe_ffn_hidden_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_query_groups=shape.num_query_groups,
-        num_moe_experts=shape.num_experts,
-        moe_router_topk=shape.moe_router_topk,
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="allgather",
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=True,
-        bias_dropout_fusion=True,
-        normalization="RMSNorm",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=shape.device == "cpu",
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        moe_grouped_gemm=engine,
-        bf16=shape.dtype == torch.bfloat16,
-        params_dtype=shape.dtype,
-    )
+        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_hidden_size,
+        moe_ffn_hidden_size=shape.ffn_hidden_size, num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups, num_moe_experts=shape.num_experts,
+        moe_router_topk=shape.moe_router_topk, moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather", add_bias_linear=False, gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, bias_activation_fusion=True, bias_dropout_fusion=True,
+        normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0,
+        use_cpu_initialization=shape.device == "cpu", gradient_accumulation_fusion=False, masked_softmax_fusion=False,
+        moe_grouped_gemm=engine, bf16=shape.dtype == torch.bfloat16, params_dtype=shape.dtype,
+    )  # fmt: skip
     model = _core("models.gpt.gpt_model").GPTModel(
-        config,
-        layers,
-        vocab_size=shape.vocab_size,
-        max_sequence_length=shape.seq_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
+        config, layers, vocab_size=shape.vocab_size, max_sequence_length=shape.seq_length,
+        position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    )  # fmt: skip
     model.to(shape.device, shape.dtype)
     tokens = shape.tokens()
     positions = torch.arange(shape.seq_length, device=shape.device).expand_as(tokens).contiguous()

@@ -9,7 +9,6 @@ removed right before its next turn, then `sync` runs. The tools have their outpu
 its time with a `sync` after it is printed too.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -29,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron.core.config import ModelConfig
 from megatron.core.interchange.element_types import cast
 from megatron.core.models.mixtral.hf_config import hf_config_from_model, hf_config_with_dtype
+from tools.benchmarks.machine import ROOT
 from tools.checkpoint.saver_mixtral_hf import ShardsWriter
 from tools.checkpoint.stream import model_bytes
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
     num_layers=1, hidden_size=1024, ffn_hidden_size=3584, num_attention_heads=16, num_query_groups=8, vocab_size=32000,
     num_experts=8, rotary_base=1e6, max_position_embeddings=4096,
@@ -42,7 +41,6 @@ MODEL = ModelConfig(
 
 def make_model(folder: Path, nbytes: int) -> int:
     """Writes a Mixtral folder of at least `nbytes` bytes of random bf16 weights; returns their size."""
-
     layers = 4
     while model_bytes(replace(MODEL, num_layers=layers), "bfloat16") < nbytes:
         layers += 4
@@ -128,7 +126,7 @@ def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--folder", help="folder on the disk to measure (default: the system's for temporary files)")
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the model (default: 3)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; medians are printed (default: 3)")

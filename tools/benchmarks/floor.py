@@ -81,12 +81,7 @@ def products(shape: StepShape) -> list[Product]:
 
 
 class Floor:
-    """The products of a step and a copy, with their operands, ready to be timed.
-
-    Attributes:
-        products: what is timed.
-        flops: operations of all products of a step.
-    """
+    """The products of a step and a copy, with their operands, ready to be timed; `flops` are those of all products."""
 
     def __init__(self, shape: StepShape, parameters: int) -> None:
         self.products = products(shape)

@@ -25,7 +25,7 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, SampleFormat
 from megatron.core.datasets.indexed_dataset import MAGIC, VERSION, IndexedDataset
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 BLOCK = 1 << 22
 SEQ_LENGTH = 4096
@@ -110,7 +110,7 @@ class _PeakMemory:
 
 def main() -> int:
     """Makes the data set and measures in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--documents", type=int, default=10**6, help="documents of the data set (default: a million)")
     parser.add_argument("--epochs", type=float, default=1.0, help="how often the run reads them (default: 1)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each kind (default: 3)")

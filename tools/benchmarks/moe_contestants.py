@@ -5,6 +5,7 @@ T tokens, K experts a token, R = T*K rows, E experts, H hidden, F expert width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,11 +60,8 @@ class Layer:
     parameters: tuple[nn.Parameter, ...]
 
 
-def _write_into(main_grad: Tensor) -> Callable[[Write], None]:
-    def sink(write: Write) -> None:
-        write(main_grad, 0.0)
-
-    return sink
+def _write_into(main_grad: Tensor, write: Write) -> None:
+    write(main_grad, 0.0)
 
 
 def ours(config: ModelConfig, weights: Weights) -> Layer:
@@ -76,7 +74,7 @@ def ours(config: ModelConfig, weights: Weights) -> Layer:
     layer.router.weight, layer.experts.linear_fc1.weight, layer.experts.linear_fc2.weight = router, gate_up, down
     for weight in (gate_up, down):
         main_grad = torch.empty(weight.shape, dtype=torch.float32, device=device)
-        weight.gradient_sink = _write_into(main_grad)  # type: ignore[attr-defined]
+        weight.gradient_sink = partial(_write_into, main_grad)  # type: ignore[attr-defined]
     return Layer(lambda x_TH: layer(x_TH.unsqueeze(1), Microbatch())[0].squeeze(1), (router, gate_up, down))
 
 
@@ -129,11 +127,9 @@ def transformers_layer(config: ModelConfig, weights: Weights, implementation: st
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     theirs: Any = MixtralConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.ffn_hidden_size,
-        num_local_experts=config.num_experts,
-        num_experts_per_tok=config.moe_router_topk,
-    )
+        hidden_size=config.hidden_size, intermediate_size=config.ffn_hidden_size,
+        num_local_experts=config.num_experts, num_experts_per_tok=config.moe_router_topk,
+    )  # fmt: skip
     theirs._experts_implementation = implementation
     with torch.device("meta"):
         block = MixtralSparseMoeBlock(theirs)

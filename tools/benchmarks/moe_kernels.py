@@ -5,6 +5,7 @@ gradients are added by each of the kernels that are there.
 """
 
 import functools
+import time
 from collections.abc import Callable
 
 import torch
@@ -16,22 +17,29 @@ from megatron.core.fusions.router import top_k_routing
 from megatron.core.fusions.swiglu import swiglu, swiglu_backward
 from tools.benchmarks.turns import spread
 
+_CALLS = 5
 
-def kernel_table(
-    config: ModelConfig,
-    tokens: int,
-    rounds: int,
-    seconds: Callable[[Callable[[], object]], float],
-    device: torch.device,
-) -> list[str]:
-    """Lines of a table; `seconds` times a call. R = tokens * K rows."""
-    hidden, width, experts, top_k = (
-        config.hidden_size,
-        config.ffn_hidden_size,
-        config.num_experts,
-        config.moe_router_topk,
-    )
-    rows, size = tokens * top_k, config.dtype.itemsize
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Of a call; on CUDA by the device's own clock and in the mean of several, so that no launch is waited for."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start_event.record()
+    for _ in range(_CALLS):
+        action()
+    end_event.record()
+    torch.cuda.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3 / _CALLS
+
+
+def kernel_table(config: ModelConfig, tokens: int, rounds: int, device: torch.device) -> list[str]:
+    """Lines of a table. R = tokens * K rows."""
+    hidden, width, experts = config.hidden_size, config.ffn_hidden_size, config.num_experts
+    top_k, rows, size = config.moe_router_topk, tokens * config.moe_router_topk, config.dtype.itemsize
 
     def drawn(*shape: int, dtype: torch.dtype = config.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_()
@@ -53,8 +61,8 @@ def kernel_table(
     }
 
     def timed(action: Callable[[], object]) -> list[float]:
-        seconds(action)  # warms up
-        return [seconds(action) for _ in range(rounds)]
+        seconds(action, device)  # warms up
+        return [seconds(action, device) for _ in range(rounds)]
 
     lines = [f"single operations, {tokens} tokens, {experts} experts"]
     with torch.no_grad():

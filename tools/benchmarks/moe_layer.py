@@ -8,8 +8,6 @@ float32 main gradients, as in training; the others leave them in the type of the
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +19,9 @@ from megatron.core.models.flops import weights_of_a_token
 from megatron.core.models.mixtral.weights import layer_rows
 from tools.benchmarks.machine import machine
 from tools.benchmarks.moe_contestants import OURS, Layer, contestants
-from tools.benchmarks.moe_kernels import kernel_table
+from tools.benchmarks.moe_kernels import kernel_table, seconds
 from tools.benchmarks.turns import ratios, spread
-from tools.run_tool import parsed, positive, run_tool
+from tools.run_tool import parsed, positive, run_tool, tool_parser
 
 _EXAMPLE = """examples:
   python tools/benchmarks/moe_layer.py                  # Mixtral 8x7B in bfloat16 on a GPU, a small layer on a CPU
@@ -42,29 +40,6 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
 def layer_flops(config: ModelConfig, tokens: int) -> int:
     """Operations of a forward pass: of the router and the chosen experts; backward has twice as many."""
     return 2 * tokens * weights_of_a_token(config, (row for row in layer_rows(config) if ".mlp." in row.name))
-
-
-class Stopwatch:
-    """Seconds of a call, on CUDA by the device's own clock and over several calls, so that no launch is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._calls = 5 if self._cuda else 1
-
-    def seconds(self, action: Callable[[], object]) -> float:
-        """Of one call, in the mean."""
-        if not self._cuda:
-            start = time.perf_counter()
-            action()
-            return time.perf_counter() - start
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start_event.record()
-        for _ in range(self._calls):
-            action()
-        end_event.record()
-        torch.cuda.synchronize()
-        return start_event.elapsed_time(end_event) / 1e3 / self._calls
 
 
 def saved_bytes(layer: Layer, x_TH: Tensor) -> int:
@@ -88,8 +63,8 @@ def saved_bytes(layer: Layer, x_TH: Tensor) -> int:
 class Measured:
     """What the rounds found of one contestant."""
 
-    def __init__(self, layer: Layer, x_TH: Tensor, grad_TH: Tensor, watch: Stopwatch) -> None:
-        self._layer, self._x_TH, self._grad_TH, self._watch = layer, x_TH, grad_TH, watch
+    def __init__(self, layer: Layer, x_TH: Tensor, grad_TH: Tensor) -> None:
+        self._layer, self._x_TH, self._grad_TH = layer, x_TH, grad_TH
         self.forward: list[float] = []
         self.both: list[float] = []
         self.peak_bytes = 0
@@ -103,11 +78,11 @@ class Measured:
     def round(self, counts: bool) -> None:
         """Takes each measurement once; memory on top of what was allocated before."""
         cuda = self._x_TH.is_cuda
-        forward = self._watch.seconds(lambda: self._layer.forward(self._x_TH))
+        forward = seconds(lambda: self._layer.forward(self._x_TH), self._x_TH.device)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        both = self._watch.seconds(self._forward_and_backward)
+        both = seconds(self._forward_and_backward, self._x_TH.device)
         if cuda:
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - before)
         for parameter in self._layer.parameters:
@@ -135,8 +110,8 @@ def print_table(measured: dict[str, Measured], saved: dict[str, int], flops: int
     heads = (f"forward {unit}", "forward+backward", "time / best of ours", "kept GB", "peak GB")
     print(f"{'':25}{heads[0]:>24}{heads[1]:>24}{heads[2]:>22}{heads[3]:>9}{heads[4]:>9}")
     for name, result in measured.items():
-        forward = [flops / seconds / scale for seconds in result.forward]
-        both = [3 * flops / seconds / scale for seconds in result.both]
+        forward = [flops / taken / scale for taken in result.forward]
+        both = [3 * flops / taken / scale for taken in result.both]
         peak = f"{result.peak_bytes / 1e9:9.3f}" if cuda else f"{'-':>9}"
         print(
             f"{name:25}{spread(forward, '.1f'):>24}{spread(both, '.1f'):>24}"
@@ -147,7 +122,6 @@ def print_table(measured: dict[str, Measured], saved: dict[str, int], flops: int
 def measure(config: ModelConfig, token_counts: list[int], rounds: int, device: torch.device) -> None:
     """Prints the tables of one number of experts."""
     layers, absent = contestants(config, device)
-    watch = Stopwatch(device)
     for tokens in token_counts:
         generator = torch.Generator(device).manual_seed(2)
         shape = (tokens, config.hidden_size)
@@ -155,7 +129,7 @@ def measure(config: ModelConfig, token_counts: list[int], rounds: int, device: t
         grad_TH = torch.randn(shape, dtype=config.dtype, device=device, generator=generator)
         check_equal(layers, x_TH, BOUNDS[config.params_dtype])
         saved = {name: saved_bytes(layer, x_TH) for name, layer in layers.items()}
-        measured = {name: Measured(layer, x_TH, grad_TH, watch) for name, layer in layers.items()}
+        measured = {name: Measured(layer, x_TH, grad_TH) for name, layer in layers.items()}
         order = list(measured)
         for number in range(-WARM_UP_ROUNDS, rounds):
             first = number % len(order)
@@ -166,7 +140,7 @@ def measure(config: ModelConfig, token_counts: list[int], rounds: int, device: t
     for name, reason in absent.items():
         print(f"absent: {name} ({reason})")
     print()
-    print("\n".join(kernel_table(config, token_counts[-1], rounds, watch.seconds, device)))
+    print("\n".join(kernel_table(config, token_counts[-1], rounds, device)))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -186,22 +160,15 @@ def compare(args: argparse.Namespace) -> None:
     )
     for experts in args.experts:
         config = ModelConfig(
-            num_layers=1,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_attention_heads=1,
-            num_experts=experts,
-            moe_router_topk=args.top_k,
-            params_dtype=args.dtype,
-        )
+            num_layers=1, hidden_size=args.hidden_size, ffn_hidden_size=args.ffn_hidden_size, num_attention_heads=1,
+            num_experts=experts, moe_router_topk=args.top_k, params_dtype=args.dtype,
+        )  # fmt: skip
         measure(config, args.tokens, args.rounds, device)
 
 
 def main(argv: list[str]) -> int:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, if not given")
     parser.add_argument("--dtype", choices=tuple(BOUNDS), help="bfloat16 on a GPU, float32 on a CPU, if not given")
     parser.add_argument("--hidden-size", type=positive, help="4096 on a GPU, 512 on a CPU, if not given")

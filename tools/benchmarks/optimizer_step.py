@@ -1,6 +1,5 @@
 """Time of one optimizer update (norm, clipping, AdamW, weights from masters): flat buckets against one tensor each."""
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import ParameterSpec, Placement, new_parameter
-from tools.run_tool import parsed
+from tools.run_tool import parsed, tool_parser
 
 _EXAMPLE = """example:
   python tools/benchmarks/optimizer_step.py --layers 8 --hidden-size 512 --repeat 15"""
@@ -68,9 +67,7 @@ def tensor_update(model: nn.Module, fused: bool) -> Callable[[], object]:
 
 def main(argv: list[str]) -> int:
     """Prints the medians of alternating runs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--layers", type=int, default=8, help="layers (default: 8)")
     parser.add_argument("--hidden-size", type=int, default=512, help="width (default: 512)")
     parser.add_argument("--repeat", type=int, default=15, help="updates of each kind (default: 15)")

@@ -25,7 +25,7 @@ from megatron.core.tokenizers import Tokenizer, build_tokenizer
 from tools.benchmarks.machine import ROOT, machine
 from tools.preprocessing.engine import EngineUnavailable, engine_source, make_engine
 from tools.preprocessing.settings import TokenizerFlags, token_type
-from tools.run_tool import parsed
+from tools.run_tool import parsed, run_tool, tool_parser
 
 EXAMPLES = """examples:
   python tools/benchmarks/preprocess.py --tokenizer-model mixtral/tokenizer.model
@@ -136,7 +136,7 @@ def bare_seconds(name: str, flags: TokenizerFlags, path: str, workers: int) -> S
     return Seconds(wall, processor)
 
 
-def run_tool(script: Path, flags: list[str], path: str, workers: int, output: Path) -> None:
+def run_script(script: Path, flags: list[str], path: str, workers: int, output: Path) -> None:
     """A preprocessing tool as a user starts it, from the command to its end. Raises ValueError if it fails."""
     command = [
         sys.executable, str(script), "--input", path, "--output-prefix", str(output), "--append-eod", "--workers",
@@ -192,7 +192,7 @@ def contestants(args: argparse.Namespace, folder: Path) -> list[Contestant]:
 
     def script(name: str, checkout: Path, output: str) -> Contestant:
         path_of_script = checkout / "tools" / "preprocess_data.py"
-        return tool(name, lambda path: run_tool(path_of_script, words, path, workers, folder / output))
+        return tool(name, lambda path: run_script(path_of_script, words, path, workers, folder / output))
 
     found = [script("preprocess_data.py", ROOT, "ours")]
     tokenizer = build_tokenizer(flags)
@@ -277,12 +277,7 @@ def _row(
 
 def main() -> int:
     """Run the benchmark; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = tool_parser(__doc__, EXAMPLES, allow_abbrev=False)
     add = parser.add_argument
     add("--tokenizer-model", required=True, help="as for tools/preprocess_data.py")
     add("--tokenizer-type", default="Llama2Tokenizer", help="as for tools/preprocess_data.py (default: sentencepiece)")
@@ -294,13 +289,8 @@ def main() -> int:
     add("--only", nargs="+", metavar="WORD", help="besides this project's tool, only contestants with one in the name")
     args = parsed(parser)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            measure(args, Path(folder))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    with tempfile.TemporaryDirectory() as folder:
+        return run_tool(lambda: measure(args, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tools.benchmarks.contestants import OURS, StepShape
 from tools.benchmarks.floor import Floor
 from tools.benchmarks.machine import machine
 from tools.benchmarks.turns import ContestantFailed, ContestantProcess, ratios, spread
-from tools.run_tool import parsed, positive, run_tool
+from tools.run_tool import parsed, positive, run_tool, tool_parser
 
 _EXAMPLE = """examples:
   python tools/benchmarks/train_step.py
@@ -235,9 +235,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(__doc__, _EXAMPLE)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=positive, default=7, help="steps of each contestant that count (default: 7)")

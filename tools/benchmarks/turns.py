@@ -24,14 +24,8 @@ class ContestantProcess:
 
     def __init__(self, kind: str, argument: str, shape: StepShape) -> None:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
-        self._process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            text=True,
-            bufsize=1,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        self._process = subprocess.Popen([sys.executable, str(_SCRIPT)], **pipes, text=True, bufsize=1)
         ready = self.ask(json.dumps({"kind": kind, "argument": argument, "shape": asdict(shape)}))
         self.parameters, self.threads = ready["parameters"], ready["threads"]
 

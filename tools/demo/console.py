@@ -111,13 +111,9 @@ def run_command(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=_environment() | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
+            command, cwd=folder, env=_environment() | variables, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT,
-        )
+        )  # fmt: skip
         try:
             while True:
                 try:

@@ -38,15 +38,12 @@ def split_source(source: str) -> tuple[str, str]:
         first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
         # A body that is nothing but its docstring would no longer be Python without it.
         is_whole_body = len(node.body) == 1 and not isinstance(node, ast.Module)
-        shares_a_line = any(first < other.lineno <= last for other in node.body[1:]) or node_starts_on(node, first)
+        # as in `class Empty: "Nothing." ; x = 1`
+        is_on_its_line = getattr(node, "lineno", 0) == statement.lineno
+        shares_a_line = is_on_its_line or any(first < other.lineno <= last for other in node.body[1:])
         if not is_whole_body and not shares_a_line:
             lines[first:last] = [None] * (last - first)
     return "\n".join(documentation), "\n".join(line for line in lines if line is not None).lstrip()
-
-
-def node_starts_on(node: ast.AST, line: int) -> bool:
-    """Whether a definition begins on the zero-based `line`, as in `class Empty: "Nothing." ; x = 1`."""
-    return getattr(node, "lineno", 0) == line + 1
 
 
 def documents() -> Iterator[tuple[str, str]]:

@@ -8,14 +8,11 @@ from megatron.core.config import ModelConfig
 from megatron.core.models.mixtral.hf_config import hf_config_from_model
 
 BOS, EOS = "<s>", "</s>"
-
-
 VOCAB_SIZE = 2000
 MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE, hidden_size=128, ffn_hidden_size=256, num_layers=4, num_attention_heads=8,
     num_query_groups=4, num_experts=4, rotary_base=1e6, max_position_embeddings=1024,
 )  # fmt: skip
-"""The demo's model."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
@@ -25,21 +22,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": BOS, "eos_token": EOS}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 1024,
-        "clean_up_tokenization_spaces": False,
-    }
+    kind = "PreTrainedTokenizerFast"
+    config = {"tokenizer_class": kind, "model_max_length": 1024, "clean_up_tokenization_spaces": False}
     _write_json(folder / "tokenizer_config.json", config | names)
     _write_json(folder / "special_tokens_map.json", names)
     return tokenizer.get_vocab_size()

@@ -58,14 +58,9 @@ def draw_loss(metrics: Metrics, resumed_at: int, path: Path) -> None:
     axes.plot(*zip(*metrics.evaluations, strict=True), "o", color="#c44e52", markersize=6, label="validation")
     axes.axvline(resumed_at + 0.5, color="#555555", linestyle="--", linewidth=1)
     axes.annotate(
-        "stopped and resumed",
-        xy=(resumed_at + 0.5, 0.97),
-        xycoords=("data", "axes fraction"),
-        xytext=(5, 0),
-        textcoords="offset points",
-        va="top",
-        color="#555555",
-    )
+        "stopped and resumed", xy=(resumed_at + 0.5, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0),
+        textcoords="offset points", va="top", color="#555555",
+    )  # fmt: skip
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Mixtral, 4 experts, tensor parallel 2 x pipeline parallel 2 on four CPU processes", fontsize=11)
@@ -119,11 +114,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """The prompt's most likely continuation, without repeating a run of three tokens."""
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(
-        inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=tokens,
-        do_sample=False,
-        no_repeat_ngram_size=3,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+        inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=tokens, do_sample=False,
+        no_repeat_ngram_size=3, pad_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
     return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Runs all steps on real text: corpus, tokenizer, model, training on four CPU processes, and back."""
 
-import argparse
 import math
 import os
 import shlex
@@ -18,7 +17,7 @@ from tools.demo import report  # noqa: E402
 from tools.demo.console import Progress, StageFailed, run_command  # noqa: E402
 from tools.demo.corpus import DOMAINS, read_corpus, write_corpus  # noqa: E402
 from tools.demo.model import MODEL, VOCAB_SIZE, make_model, train_tokenizer  # noqa: E402
-from tools.run_tool import parsed  # noqa: E402
+from tools.run_tool import parsed, tool_parser  # noqa: E402
 
 TENSOR_PARALLEL, PIPELINE_PARALLEL = 2, 2
 WEIGHTS = {"docs": "0.6", "code": "0.4"}
@@ -229,11 +228,7 @@ def prepare(workdir: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python tools/demo/run.py --workdir /tmp/demo --steps 200",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(__doc__, "example: python tools/demo/run.py --workdir /tmp/demo --steps 200")
     parser.add_argument(
         "--workdir", type=Path, default=ROOT / "demo", help="folder for everything it makes (default: demo)"
     )

@@ -79,12 +79,8 @@ def main(kind: str) -> int:
         wrong += [] if right.item() else [operation.name]
         seconds = _seconds(operation.run, torch.cuda.synchronize if kind == "cuda" else lambda: None)
         if rank == 0:
-            numbers = (
-                f"{operation.bytes / 2**20:.0f}",
-                f"{1e3 * seconds:.3f}",
-                f"{operation.bytes / seconds / 1e9:.1f}",
-            )
-            print("\t".join(("collective", operation.name, *numbers)), flush=True)
+            mib, rate = f"{operation.bytes / 2**20:.0f}", f"{operation.bytes / seconds / 1e9:.1f}"
+            print("\t".join(("collective", operation.name, mib, f"{1e3 * seconds:.3f}", rate)), flush=True)
     dist.destroy_process_group()
     if wrong and rank == 0:
         print(f"error: wrong results of {', '.join(wrong)}", flush=True)

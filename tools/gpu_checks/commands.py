@@ -81,18 +81,12 @@ class _Running:
         self.start = time.monotonic()
         self.file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the command
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        handed_on = {name: value for name, value in os.environ.items() if name not in _NOT_HANDED_ON}
+        variables = {name: value for name, value in os.environ.items() if name not in _NOT_HANDED_ON}
+        variables |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", _MARKER: self.mark}
         self.process = subprocess.Popen(
-            self.words,
-            stdin=subprocess.DEVNULL,
-            stdout=self.file,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=handed_on
-            | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", _MARKER: self.mark}
-            | dict(environment),
-            start_new_session=True,
-        )
+            self.words, stdin=subprocess.DEVNULL, stdout=self.file, stderr=subprocess.STDOUT, cwd=ROOT,
+            env=variables | dict(environment), start_new_session=True,
+        )  # fmt: skip
 
     def output(self) -> str:
         self.file.seek(max(0, self.file.seek(0, os.SEEK_END) - _MOST_OUTPUT))

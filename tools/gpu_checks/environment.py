@@ -7,10 +7,7 @@ from tools.gpu_checks.session import GIB, PartEnded, Session, must_end_well
 
 # Speeds of links and how GPUs are wired; the driver's version is in the first.
 _NVIDIA_SMI = {
-    "nvidia-smi": (
-        "--query-gpu=index,name,driver_version,memory.total,memory.used,power.limit",
-        "--format=csv",
-    ),
+    "nvidia-smi": ("--query-gpu=index,name,driver_version,memory.total,memory.used,power.limit", "--format=csv"),
     "nvidia-smi topo -m": ("topo", "-m"),
     "nvidia-smi nvlink --status": ("nvlink", "--status"),
 }

@@ -33,14 +33,10 @@ class _Recorder:
 
     def pytest_sessionfinish(self) -> None:
         """Triton has its kernels as objects of one class where it compiles and of another where it interprets."""
-        self._write({"kernels": kernel_classes()})
-
-
-def kernel_classes() -> dict[str, int]:
-    """How many of the loaded kernels are of which class of Triton's."""
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(_KERNELS)]
-    kernels = {id(value): type(value).__name__ for module in modules for value in vars(module).values()}
-    return dict(Counter(name for name in kernels.values() if name in ("JITFunction", "InterpretedFunction")))
+        modules = [module for name, module in list(sys.modules.items()) if name.startswith(_KERNELS)]
+        kernels = {id(value): type(value).__name__ for module in modules for value in vars(module).values()}
+        classes = Counter(name for name in kernels.values() if name in ("JITFunction", "InterpretedFunction"))
+        self._write({"kernels": classes})
 
 
 def pytest_addoption(parser: Any) -> None:

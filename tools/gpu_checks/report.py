@@ -128,13 +128,10 @@ class Report:
             line += f" (give it more than {self.minutes:g} minutes with --minutes)"
         return line + (f"; {self.interrupted}" if self.interrupted else "")
 
-    @property
-    def _when(self) -> str:
-        return f"{self.machine}. Started {self.started}, with {self.minutes:g} minutes for all parts."
-
     def markdown(self) -> str:
         """For readers."""
-        lines = ["# GPU check", "", f"**{self.verdict}**", "", self._when]
+        when = f"{self.machine}. Started {self.started}, with {self.minutes:g} minutes for all parts."
+        lines = ["# GPU check", "", f"**{self.verdict}**", "", when]
         if self.device == "cpu":
             lines += ["", "This was a trial of the check itself on a CPU (`--device cpu`), small: **no GPU was used**."]
         rows = [

@@ -76,10 +76,7 @@ class Session:
         return self._deadline - time.monotonic()
 
     def run_together(
-        self,
-        commands: Sequence[Sequence[str]],
-        environment: Mapping[str, str] | None = None,
-        at_most: float = math.inf,
+        self, commands: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None, at_most: float = math.inf
     ) -> list[Ran]:
         """Runs commands at the same time, for `at_most` seconds and as long as the part has time, and records them.
 

@@ -8,22 +8,17 @@ from tools.gpu_checks.session import GIB, Session, must_end_well
 OURS = "this project"
 GOALS = {"forward": 600.0, "forward and backward": 550.0, "training step": 480.0}
 """TFLOP/s on an H200."""
-_LAYER_FLAGS: dict[str, tuple[object, ...]] = {
-    "cuda": ("--rounds", 3, "--experts", 8, 4, "--tokens", 4096, 8192, 16384),
-    "cpu": ("--rounds", 1, "--experts", 4, "--hidden-size", 64, "--ffn-hidden-size", 128, "--tokens", 128),
+_LAYER_FLAGS = {
+    "cuda": "--rounds 3 --experts 8 4 --tokens 4096 8192 16384",
+    "cpu": "--rounds 1 --experts 4 --hidden-size 64 --ffn-hidden-size 128 --tokens 128",
 }
 # a layer of Mixtral 8x7B with its embedding and output layer, about 31 GB before activations
-_STEP_FLAGS: dict[str, tuple[object, ...]] = {
-    "cuda": (
-        "--dtype", "bfloat16", "--num-layers", 1, "--hidden-size", 4096, "--ffn-hidden-size", 14336,
-        "--num-attention-heads", 32, "--num-query-groups", 8, "--seq-length", 4096, "--micro-batch-size", 2,
-        "--rounds", 4, "--one-by-one",
-    ),
-    "cpu": (
-        "--num-layers", 1, "--hidden-size", 64, "--ffn-hidden-size", 128, "--num-attention-heads", 4,
-        "--num-query-groups", 2, "--vocab-size", 512, "--seq-length", 64, "--rounds", 1,
-    ),
-}  # fmt: skip
+_STEP_FLAGS = {
+    "cuda": "--dtype bfloat16 --num-layers 1 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+    "--num-query-groups 8 --seq-length 4096 --micro-batch-size 2 --rounds 4 --one-by-one",
+    "cpu": "--num-layers 1 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2 "
+    "--vocab-size 512 --seq-length 64 --rounds 1",
+}
 _STEP_GIB = 48
 _SPREAD = r"\s+([\d.]+) \([\d.]+ to [\d.]+\)"
 _LAYER_ROW = re.compile(rf"^({OURS}.*?)" + 2 * _SPREAD)
@@ -79,7 +74,8 @@ def check_speed(session: Session) -> str:
     device, part = session.device, session.part
     if session.machine.packages.get("transformers") is None:
         part.note("transformers is not installed: it is left out of the comparisons.")
-    layer = session.run(session.python("tools/benchmarks/moe_layer.py", "--device", device, *_LAYER_FLAGS[device]))
+    flags = _LAYER_FLAGS[device].split()
+    layer = session.run(session.python("tools/benchmarks/moe_layer.py", "--device", device, *flags))
     part.listing("tools/benchmarks/moe_layer.py", layer.output)
     rates = read_layer_rates(layer.output)
     unit = "TFLOP/s" if device == "cuda" else "GFLOP/s"
@@ -93,7 +89,8 @@ def check_speed(session: Session) -> str:
     if device == "cuda" and session.machine.gpus[0]["free"] < _STEP_GIB * GIB:
         part.note(f"train_step.py is left out: it needs {_STEP_GIB} GiB of free memory at the size of 8x7B.")
     else:
-        step = session.run(session.python("tools/benchmarks/train_step.py", "--device", device, *_STEP_FLAGS[device]))
+        flags = _STEP_FLAGS[device].split()
+        step = session.run(session.python("tools/benchmarks/train_step.py", "--device", device, *flags))
         part.listing("tools/benchmarks/train_step.py", step.output)
         for rate in read_step_rate(step.output):
             value = rate.value if device == "cuda" else 1e3 * rate.value

@@ -12,20 +12,16 @@ from tools.gpu_checks.session import Device, PartEnded, Session, must_end_well
 STEPS = 3
 # What the first weights and the data are does not depend on device or layout.
 _COMMON = (
-    "--tokenizer-type", "NullTokenizer", "--mock-data", "--train-iters", STEPS, "--lr", "1e-4", "--moe-router-topk", 2,
-    "--moe-aux-loss-coeff", "1e-2", "--micro-batch-size", 1, "--global-batch-size", 4, "--eval-iters", 0,
-    "--eval-interval", 0, "--log-interval", 1,
-)  # fmt: skip
-_SIZES: dict[str, tuple[object, ...]] = {
-    "cuda": (
-        "--num-layers", 4, "--hidden-size", 512, "--ffn-hidden-size", 1792, "--num-attention-heads", 8,
-        "--num-query-groups", 4, "--num-experts", 8, "--vocab-size", 4096, "--seq-length", 512,
-    ),
-    "cpu": (
-        "--num-layers", 2, "--hidden-size", 64, "--ffn-hidden-size", 128, "--num-attention-heads", 4,
-        "--num-query-groups", 2, "--num-experts", 4, "--vocab-size", 512, "--seq-length", 64,
-    ),
-}  # fmt: skip
+    f"--tokenizer-type NullTokenizer --mock-data --train-iters {STEPS} --lr 1e-4 --moe-router-topk 2 "
+    "--moe-aux-loss-coeff 1e-2 --micro-batch-size 1 --global-batch-size 4 --eval-iters 0 --eval-interval 0 "
+    "--log-interval 1"
+)
+_SIZES = {
+    "cuda": "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1792 --num-attention-heads 8 --num-query-groups 4 "
+    "--num-experts 8 --vocab-size 4096 --seq-length 512",
+    "cpu": "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --num-query-groups 2 "
+    "--num-experts 4 --vocab-size 512 --seq-length 64",
+}
 # float32 is float32 everywhere: the variable keeps libraries from rounding operands to TF32.
 _EXACT = {"NVIDIA_TF32_OVERRIDE": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
@@ -40,17 +36,10 @@ class Step(NamedTuple):
     grad_norm: float
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Largest |a - b| / |b| of a step's loss and gradient norm."""
-
-    loss: float
-    grad_norm: float
-
-
-# In float32 two kinds of products on one CPU differ by 6e-8, and a run in bfloat16 by 6e-5 and 2e-3: operands that are
-# rounded must be seen. In bfloat16 a router chooses another expert for some tokens.
-BOUNDS = {"float32": Bounds(5e-6, 1e-4), "bfloat16": Bounds(1e-3, 2e-2)}
+# The largest |a - b| / |b| of a step's loss and gradient norm. In float32 two kinds of products on one CPU differ by
+# 6e-8, and a run in bfloat16 by 6e-5 and 2e-3: operands that are rounded must be seen. In bfloat16 a router chooses
+# another expert for some tokens.
+BOUNDS = {"float32": Step(5e-6, 1e-4), "bfloat16": Step(1e-3, 2e-2)}
 _DTYPE_FLAGS: dict[str, tuple[str, ...]] = {"float32": (), "bfloat16": ("--bf16",)}
 
 
@@ -81,9 +70,8 @@ LAYOUTS = (
 
 def training_words(session: Session, device: Device, metrics: Path, ranks: int, *flags: object) -> list[str]:
     """The command of a small run, under torchrun if there are ranks."""
-    sizes = _SIZES[session.device]
-    script = "pretrain_gpt.py"
-    return session.python(script, "--device", device, *sizes, *_COMMON, *flags, "--metrics-path", metrics, ranks=ranks)
+    words = [*_SIZES[session.device].split(), *_COMMON.split(), *flags, "--metrics-path", metrics]
+    return session.python("pretrain_gpt.py", "--device", device, *words, ranks=ranks)
 
 
 def read_steps(ran: Ran, metrics: Path) -> list[Step]:
@@ -103,7 +91,7 @@ def differences(ours: list[Step], reference: list[Step]) -> tuple[list[float], l
     return losses, norms
 
 
-def within(bounds: Bounds, losses: list[float], norms: list[float]) -> bool:
+def within(bounds: Step, losses: list[float], norms: list[float]) -> bool:
     """Whether all differences are small enough; NaN is not."""
     return all(d <= bounds.loss for d in losses) and all(d <= bounds.grad_norm for d in norms)
 

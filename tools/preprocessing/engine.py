@@ -16,20 +16,10 @@ from tools.preprocessing.vocabulary import sentencepiece_json
 
 BACKENDS = ("auto", "gigatoken", "hf", "sentencepiece")
 # Steps of a tokenizer.json that do not look at what kind of character one is; "Regex" is no step, but a pattern's kind.
-_CLASSLESS = frozenset(
-    (
-        "BPE",
-        "ByteFallback",
-        "Fuse",
-        "Metaspace",
-        "Precompiled",
-        "Prepend",
-        "Replace",
-        "Sequence",
-        "Strip",
-        "TemplateProcessing",
-    )
-)
+_CLASSLESS = {
+    "BPE", "ByteFallback", "Fuse", "Metaspace", "Precompiled", "Prepend", "Replace", "Sequence", "Strip",
+    "TemplateProcessing",
+}  # fmt: skip
 _GIGATOKEN_MISSING = "the package gigatoken is not installed (pip install gigatoken)"
 # What libraries disagree about first: spaces, special tokens in the text, joined, unassigned and new characters.
 PROBES = (
@@ -39,9 +29,9 @@ PROBES = (
     "中文，字。日本語한국어", "👩‍👩‍👧🏳️‍🌈", "\0\x07\ufeff\ufffd", "\U0010ffff\ue000\U000331ff's", "ࢗ'll", "a" * 300,
     " " * 100 + "x", "http://a.b/c?d=e&f#g", "שלום مرحبا", "==--//**", "\u200bzero\u200dwidth",
 )  # fmt: skip
-
-
 _TOKENS_A_PROBE = 20
+# gigatoken's time to start grows with the square of a token's length.
+_LONGEST_ADDED_TOKEN = 1000
 
 
 class EngineUnavailable(Exception):
@@ -63,10 +53,6 @@ class ReferenceEngine:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = reference_name(tokenizer)
         self.encode_batch = tokenizer.tokenize_batch
-
-
-# Its time to start grows with the square of a token's length.
-_LONGEST_ADDED_TOKEN = 1000
 
 
 class GigatokenEngine:
@@ -95,7 +81,6 @@ class GigatokenEngine:
             raise EngineUnavailable(f"gigatoken cannot run this tokenizer ({reason})") from None
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
-        """See `Engine`."""
         if self._has_classes:
             return [self._encode(text) if is_settled(text) else self._reference.tokenize(text) for text in texts]
         return [self._encode(text) for text in texts]
@@ -159,7 +144,6 @@ class TokenizersEngine:
             raise EngineUnavailable(f"tokenizers cannot run this tokenizer ({error})") from None
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
-        """See `Engine`."""
         return [
             self._tokenizer.encode(text, add_special_tokens=False).ids
             if is_settled(text)
@@ -192,8 +176,7 @@ def engine_source(name: str, reference: Tokenizer) -> str | None:
     """What engine `name` is built from, to be made once for all workers. Raises EngineUnavailable."""
     if name == reference_name(reference):
         return None
-    paths = [Path(path) for path in getattr(reference, "paths", ())]
-    kind = reference.file_format
+    paths, kind = reference.paths, reference.file_format
     if name == "sentencepiece":
         model = paths[0].parent / "tokenizer.model" if paths else None
         if model is None or not model.is_file():

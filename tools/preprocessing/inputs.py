@@ -7,17 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tools.preprocessing.kinds import (
-    ENDINGS_IN_WORDS,
-    TEXT,
-    Kind,
-    ending,
-    is_corpus_name,
-    is_product,
-    is_product_name,
-    kind_of,
-    read_head,
-)
+from tools.preprocessing import kinds
 
 CHUNK_BYTES = 1 << 20
 # A compressed file cannot be cut: a rank takes all of it, and it counts as much text as it probably holds.
@@ -30,12 +20,12 @@ class Input(NamedTuple):
     path: str
     start: int
     end: int
-    kind: Kind = Kind(TEXT)
+    kind: kinds.Kind = kinds.Kind(kinds.TEXT)
 
     @property
     def is_plain(self) -> bool:
         """Whether any part of the file can be read without what comes before it."""
-        return self.kind.reading == TEXT
+        return self.kind.reading == kinds.TEXT
 
     @property
     def size(self) -> int:
@@ -85,19 +75,19 @@ def find_inputs(patterns: list[str]) -> Corpus:
     for pattern in patterns:
         taken, others = _files_of(pattern)
         for path in others:
-            if is_product_name(path):
+            if kinds.is_product_name(path):
                 products.add(identity(path))
             else:
-                aside[identity(path)] = ending(path)
+                aside[identity(path)] = kinds.ending(path)
         inputs = 0
         for path in sorted(taken, key=natural_order):
             file = identity(path)
             if file not in found:
-                head = None if is_product_name(path) else read_head(path)
-                if head is None or is_product(head):
+                head = None if kinds.is_product_name(path) else kinds.read_head(path)
+                if head is None or kinds.is_product(head):
                     products.add(file)
                     continue
-                found[file] = Input(path, 0, os.path.getsize(path), kind_of(path, head))
+                found[file] = Input(path, 0, os.path.getsize(path), kinds.kind_of(path, head))
             elif os.path.abspath(path) != os.path.abspath(found[file].path):
                 other_names.add(os.path.abspath(path))
             inputs += 1
@@ -115,11 +105,11 @@ def _files_of(pattern: str) -> tuple[list[str], list[str]]:
     matches = [pattern] if os.path.isdir(pattern) else _expand(pattern)
     named = [path for path in matches if os.path.isfile(path)]
     files = [path for match in matches if os.path.isdir(match) for path in _walk(match)]
-    taken = [path for path in [*named, *files] if is_corpus_name(path)]
+    taken = [path for path in [*named, *files] if kinds.is_corpus_name(path)]
     if named and not taken:
         taken = named
     if not taken and os.path.isdir(pattern):
-        raise ValueError(f"--input {pattern} has no files in it that end in {ENDINGS_IN_WORDS}")
+        raise ValueError(f"--input {pattern} has no files in it that end in {kinds.ENDINGS_IN_WORDS}")
     if not taken and os.path.exists(pattern):
         raise ValueError(f"--input {pattern} is a pipe or a device, but files are read more than once: give a file")
     if not taken:
@@ -150,7 +140,7 @@ def _walk(folder: str) -> Iterator[str]:
             if name.startswith("."):
                 continue
             file = os.path.join(path, name)
-            if is_corpus_name(name) and not os.path.isfile(file):
+            if kinds.is_corpus_name(name) and not os.path.isfile(file):
                 what = "a pipe, socket or device, not a file" if os.path.exists(file) else "a link to nothing"
                 raise ValueError(f"{file} is {what}: fix or remove it")
             yield file

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from megatron.core.atomic_files import atomic_writer, error_sentence
@@ -130,9 +129,7 @@ class Ranks:
         if self._place.ranks > 1:
             self._thread.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._place.ranks == 1:
             return
         self._end_beats()

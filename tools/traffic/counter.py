@@ -55,7 +55,6 @@ class CommunicationCounter(TorchDispatchMode):
         labels = group_labels(groups)
         self._labels = {handle: labels[name] for name, handle in _handles(groups).items()}
         self.bytes: Counter[tuple[str, str]] = Counter()
-        self.calls: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts operations of torch.distributed, and carries out every operation."""
@@ -73,7 +72,6 @@ class CommunicationCounter(TorchDispatchMode):
         key = (operation, self._labels.get(group, f"unknown group {group}"))
         tensors = tree_leaves(values if counted is None else values[counted])
         self.bytes[key] += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-        self.calls[key] += 1
 
 
 def sent_share(operation: str, group_size: int) -> float:

@@ -92,6 +92,14 @@ class _Account:
         if size and ranks > 1:
             self.found.append(Traffic(kind, purpose, operation, group, ranks, size))
 
+    def add_region(self, purpose: str, gathered: float, scattered: float, reduced: float) -> None:
+        """Notes what a tensor-parallel product sends, with sequence parallelism or without."""
+        if self.sequence_parallel:
+            self.add("TP", purpose, "all-gather", "tp", gathered)
+            self.add("TP", purpose, "reduce-scatter", "tp", scattered)
+        else:
+            self.add("TP", purpose, "all-reduce", "tp", reduced)
+
     def entries(self) -> list[Traffic]:
         self._dense_layers()
         self._ring()
@@ -110,11 +118,8 @@ class _Account:
         """Attention's products, forward (again where recomputed) and backward."""
         x = self.whole * self.model.hidden_size * self.a
         forward, backward = self.m * (self.layers + self.again), self.m * self.layers
-        if self.sequence_parallel:
-            self.add("TP", "attention", "all-gather", "tp", (forward + 2 * backward) * x)
-            self.add("TP", "attention", "reduce-scatter", "tp", (forward + backward) * x)
-        else:
-            self.add("TP", "attention", "all-reduce", "tp", (forward + backward) * x)
+        sums = (forward + backward) * x
+        self.add_region("attention", (forward + 2 * backward) * x, scattered=sums, reduced=sums)
 
     def _ring(self) -> None:
         """Keys and values travel around the ring forward and backward, their gradients once around and home."""
@@ -175,21 +180,12 @@ class _Account:
 
     def _ends(self) -> None:
         """Embedding, output layer and loss."""
-        model, backward = self.model, self.m
-        x, losses = self.whole * model.hidden_size * self.a, self.whole * self.w
+        x, losses = self.m * self.whole * self.model.hidden_size * self.a, self.m * self.whole * self.w
         if self.chunks[0].has_embedding:
-            if self.sequence_parallel:
-                self.add("TP", "embedding", "reduce-scatter", "tp", self.m * x)
-                self.add("TP", "embedding", "all-gather", "tp", backward * x)
-            else:
-                self.add("TP", "embedding", "all-reduce", "tp", self.m * x)
+            self.add_region("embedding", gathered=x, scattered=x, reduced=x)
         if self.chunks[-1].has_output:
-            if self.sequence_parallel:
-                self.add("TP", "output layer", "all-gather", "tp", (self.m + backward) * x)
-                self.add("TP", "output layer", "reduce-scatter", "tp", backward * x)
-            else:
-                self.add("TP", "output layer", "all-reduce", "tp", backward * x)
-            self.add("TP", "cross entropy", "all-reduce", "tp", self.m * 3 * losses)
+            self.add_region("output layer", gathered=2 * x, scattered=x, reduced=x)
+            self.add("TP", "cross entropy", "all-reduce", "tp", 3 * losses)
             self.add("control", "tokens of the loss", "all-reduce", "cp", self.m * self.step.loss_mask_bytes)
 
     def _pipeline(self) -> None:

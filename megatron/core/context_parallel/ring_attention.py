@@ -39,10 +39,7 @@ def _pass_on(block: Tensor, cp: Group) -> _InFlight:
     arriving = torch.empty_like(block)
     following, previous = cp.ranks[(cp.rank + 1) % cp.size], cp.ranks[cp.rank - 1]
     requests = collectives.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, block, following, cp.handle),
-            dist.P2POp(dist.irecv, arriving, previous, cp.handle),
-        ]
+        [dist.P2POp(dist.isend, block, following, cp.handle), dist.P2POp(dist.irecv, arriving, previous, cp.handle)]
     )
     return _InFlight(requests, arriving, block)
 

@@ -181,9 +181,8 @@ def split_blends(config: DataConfig) -> tuple[SplitBlend | None, SplitBlend | No
     if not arguments:
         raise ValueError(f"{flag} names no data set: give the prefix of one, or --mock-data")
     sources = parse_blend(flag, arguments)
-    share_train, share_valid, _ = parse_split(config.split or DEFAULT_SPLIT)
-    bounds = [0.0, share_train, share_train + share_valid, 1.0]
     shares = parse_split(config.split or DEFAULT_SPLIT)
+    bounds = [0.0, shares[0], shares[0] + shares[1], 1.0]
     train, valid, test = (
         SplitBlend(sources, start, stop) if share else None
         for share, (start, stop) in zip(shares, pairwise(bounds), strict=True)

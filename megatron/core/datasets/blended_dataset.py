@@ -153,25 +153,15 @@ class _Builder:
                 logger.warning(
                     "%s has no documents for the %s split, which gets %g%% of its %d: it is left out of that split "
                     "(a larger share in --split brings it in)",
-                    source.prefix,
-                    SPLITS[which],
-                    100 * (blend.stop - blend.start),
-                    indexed.document_count,
-                )
+                    source.prefix, SPLITS[which], 100 * (blend.stop - blend.start), indexed.document_count,
+                )  # fmt: skip
         return parts, [weight / math.fsum(weights) for weight in weights]
 
     def _dataset(self, indexed: IndexedDataset, documents: tuple[int, int], which: int, num_samples: int) -> GPTDataset:
         return GPTDataset(
-            indexed,
-            documents,
-            num_samples,
-            self._config.seq_length,
-            self._seed,
-            SPLITS[which],
-            self._cache,
-            self._format,
-            self._vocab_size,
-        )
+            indexed, documents, num_samples, self._config.seq_length, self._seed, SPLITS[which], self._cache,
+            self._format, self._vocab_size,
+        )  # fmt: skip
 
 
 def _sample_format(config: DataConfig, vocabulary: Vocabulary | None) -> SampleFormat:

@@ -123,14 +123,9 @@ class GPTDataset:
                 f"of {seq_length} tokens would read {self.num_epochs} times: give it more documents or fewer samples"
             )
         description = {
-            "format": 2,
-            "prefix": os.path.basename(indexed.prefix),
-            "fingerprint": indexed.fingerprint,
-            "documents": list(documents),
-            "seq_length": seq_length,
-            "seed": seed,
-            "num_epochs": self.num_epochs,
-        }
+            "format": 2, "prefix": os.path.basename(indexed.prefix), "fingerprint": indexed.fingerprint,
+            "documents": list(documents), "seq_length": seq_length, "seed": seed, "num_epochs": self.num_epochs,
+        }  # fmt: skip
         count = documents[1] - documents[0]
         samples = (self.num_epochs * self.tokens_per_epoch - 1) // seq_length
         types = {

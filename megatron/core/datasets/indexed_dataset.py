@@ -119,7 +119,7 @@ class IndexedDataset:
         return len(self.sequence_lengths)
 
     def __getitem__(self, index: int) -> NDArray:
-        return self.get(index)
+        return self._slice(int(self._offsets[index]), int(self.sequence_lengths[index]), 0, None)
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str, bool]]:
         return IndexedDataset, (self.prefix, self._random_access)
@@ -129,13 +129,8 @@ class IndexedDataset:
         """Number of documents."""
         return len(self.document_indices) - 1
 
-    def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray:
-        """Tokens `[offset, offset + length)` of a sequence (to its end if no length), as a view of type `dtype`."""
-        size = int(self.sequence_lengths[index])
-        return self._slice(int(self._offsets[index]), size, offset, length)
-
     def get_document(self, document: int, offset: int = 0, length: int | None = None) -> NDArray:
-        """The same for a document, whose sequences follow each other."""
+        """Tokens `[offset, offset + length)` of a document (to its end if no length), as a view of type `dtype`."""
         start, end = (self._byte_offset(int(self.document_indices[document + i])) for i in (0, 1))
         return self._slice(start, (end - start) // self.dtype.itemsize, offset, length)
 

@@ -8,7 +8,6 @@ import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -22,16 +21,7 @@ from megatron.core.datasets.description import (
     file_sha256,
     read_description,
 )
-from megatron.core.datasets.indexed_dataset import (
-    BLOCK,
-    CODES,
-    DTYPES,
-    HEADER,
-    MAGIC,
-    VERSION,
-    IndexedDataset,
-    blocks,
-)
+from megatron.core.datasets.indexed_dataset import BLOCK, CODES, DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, blocks
 
 logger = logging.getLogger(__name__)
 
@@ -201,14 +191,8 @@ class IndexedDatasetWriter:
         description_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._bin.name, f"{self.prefix}.bin")
         if origin:
-            DatasetDescription(
-                **origin._asdict(),
-                documents=self.document_count,
-                tokens=self.token_count,
-                dtype=self.dtype.name,
-                sha256=checksums,
-                input=source,
-            ).write(self.prefix)
+            counts = {"documents": self.document_count, "tokens": self.token_count, "dtype": self.dtype.name}
+            DatasetDescription(**origin._asdict(), **counts, sha256=checksums, input=source).write(self.prefix)
         os.replace(self._idx.name, f"{self.prefix}.idx")
         os.unlink(self._documents.name)
         sync_folder(Path(self.prefix).parent)
@@ -252,7 +236,5 @@ class IndexedDatasetWriter:
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.abort()

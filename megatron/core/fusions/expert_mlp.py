@@ -74,14 +74,8 @@ def expert_mlp(
 ) -> Tensor:
     """sum_k p_tk W2_e (silu(G_e x_t) * U_e x_t) over the experts e = e_tk that are here: x [T, H] -> [T, H].
 
-    Args:
-        x_TH: tokens.
-        probs_TK: weights of their choices.
-        index: the rows of those (token, choice) pairs whose expert is here.
-        gate_up: [experts, 2F, H], gate then up.
-        down: [experts, H, F].
-        backend: what makes the products, see grouped_product.
-        wgrad_backend: what makes the weight gradients, see grouped_weight_gradient.
+    `index` has the rows of those (token, choice) pairs whose expert is here; gate_up [experts, 2F, H] is gate, then up,
+    and down is [experts, H, F]. For the backends see `grouped_product` and `grouped_weight_gradient`.
     """
     if (multiple := row_multiple(x_TH, gate_up, backend)) > 1:
         index = align_rows(index, multiple)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from megatron.core.models.weight_table import WeightRule, WeightTable
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.core.stages import Stage
-from megatron.core.tensor_parallel.parameter import NamedShard, ParameterSpec, Specs, named_shards
+from megatron.core.tensor_parallel.parameter import ParameterSpec, Specs
 from megatron.core.transformer.moe.router import RouterStatistics, TopKRouter
 
 
@@ -88,11 +88,6 @@ class ModelChunks(nn.ModuleList):
     def sequence_parallel(self) -> bool:
         """Whether hidden states between its layers are split along the sequence."""
         return self.first.sequence_parallel
-
-    def named_shards(self) -> Iterator[NamedShard]:
-        """This rank's part of every tensor, of all stages; global names are unique."""
-        for chunk in self:
-            yield from named_shards(chunk, chunk.first_layer)
 
     def checkpoint_keys(self) -> list[tuple[str, ModelStage]]:
         """Each stage with Megatron's name for it in a checkpoint: `model`, or `model0`, `model1`, ..."""

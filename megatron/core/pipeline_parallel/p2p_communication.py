@@ -23,10 +23,11 @@ class Message:
     """A tensor that is being sent, in either direction."""
 
     _tensor: Tensor
-    _work: dist.Work
+    _work: dist.Work | None
 
     def finish(self) -> Tensor:
         """Returns the tensor once it may be used (on a GPU: for what is launched from now on)."""
+        assert self._work is not None, "this process is not part of the channel"
         collectives.wait(self._work)
         return self._tensor
 
@@ -45,21 +46,16 @@ class StageLink:
         channel = self.channels.forward_out if isinstance(work, Forward) else self.channels.backward_out
         assert tensor.shape == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype)
         tensor = tensor.contiguous()
-        return _begin(tensor, collectives.isend(tensor, _other(channel), group=channel.handle))
+        return Message(tensor, collectives.isend(tensor, _other(channel), group=channel.handle))
 
     def receive(self, work: Pass) -> Message:
         """Begins to receive the input of a pass."""
         channel = self.channels.forward_in if isinstance(work, Forward) else self.channels.backward_in
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        return _begin(tensor, collectives.irecv(tensor, _other(channel), group=channel.handle))
+        return Message(tensor, collectives.irecv(tensor, _other(channel), group=channel.handle))
 
 
 def _other(channel: Group) -> int:
     """The rank at the other end of a channel."""
     assert channel.size == 2, "the pipeline has no neighbour there"
     return channel.ranks[1 - channel.rank]
-
-
-def _begin(tensor: Tensor, work: dist.Work | None) -> Message:
-    assert work is not None, "this process is not part of the channel"
-    return Message(tensor, work)

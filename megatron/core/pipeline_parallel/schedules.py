@@ -10,50 +10,41 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Forward:
+class _OneChunk:
+    microbatch: int
+    chunk: int
+
+
+class Forward(_OneChunk):
     """A microbatch through one chunk of the rank."""
 
-    microbatch: int
-    chunk: int
 
-
-@dataclass(frozen=True)
-class Backward:
+class Backward(_OneChunk):
     """The gradients of a microbatch through one chunk of the rank."""
-
-    microbatch: int
-    chunk: int
 
 
 Pass = Forward | Backward
 
 
 @dataclass(frozen=True)
-class Receive:
+class _Message:
+    of: Pass
+
+
+class Receive(_Message):
     """Begin to receive the input of a pass."""
 
-    of: Pass
 
-
-@dataclass(frozen=True)
-class AwaitReceived:
+class AwaitReceived(_Message):
     """Wait until the input of a pass is there."""
 
-    of: Pass
 
-
-@dataclass(frozen=True)
-class Send:
+class Send(_Message):
     """Begin to send the result of a pass."""
 
-    of: Pass
 
-
-@dataclass(frozen=True)
-class AwaitSent:
+class AwaitSent(_Message):
     """Wait until the result of a pass is sent, and give it up."""
-
-    of: Pass
 
 
 Instruction = Pass | Receive | AwaitReceived | Send | AwaitSent

@@ -44,12 +44,8 @@ class _Simulation:
         self.clocks = [0.0] * pipeline.ranks
         self.done: list[list[TimedPass]] = [[] for _ in range(pipeline.ranks)]
 
-    def _incoming(self, rank: int, work: Pass) -> _Channel:
-        """What passes of this kind receive from: channels are numbered by the rank that sends."""
-        return self._between(rank, type(work))[1]
-
     def _between(self, rank: int, kind: type[Pass]) -> tuple[_Channel, _Channel]:
-        """The channels in which a rank sends and receives messages of a kind."""
+        """Where a rank sends and receives messages of a kind: channels are numbered by the rank that sends."""
         before = rank - 1 if kind is Forward else rank + 1
         return self.channels[rank, kind], self.channels[before % self.pipeline.ranks, kind]
 
@@ -77,14 +73,14 @@ class _Simulation:
             self.done[rank].append(TimedPass(instruction, clock, self.clocks[rank]))
             return True
         work = instruction.of
+        outgoing, incoming = self._between(rank, type(work))
         if isinstance(instruction, Send):
-            self.channels[rank, type(work)].sent.append((work, clock))
+            outgoing.sent.append((work, clock))
         elif isinstance(instruction, Receive):
-            self._incoming(rank, work).received.append((work, clock))
+            incoming.received.append((work, clock))
         else:
-            outgoing = isinstance(instruction, AwaitSent)
-            channel = self.channels[rank, type(work)] if outgoing else self._incoming(rank, work)
-            ours, theirs = (channel.sent, channel.received) if outgoing else (channel.received, channel.sent)
+            is_sent = isinstance(instruction, AwaitSent)
+            ours, theirs = (outgoing.sent, outgoing.received) if is_sent else (incoming.received, incoming.sent)
             number = [posted for posted, _ in ours].index(work)
             if len(theirs) <= number:
                 return False

@@ -25,8 +25,6 @@ from megatron.core.tensor_parallel import mappings
 
 MAX_LOGITS = 2**27
 """Logits of one piece: 4,096 tokens of a vocabulary of 32,768."""
-
-
 _ALIGNED_TOKENS = 64
 """A piece that begins elsewhere would be one more variant of each kernel, compiled in the middle of a step."""
 
@@ -144,14 +142,11 @@ class _OutputLoss(Function):
 def output_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, group: Group, sequence_parallel: bool
 ) -> Tensor:
-    """-log softmax(x W^T)[target] for each token, in float32 (float64 for float64 inputs).
+    """-log softmax(x W^T)[target] for each token, in float32 (float64 for float64 inputs): [S, B].
 
-    Args:
-        x: [S, B, H], or this rank's slice of it along the sequence with `sequence_parallel`.
-        weight: [V, H], this rank's rows of the padded vocabulary; gradients of padding rows are zero.
-        targets: [S, B] int64 token ids below `vocab_size`.
-        vocab_size: entries that are real; padding carries no probability.
-        group: ranks that split the vocabulary.
+    x is [S, B, H], or this rank's slice of it along the sequence with `sequence_parallel`; targets are int64 [S, B],
+    below `vocab_size`. The weight [V, H] has this rank's rows of the padded vocabulary; padding carries no probability,
+    and its gradient is zero.
     """
     first = weight.shape[0] * group.rank
     columns = min(max(vocab_size - first, 0), weight.shape[0])

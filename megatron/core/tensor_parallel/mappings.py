@@ -1,10 +1,11 @@
-"""Conjugate collectives: each autograd Function's backward is the transpose of its forward.
+"""Conjugate collectives: the backward pass of each is the transpose of its forward.
 
 With `f` the identity whose backward is an all-reduce and `g` the all-reduce whose backward is the identity
 (arXiv:1909.08053, section 3), and their sequence-parallel twins `g_bar` and its conjugate (arXiv:2205.05198, section
 4.2.2). The split axis of all sequence mappings is the first. Every mapping is the identity in a group of one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd import Function
 
 from megatron.core import collectives
 from megatron.core.parallel_state import Group
+
+Operation = Callable[[Tensor], Tensor]
 
 
 def all_reduce(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -61,57 +64,37 @@ def split_first(x: Tensor, group: Group) -> Tensor:
     return x.chunk(group.size, dim=0)[group.rank]
 
 
-class _Copy(Function):
-    """`f`: identity forward, all-reduce backward."""
+class _Conjugate(Function):
+    """A linear operation forward, its transpose backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, operation: Operation, transpose: Operation) -> Tensor:
+        ctx.transpose = transpose
+        return operation(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grads[0]), None, None
 
 
-class _Reduce(Function):
-    """`g`: all-reduce forward, identity backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return all_reduce(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _ReduceScatterSequence(Function):
-    """`g_bar`: reduce-scatter forward, all-gather backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter_first(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_first(grads[0], ctx.group), None
+def conjugate(x: Tensor, group: Group, operation: Operation, transpose: Operation) -> Tensor:
+    """`operation(x)`, whose gradient `transpose` takes back; the identity in a group of one."""
+    return x if group.size == 1 else _Conjugate.apply(x, operation, transpose)
 
 
 def copy_to_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """Hands a replicated tensor to ranks that each use it differently: identity, backward sums the gradients."""
-    return x if group.size == 1 else _Copy.apply(x, group)
+    """`f`: hands a replicated tensor to ranks that each use it differently; backward sums the gradients."""
+    return conjugate(x, group, lambda x: x.view_as(x), lambda grad: all_reduce(grad, group))
 
 
 def reduce_from_tensor_parallel(x: Tensor, group: Group) -> Tensor:
-    """Sums the ranks' partial results into a replicated tensor; backward is the identity."""
-    return x if group.size == 1 else _Reduce.apply(x, group)
+    """`g`: sums the ranks' partial results into a replicated tensor; backward is the identity."""
+    return conjugate(x, group, lambda x: all_reduce(x, group), lambda grad: grad)
 
 
 def reduce_scatter_to_sequence_parallel(x: Tensor, group: Group) -> Tensor:
-    """Sums the ranks' partial results and keeps this rank's slice of the sequence: [s, ...] -> [s/tp, ...]."""
-    return x if group.size == 1 else _ReduceScatterSequence.apply(x, group)
+    """`g_bar`: sums the partial results and keeps this rank's slice of the sequence, [s, ...] -> [s/tp, ...]."""
+    return conjugate(x, group, lambda x: reduce_scatter_first(x, group), lambda grad: all_gather_first(grad, group))
 
 
 def gather_last(x: Tensor, group: Group) -> Tensor:

@@ -1,44 +1,54 @@
 """Tokenizers behind one small interface; each is imported only when it is asked for."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, get_args
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 from megatron.core.config import TokenizerConfig, TokenizerType
-from megatron.core.tokenizers.identity import FileFormat
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """What training and preprocessing need from a tokenizer. No token is ever added to a text by itself."""
 
-    file_format: FileFormat
+    kind: ClassVar[str]
+    """What `identity` calls it."""
+    file_format: ClassVar[Literal["tokenizer.json", "transformers", "tokenizer.model", "gpt2", "none"]]
     """What it is made from, for tools that run the same files with another library."""
+    paths: Sequence[Path] = ()
+    """The files for these tools."""
+    vocab_size: int
+    """Largest token id plus one, added tokens included."""
+    eod: int
+    """Token id that ends a document."""
+    bos: int | None = None
+    """Token id that begins a sequence, if the vocabulary has one."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Largest token id plus one, added tokens included."""
-
-    @property
-    def eod(self) -> int:
-        """Token id that ends a document."""
-
-    @property
-    def bos(self) -> int | None:
-        """Token id that begins a sequence, if the vocabulary has one."""
-
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Type, vocabulary size, end-of-document id and SHA-256 of the files: equal only if ids mean the same."""
+        hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(self._files())}
+        return {"type": self.kind, "vocab_size": self.vocab_size, "eod": self.eod, "sha256": hashes}
+
+    def _files(self) -> Iterable[Path]:
+        return self.paths
 
     @property
+    @abstractmethod
     def added_tokens(self) -> Sequence[str]:
         """Texts that are tokens as a whole, or would be if text could name them."""
 
+    @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text."""
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts."""
+        return [self.tokenize(text) for text in texts]
 
+    @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids."""
 

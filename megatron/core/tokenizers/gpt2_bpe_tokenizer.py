@@ -3,14 +3,13 @@
 import heapq
 import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import regex
 
 from megatron.core.text_files import read_object, read_text
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
+from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.settings import checked_size
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,17 +27,21 @@ def bytes_to_characters() -> dict[int, str]:
     return table
 
 
-class GPT2BPETokenizer:
+class GPT2BPETokenizer(Tokenizer):
     """GPT-2's tokenizer; `<|endoftext|>` ends documents and is never read out of a text."""
 
-    file_format: FileFormat = "gpt2"
+    kind, file_format = "GPT2BPETokenizer", "gpt2"
+    added_tokens = (END_OF_TEXT,)
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         self.paths = [Path(vocab_file), Path(merge_file)]
         for flag, path in zip(("--vocab-file", "--merge-file"), self.paths):
             if not path.is_file():
                 raise FileNotFoundError(f"{flag} {path} does not exist")
-        self._ids = self._read_vocabulary(self.paths[0])
+        self._ids = read_object(self.paths[0])
+        if not all(type(token) is int and token >= 0 for token in self._ids.values()):
+            raise ValueError(f"{vocab_file} must be a JSON object of pieces and their ids")
+        self.vocab_size = checked_size(self.paths[0], self._ids.values())
         self._characters = bytes_to_characters()
         self._bytes = {character: byte for byte, character in self._characters.items()}
         self._tokens = {token: piece for piece, token in self._ids.items()}
@@ -48,18 +51,7 @@ class GPT2BPETokenizer:
         self._byte_ids = [self._ids[self._characters[byte]] for byte in range(256)]
         self._merges = self._read_merges(self.paths[1])
         self._cache: dict[str, list[int]] = {}
-        self.vocab_size = 1 + max(self._ids.values())
         self.eod = self._ids[END_OF_TEXT]
-        self.bos: int | None = None
-        self.added_tokens = [END_OF_TEXT]
-
-    @staticmethod
-    def _read_vocabulary(path: Path) -> dict[str, int]:
-        vocabulary = read_object(path)
-        if not all(type(token) is int and token >= 0 for token in vocabulary.values()):
-            raise ValueError(f"{path} must be a JSON object of pieces and their ids")
-        checked_size(path, vocabulary.values())
-        return vocabulary
 
     def _read_merges(self, path: Path) -> dict[tuple[int, int], tuple[int, int]]:
         """(left id, right id) -> (rank, merged id)."""
@@ -76,13 +68,7 @@ class GPT2BPETokenizer:
             merges.setdefault(*merge)
         return merges
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        return tokenizer_identity("GPT2BPETokenizer", self.vocab_size, self.eod, self.paths)
-
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         ids: list[int] = []
         for word in _WORDS.findall(text):
             merged = self._cache.get(word)
@@ -120,10 +106,6 @@ class GPT2BPETokenizer:
             if preceding[position] >= 0:
                 offer(preceding[position])
         return [token for token in ids if token >= 0]
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
-        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""

@@ -1,28 +1,21 @@
 """Text that already is token ids."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
+from megatron.core.tokenizers import Tokenizer
 
 
-class NullTokenizer:
+class NullTokenizer(Tokenizer):
     """Reads a text as integers separated by white space; the last id of the vocabulary ends documents."""
 
-    bos = None
+    kind, file_format = "NullTokenizer", "none"
     added_tokens = ()
-    file_format: FileFormat = "none"
 
     def __init__(self, vocab_size: int) -> None:
         if vocab_size < 1:
             raise ValueError(f"--vocab-size must be positive, got {vocab_size}")
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        return tokenizer_identity("NullTokenizer", self.vocab_size, self.eod)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError for anything but integers of the vocabulary."""
@@ -34,10 +27,6 @@ class NullTokenizer:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         return ids
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
-        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The ids, separated by spaces."""

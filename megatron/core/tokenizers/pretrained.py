@@ -1,13 +1,11 @@
 """Tokenizers of Hugging Face model folders."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron.core.text_files import read_text
 from megatron.core.tokenizers import Tokenizer
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
 from megatron.core.tokenizers.settings import FLAGS, added_tokens, checked_size, content, named_tokens, read_settings
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -131,10 +129,10 @@ def _transformers_tokenizer(folder: Path, trust_remote_code: bool) -> Tokenizer:
     return TransformersTokenizer(folder, trust_remote_code)
 
 
-class TokenizerFromJson:
+class TokenizerFromJson(Tokenizer):
     """A tokenizer.json, run by the `tokenizers` library."""
 
-    file_format: FileFormat = "tokenizer.json"
+    kind, file_format = "PretrainedTokenizerFromHF", "tokenizer.json"
 
     def __init__(self, path: Path, tokenizer: Any, settings: dict[str, Any]) -> None:
         self.paths = [path]
@@ -143,22 +141,15 @@ class TokenizerFromJson:
         eos = content(settings.get("eos_token"))
         if eos is None:
             raise ValueError(f"{path.parent} names no eos_token in tokenizer_config.json to end documents with")
-        self.eod: int = tokenizer.token_to_id(eos)
+        self.eod = tokenizer.token_to_id(eos)
         bos = content(settings.get("bos_token"))
-        self.bos: int | None = None if bos is None else tokenizer.token_to_id(bos)
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, self.paths)
+        self.bos = None if bos is None else tokenizer.token_to_id(bos)
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,13 +1,12 @@
 """Tokenizers that are a sentencepiece model."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
+from megatron.core.tokenizers import Tokenizer
 
 
 def _load(path: Path) -> Any:
@@ -30,28 +29,27 @@ def read_pieces(path: Path) -> list[str]:
     return _pieces(_load(path))
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """The sentencepiece model in a file, as Llama 2 and Mixtral use it.
 
     `eos_token` and `bos_token` name the pieces where the folder's configuration does; else the model's own are taken.
     Special tokens written out in a text ("</s>") are ordinary text.
     """
 
-    file_format: FileFormat = "tokenizer.model"
+    kind, file_format = "SentencePiece", "tokenizer.model"
 
     def __init__(self, model_file: str | Path, eos_token: str | None = None, bos_token: str | None = None) -> None:
         self.paths = [Path(model_file)]
         self._model = _load(self.paths[0])
-        self.vocab_size: int = self._model.get_piece_size()
+        self.vocab_size = self._model.get_piece_size()
         eod = self._piece(eos_token, self._model.eos_id())
         if eod is None:
             raise ValueError(f"{model_file} has no end-of-sequence token to end documents with")
-        self.eod: int = eod
-        self.bos: int | None = self._piece(bos_token, self._model.bos_id())
+        self.eod = eod
+        self.bos = self._piece(bos_token, self._model.bos_id())
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         ids = range(self.vocab_size)
         return [self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unused(i)]
 
@@ -63,19 +61,8 @@ class SentencePieceTokenizer:
             return piece
         return default if default >= 0 else None
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        return tokenizer_identity("SentencePiece", self.vocab_size, self.eod, self.paths)
-
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._model.encode(text)
 
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts, one after the other in this thread."""
-        return [self._model.encode(text) for text in texts]
-
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
         return self._model.decode(list(map(int, ids)))

@@ -1,15 +1,13 @@
 """Tokenizers that only transformers can run."""
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from megatron.core.text_files import read_text
-from megatron.core.tokenizers.identity import FileFormat, tokenizer_identity
+from megatron.core.tokenizers import Tokenizer
 from megatron.core.tokenizers.settings import checked_size
 
 _FILES = (
@@ -34,10 +32,10 @@ def _without_marks(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-class TransformersTokenizer:
+class TransformersTokenizer(Tokenizer):
     """transformers' AutoTokenizer on a local folder; slow to start, for folders that need its code."""
 
-    file_format: FileFormat = "transformers"
+    kind, file_format = "PretrainedTokenizerFromHF", "transformers"
 
     def __init__(self, folder: Path, trust_remote_code: bool) -> None:
         self._folder = folder
@@ -54,19 +52,15 @@ class TransformersTokenizer:
             raise ValueError(f"transformers cannot load the tokenizer in {folder}: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer in {folder} has no eos_token to end documents with")
-        self.eod: int = self._tokenizer.eos_token_id
-        self.bos: int | None = self._tokenizer.bos_token_id
+        self.eod = self._tokenizer.eos_token_id
+        self.bos = self._tokenizer.bos_token_id
         self.vocab_size = checked_size(folder, self._tokenizer.get_vocab().values())
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """See `Tokenizer.identity`."""
-        files = [path for path in self._folder.iterdir() if path.name in _FILES or path.suffix == ".py"]
-        return tokenizer_identity("PretrainedTokenizerFromHF", self.vocab_size, self.eod, files)
+    def _files(self) -> Iterable[Path]:
+        return (path for path in self._folder.iterdir() if path.name in _FILES or path.suffix == ".py")
 
     @property
     def added_tokens(self) -> list[str]:
-        """See `Tokenizer.added_tokens`."""
         return list(self._tokenizer.get_added_vocab())
 
     def backend_json(self) -> str | None:
@@ -77,12 +71,7 @@ class TransformersTokenizer:
         return backend.to_str()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of several texts."""
-        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included."""

@@ -1,7 +1,6 @@
 """The layers of one pipeline stage."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,6 @@ from megatron.core.tensor_parallel.parameter import Placement, Specs, specs_of
 from megatron.core.transformer.moe.router import RouterStatistics
 from megatron.core.transformer.norm import RMSNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer
-
-
-class BlockOutput(NamedTuple):
-    """The residual stream after the stage's layers, and each layer's router statistics stacked [layers, ...]."""
-
-    hidden: Tensor
-    statistics: RouterStatistics
 
 
 class TransformerBlock(nn.Module):
@@ -50,8 +42,11 @@ class TransformerBlock(nn.Module):
         if stage.has_output:
             self.final_layernorm = RMSNorm(specs["final_layernorm.weight"], config.norm_epsilon, placement)
 
-    def forward(self, x: Tensor, microbatch: Microbatch) -> BlockOutput:
-        """x: [S/cp, B, H] (or [S/cp/tp, B, H]); layers get the microbatch with its places and rotary tables."""
+    def forward(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, RouterStatistics]:
+        """Returns the residual stream after the stage's layers, and their router statistics stacked [layers, ...].
+
+        x: [S/cp, B, H] (or [S/cp/tp, B, H]); layers get the microbatch with its places and rotary tables.
+        """
         config = self.config
         places = positions(x.shape[0] * self.sequence_shards, self.cp, x.device)
         position_ids = places if microbatch.position_ids is None else microbatch.position_ids
@@ -64,7 +59,7 @@ class TransformerBlock(nn.Module):
             statistics += unit_statistics
         if self.final_layernorm is not None:
             x = self.final_layernorm(x)
-        return BlockOutput(x, RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True))))
+        return x, RouterStatistics(*(torch.stack(values) for values in zip(*statistics, strict=True)))
 
     def _run(self, layers: range, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, list[RouterStatistics]]:
         statistics = []

@@ -48,7 +48,6 @@ class PackageLogger(ScalarSink):
     package: str
 
     def __init__(self, run: LoggedRun) -> None:
-        super().__init__()
         self.target = f"--logger {self.package}"
         self._run = run
         self._module: Any = importlib.import_module(self.package)

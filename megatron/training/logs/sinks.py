@@ -15,19 +15,14 @@ from megatron.core.atomic_files import atomic_writer
 
 
 class Sink:
-    """Drops and counts what cannot be written.
-
-    Attributes:
-        target: what it is called in messages, the flag that names it for example.
-        dropped: records that were dropped since the last one that was written.
-    """
+    """Drops and counts what cannot be written."""
 
     target: str
+    """What it is called in messages, the flag that names it for example."""
     failures: tuple[type[Exception], ...] = (OSError,)
     """What may go wrong while it writes."""
-
-    def __init__(self) -> None:
-        self.dropped = 0
+    dropped = 0
+    """Records that were dropped since the last one that was written."""
 
     def attempt(self, write: Callable[[], object]) -> None:
         """Writes the record, or drops it; reports when that begins and when it ends."""
@@ -60,7 +55,6 @@ class JsonLines(Sink):
 
     def __init__(self, path: Path, resumed_at: int | None) -> None:
         """`resumed_at`: see `_open_json_lines`."""
-        super().__init__()
         self.file = _open_json_lines(path, resumed_at)
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -100,7 +94,6 @@ class TensorBoard(ScalarSink):
     target = "--tensorboard-dir"
 
     def __init__(self, folder: str, resumed_at: int | None) -> None:
-        super().__init__()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

@@ -4,11 +4,9 @@ The numbers are known to every rank beforehand (`gather_counts`), so that nothin
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megatron.core import collectives
 from megatron.core.parallel_state import Group
@@ -23,22 +21,28 @@ def gather_counts(counts: Tensor, group: Group) -> Tensor:
 
 def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
     """Sends the first `sent[0]` rows to rank 0 and so on; returns what ranks 0, 1, ... sent, one after the other."""
-    return x if group.size == 1 else _AllToAll.apply(x, list(sent), list(received), group)
+    return mappings.conjugate(
+        x, group, lambda x: _exchange(x, sent, received, group), lambda grad: _exchange(grad, received, sent, group)
+    )
 
 
 def gather_rows_of_ranks(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """Joins the rows of all ranks: [lengths[rank], ...] -> [sum(lengths), ...]; backward sums the ranks' gradients."""
-    return x if group.size == 1 else _Gather.apply(x, list(lengths), group)
+    return mappings.conjugate(
+        x, group, lambda x: gather_rows(x, lengths, group), lambda grad: _sum_rows(grad, lengths, group)
+    )
 
 
 def sum_rows_to_ranks(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     """This rank's rows of the sum over ranks: [sum(lengths), ...] -> [lengths[rank], ...]; backward gathers."""
-    return x if group.size == 1 else _Sum.apply(x, list(lengths), group)
+    return mappings.conjugate(
+        x, group, lambda x: _sum_rows(x, lengths, group), lambda grad: gather_rows(grad, lengths, group)
+    )
 
 
-def _exchange(x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
+def _exchange(x: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
     out = x.new_empty((sum(received), *x.shape[1:]))
-    collectives.all_to_all_single(out, x.contiguous(), received, sent, group=group.handle)
+    collectives.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group.handle)
     return out
 
 
@@ -47,47 +51,12 @@ def gather_rows(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     if len(set(lengths)) == 1:
         return mappings.all_gather_first(x, group)
     # every rank is sent all rows of this one
-    return _exchange(x.repeat(group.size, *(1,) * (x.dim() - 1)), [x.shape[0]] * group.size, list(lengths), group)
+    return _exchange(x.repeat(group.size, *(1,) * (x.dim() - 1)), [x.shape[0]] * group.size, lengths, group)
 
 
-def _sum_rows(x: Tensor, lengths: list[int], group: Group) -> Tensor:
+def _sum_rows(x: Tensor, lengths: Sequence[int], group: Group) -> Tensor:
     if len(set(lengths)) == 1:
         return mappings.reduce_scatter_first(x, group)
     own = lengths[group.rank]
     parts = _exchange(x, lengths, [own] * group.size, group).view(group.size, own, *x.shape[1:])
     return parts.sum(dim=0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-
-
-class _AllToAll(Function):
-    """Its backward sends each row's gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Group) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: list[int], group: Group) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
-        return gather_rows(x, lengths, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_rows(grads[0], ctx.lengths, ctx.group), None, None
-
-
-class _Sum(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, lengths: list[int], group: Group) -> Tensor:
-        ctx.lengths, ctx.group = lengths, group
-        return _sum_rows(x, lengths, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return gather_rows(grads[0], ctx.lengths, ctx.group), None, None

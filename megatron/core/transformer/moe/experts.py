@@ -21,10 +21,8 @@ class _StackedWeight(nn.Module):
 class Experts(nn.Module):
     """SwiGLU experts: tokens [T, H] -> [T, H], summed over the experts here (a part of the sum over ranks).
 
-    Attributes:
-        backend: what makes their products; may be set again, to what has been measured.
-        wgrad_backend: what makes their weight gradients, likewise.
-        takes_grouped_mm: whether there is a choice of the former.
+    `backend` and `wgrad_backend` may be set again, to what has been measured; `takes_grouped_mm` says whether there is
+    a choice of the former.
     """
 
     def __init__(self, config: ModelConfig, specs: Specs, placement: Placement) -> None:

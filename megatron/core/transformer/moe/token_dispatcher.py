@@ -5,9 +5,9 @@ T tokens of this rank, K experts a token, R rows that this rank's experts work o
 and an expert or a rank may get none.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -50,69 +50,61 @@ class Dispatched:
 GatherCounts = Callable[[Tensor, Group], Tensor]
 
 
-class TokenDispatcher(Protocol):
+class TokenDispatcher(ABC):
     """Brings tokens to their experts; the same result under every implementation.
+
+    With `padded_microbatches` every expert gets as many rows as so many microbatches, whose tokens meet there, may have
+    for it at most.
 
     Attributes:
         gather_counts: tells the host how many tokens go where; may be set again, where there are no values to count.
     """
 
-    gather_counts: GatherCounts
+    def __init__(self, padded_microbatches: int | None) -> None:
+        self.padded_microbatches = padded_microbatches
+        self.gather_counts: GatherCounts = exchange.gather_counts
 
+    @abstractmethod
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """Brings this rank's and other ranks' tokens to the experts here: x [T, H]."""
-        ...
 
+    @abstractmethod
     def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
         """From the experts' sums for `tokens_TH` to the sums of all experts for this rank's own tokens [T, H]."""
-        ...
+
+    def _padded(self, index: PermutationMap, experts_TK: Tensor, routing: Routing) -> PermutationMap:
+        if self.padded_microbatches is None:
+            return index
+        assert routing.capacity is not None, "there is nothing to pad to without a capacity"
+        return pad_rows(index, experts_TK, routing.capacity * self.padded_microbatches)
 
 
-class Padding(NamedTuple):
-    """Asks for as many rows for every expert as it may get at most."""
-
-    microbatches: int
-    """Microbatches whose tokens meet at an expert."""
-
-
-def _padded(index: PermutationMap, experts_TK: Tensor, routing: Routing, padding: Padding | None) -> PermutationMap:
-    if padding is None:
-        return index
-    assert routing.capacity is not None, "there is nothing to pad to without a capacity"
-    return pad_rows(index, experts_TK, routing.capacity * padding.microbatches)
-
-
-class LocalTokenDispatcher:
+class LocalTokenDispatcher(TokenDispatcher):
     """Every rank of `group` holds the same tokens and a slice of every expert: tokens are only sorted.
 
     Each rank adds its part of the sum. In a group of one this is the single-device dispatcher.
     """
 
-    def __init__(self, num_experts: int, group: Group, padding: Padding | None = None) -> None:
-        self.num_experts, self.group, self.padding = num_experts, group, padding
-        self.gather_counts: GatherCounts = exchange.gather_counts
+    def __init__(self, num_experts: int, group: Group, padded_microbatches: int | None = None) -> None:
+        super().__init__(padded_microbatches)
+        self.num_experts, self.group = num_experts, group
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """The tokens are here already."""
         # each rank's gradient of the tokens and of the probabilities is a part of a sum
         x_TH = mappings.copy_to_tensor_parallel(x_TH, self.group)
         probs_TK = mappings.copy_to_tensor_parallel(routing.probs_TK, self.group)
-        dropped = routing.capacity is not None and self.padding is None
+        dropped = routing.capacity is not None and self.padded_microbatches is None
         num_rows = int(self.gather_counts(routing.tokens_per_expert_E, Group()).sum()) if dropped else None
         index = permutation_map(routing.experts_TK, self.num_experts, num_rows)
-        index = _padded(index, routing.experts_TK, routing, self.padding)
-        return Dispatched(
-            tokens_TH=x_TH,
-            probs_TK=probs_TK,
-            index=index,
-        )
+        return Dispatched(tokens_TH=x_TH, probs_TK=probs_TK, index=self._padded(index, routing.experts_TK, routing))
 
     def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
         """Sums over the group."""
         return mappings.reduce_from_tensor_parallel(y_TH, self.group)
 
 
-class AllGatherTokenDispatcher:
+class AllGatherTokenDispatcher(TokenDispatcher):
     """All ranks of ep x etp get all tokens, and each takes those of its experts.
 
     A rank receives every other rank's T tokens, once for all K experts: the fewest bytes where there are at most K
@@ -120,10 +112,9 @@ class AllGatherTokenDispatcher:
     there all must hold the same number of tokens.
     """
 
-    def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group, padding: Padding | None = None) -> None:
-        self.ep, self.ep_etp, self.padding = ep, ep_etp, padding
-        self.gather_counts: GatherCounts = exchange.gather_counts
-        self.local_experts = num_experts // ep.size
+    def __init__(self, num_experts: int, *, ep: Group, ep_etp: Group, padded_microbatches: int | None = None) -> None:
+        super().__init__(padded_microbatches)
+        self.ep, self.ep_etp, self.local_experts = ep, ep_etp, num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
         """x [T, H] -> all ranks' tokens."""
@@ -137,23 +128,16 @@ class AllGatherTokenDispatcher:
             num_rows = int(counts[:, 1 + first : 1 + first + self.local_experts].sum())
         x_TH = exchange.gather_rows_of_ranks(x_TH, lengths, self.ep_etp)
         probs_TK = exchange.gather_rows_of_ranks(routing.probs_TK, lengths, self.ep_etp)
-        experts_TK = exchange.gather_rows(routing.experts_TK, lengths, self.ep_etp)
-        experts_TK = experts_TK - first
-        index = permutation_map(experts_TK, self.local_experts, num_rows)
-        index = _padded(index, experts_TK, routing, self.padding)
-        return Dispatched(
-            tokens_TH=x_TH,
-            probs_TK=probs_TK,
-            index=index,
-            lengths=tuple(lengths),
-        )
+        experts_TK = exchange.gather_rows(routing.experts_TK, lengths, self.ep_etp) - first
+        index = self._padded(permutation_map(experts_TK, self.local_experts, num_rows), experts_TK, routing)
+        return Dispatched(tokens_TH=x_TH, probs_TK=probs_TK, index=index, lengths=tuple(lengths))
 
     def combine(self, y_TH: Tensor, dispatched: Dispatched) -> Tensor:
         """Sums over ranks; each keeps its own tokens."""
         return exchange.sum_rows_to_ranks(y_TH, dispatched.lengths, self.ep_etp)
 
 
-class AllToAllTokenDispatcher:
+class AllToAllTokenDispatcher(TokenDispatcher):
     """Each token is sent to the ranks of its K experts only.
 
     With experts split over `etp`, a row goes to the rank of the expert that has the sender's place in etp, and is
@@ -162,10 +146,10 @@ class AllToAllTokenDispatcher:
     """
 
     def __init__(
-        self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group, padding: Padding | None = None
+        self, num_experts: int, *, ep: Group, etp: Group, ep_etp: Group, padded_microbatches: int | None = None
     ) -> None:
-        self.num_experts, self.ep, self.etp, self.ep_etp, self.padding = num_experts, ep, etp, ep_etp, padding
-        self.gather_counts: GatherCounts = exchange.gather_counts
+        super().__init__(padded_microbatches)
+        self.num_experts, self.ep, self.etp, self.ep_etp = num_experts, ep, etp, ep_etp
         self.local_experts = num_experts // ep.size
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Dispatched:
@@ -184,16 +168,11 @@ class AllToAllTokenDispatcher:
         probs = exchange.all_to_all(gather_probs(routing.probs_TK, departures), sent, received, self.ep)
         probs = exchange.gather_rows_of_ranks(probs, lengths, self.etp)
         experts = self._experts_of(arriving, rows.device).unsqueeze(1)
-        index = _padded(permutation_map(experts, self.local_experts), experts, routing, self.padding)
+        index = self._padded(permutation_map(experts, self.local_experts), experts, routing)
         return Dispatched(
-            tokens_TH=rows,
-            probs_TK=probs.unsqueeze(1),
-            index=index,
-            departures=departures,
-            sent=tuple(sent),
-            received=tuple(received),
-            lengths=tuple(lengths),
-        )
+            tokens_TH=rows, probs_TK=probs.unsqueeze(1), index=index, departures=departures,
+            sent=tuple(sent), received=tuple(received), lengths=tuple(lengths),
+        )  # fmt: skip
 
     def _experts_of(self, arriving: Tensor, device: torch.device) -> Tensor:
         """The local expert of every row, in the order of arrival."""
@@ -212,17 +191,19 @@ class AllToAllTokenDispatcher:
 
 def build_token_dispatcher(config: ModelConfig, groups: ProcessGroups, tokens_are_replicated: bool) -> TokenDispatcher:
     """The dispatcher for a layout; `tokens_are_replicated` says that tensor-parallel ranks hold the same tokens."""
-    padding = None
+    padded = None
     if config.moe_pad_expert_input_to_capacity:
         # the tokens of a microbatch are with tp x cp neighbours
         sharers = groups.tp.size * groups.cp.size
-        padding = Padding(len({rank // sharers for rank in groups.ep_etp.ranks}))
+        padded = len({rank // sharers for rank in groups.ep_etp.ranks})
     if groups.ep_etp.size == 1 or tokens_are_replicated:
         assert groups.ep.size == 1, "without sequence parallelism experts are not shared out over tensor-parallel ranks"
-        return LocalTokenDispatcher(config.num_experts, groups.etp, padding)
+        return LocalTokenDispatcher(config.num_experts, groups.etp, padded)
     if groups.ep.size == 1 or config.moe_token_dispatcher_type == "allgather":
         # with all experts everywhere, gathering tokens moves 1/K of what gathering their rows would
-        return AllGatherTokenDispatcher(config.num_experts, ep=groups.ep, ep_etp=groups.ep_etp, padding=padding)
+        return AllGatherTokenDispatcher(
+            config.num_experts, ep=groups.ep, ep_etp=groups.ep_etp, padded_microbatches=padded
+        )
     return AllToAllTokenDispatcher(
-        config.num_experts, ep=groups.ep, etp=groups.etp, ep_etp=groups.ep_etp, padding=padding
+        config.num_experts, ep=groups.ep, etp=groups.etp, ep_etp=groups.ep_etp, padded_microbatches=padded
     )

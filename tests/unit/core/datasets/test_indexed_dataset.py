@@ -57,7 +57,7 @@ def test_files_made_by_hand_are_read(tmp_path: Path, code: int) -> None:
     indexed = IndexedDataset(tmp_path / "a")
     assert indexed.dtype == np.dtype(CODES[code]) and len(indexed) == 3 and indexed.token_count == 6
     assert [indexed[i].tolist() for i in range(3)] == [[1, 2], [3], [4, 5, 6]]
-    assert indexed.get(2, 1).tolist() == [5, 6] and indexed.get(2, 1, 1).tolist() == [5]
+    assert indexed.get_document(1, 1).tolist() == [5, 6] and indexed.get_document(1, 1, 1).tolist() == [5]
     assert indexed.sequence_lengths.tolist() == [2, 1, 3]
     assert indexed.document_indices.tolist() == [0, 2, 3, 3]
     assert [indexed.get_document(i).tolist() for i in range(3)] == [[1, 2, 3], [4, 5, 6], []]
@@ -151,7 +151,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
         file.seek(2**33)
         file.write(struct.pack("<i", 77))
     indexed = IndexedDataset(tmp_path / "a")
-    assert indexed.get(2, 0, 1).tolist() == [77] and indexed.get_document(1, 2**30, 1).tolist() == [77]
+    assert indexed[2][:1].tolist() == [77] and indexed.get_document(1, 2**30, 1).tolist() == [77]
     with pytest.raises(ValueError, match="too long"):
         indexed.document_lengths(0, 2)
 

@@ -11,7 +11,6 @@ from torch.autograd import Function
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Of the right shapes, as all below."""
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=_wide(x))
 
 
@@ -27,17 +26,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """As the operation."""
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation."""
     return torch.empty_like(gate_up), torch.empty_like(probs), torch.empty_like(grad)
 
 
 def route_forward(logits_TE: Tensor, top_k: int) -> tuple[Tensor, ...]:
-    """As the operation."""
     tokens, experts = logits_TE.shape
     probs = logits_TE.new_empty(tokens, top_k)
     chosen = logits_TE.new_empty((tokens, top_k), dtype=torch.int64)
@@ -45,29 +41,24 @@ def route_forward(logits_TE: Tensor, top_k: int) -> tuple[Tensor, ...]:
 
 
 def route_backward(grad_probs: Tensor, grad_softmax: Tensor, grad_logsumexp: Tensor, *kept: Tensor) -> Tensor:
-    """As the operation."""
     return torch.empty_like(grad_softmax)
 
 
 def sort_pairs(experts_TK: Tensor, num_experts: int, num_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation."""
     rows = experts_TK.numel() if num_rows is None else num_rows
     ends = experts_TK.new_empty(num_experts, dtype=torch.int32)
     return experts_TK.new_empty(rows), torch.empty_like(experts_TK), ends
 
 
 def gather_pairs(x_TH: Tensor, row_to_pair_R: Tensor, top_k: int) -> Tensor:
-    """As the operation."""
     return x_TH.new_empty(row_to_pair_R.numel(), x_TH.shape[1])
 
 
 def combine_pairs(y_RH: Tensor, pair_to_row_TK: Tensor) -> Tensor:
-    """As the operation."""
     return y_RH.new_empty(pair_to_row_TK.shape[0], y_RH.shape[1])
 
 
 def softmax_statistics_(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation."""
     largest, total, target = (logits_NV.new_empty(logits_NV.shape[0], dtype=_wide(logits_NV)) for _ in range(3))
     return largest, total, target
 
@@ -87,7 +78,6 @@ def multiply_(a_NK: Tensor, b_KM: Tensor, out_NM: Tensor, beta: float) -> None:
 
 
 def grouped_product(x: Tensor, weight_EOI: Tensor, ends_E: Tensor, transpose: bool, backend: str) -> Tensor:
-    """As the operation."""
     return x.new_empty(x.shape[0], weight_EOI.shape[1 if transpose else 2])
 
 
@@ -130,14 +120,12 @@ def attend_documents(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, 
 
 
 def attention_block(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """As the operation."""
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=_wide(query))
 
 
 def attention_block_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *operands: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the operation."""
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 

@@ -50,10 +50,7 @@ def _gradient(logits_ptr, ids_ptr, logsumexp_ptr, grad_ptr, width, columns, BLOC
 
 
 def softmax_statistics_(logits_NV: Tensor, ids_N: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(logit - largest) and the target's logit (0 if it is elsewhere), float32 [N] each.
-
-    `ids_N` (int64) count from this rank's first column; without real columns the largest is -inf and the sum 0.
-    """
+    """Largest logit, sum of exp(logit - largest) and the target's logit, float32 [N] each."""
     rows, width = logits_NV.shape
     largest, total, target = (torch.empty(rows, dtype=torch.float32, device=logits_NV.device) for _ in range(3))
     if rows:

@@ -55,11 +55,7 @@ def _accumulate_weight_gradient(
 
 
 def grouped_weight_gradient_(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor, beta: float) -> None:
-    """main_grad_e = beta * main_grad_e + sum over the rows of expert e of grad_r^T x_r, in float32.
-
-    `grad_RO` and `x_RI` are contiguous and of one type, the main gradient is of that or float32; `ends_E` (int32) holds
-    the end of each expert's rows.
-    """
+    """Sums in float32; `grad_RO` and `x_RI` are of one type, the main gradient is of that or float32."""
     experts, out_width, in_width = main_grad_EOI.shape
     is_aligned = x_RI.dtype.itemsize == 2 and out_width % 16 == in_width % 16 == 0
     tile = LARGE_TILE if is_aligned else SMALL_TILE

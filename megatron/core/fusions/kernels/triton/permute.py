@@ -64,10 +64,7 @@ def _combine(y_ptr, pair_to_row_ptr, out_ptr, width, K: tl.constexpr, COLUMNS: t
 
 
 def sort_pairs(experts_TK: Tensor, num_experts: int, num_rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable counting sort of int64 `experts_TK`: int64 row -> pair [R], int64 pair -> row [T, K], int32 ends [E].
-
-    Pairs with an expert outside [0, num_experts) get row -1; `num_rows` counts the others, if they are not all.
-    """
+    """A stable counting sort: int64 row -> pair [R], int64 pair -> row [T, K], int32 ends [E]."""
     experts_TK = experts_TK.contiguous()
     pairs, device = experts_TK.numel(), experts_TK.device
     row_to_pair = torch.empty(pairs if num_rows is None else num_rows, dtype=torch.int64, device=device)

@@ -88,10 +88,9 @@ def _multiprocessors(device: torch.device) -> int:
 def grouped_weight_gradient_persistent_(
     grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, main_grad_EOI: Tensor, beta: float
 ) -> None:
-    """main_grad_e = beta * main_grad_e + sum over the rows of expert e of grad_r^T x_r, with beta 0 or 1.
+    """With beta 0 or 1, at least one row, and rows of all three that begin at multiples of 16 bytes.
 
-    `grad_RO` and `x_RI` are of one type of 16 bits, the main gradient is float32; rows of all three begin at multiples
-    of 16 bytes. `ends_E` (int32) holds the end of each expert's rows, of which there are some.
+    `grad_RO` and `x_RI` are of one type of 16 bits, the main gradient is float32.
     """
     experts, out_width, in_width = main_grad_EOI.shape
     tiles = triton.cdiv(out_width, TILE["OUT"]) * triton.cdiv(in_width, TILE["IN"])

@@ -32,11 +32,7 @@ def _rotate(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """Rotates each pair (x_i, x_{i+d/2}) by its position's angle, or back: [B, heads, S, d] -> the same.
-
-    `cos` and `sin` are [S, d/2], or [B, S, d/2] where positions differ between the sequences of a batch. The last axis
-    of all inputs has stride 1.
-    """
+    """[B, heads, S, d] -> the same; the last axis of all inputs has stride 1."""
     batch, heads, length, width = x.shape
     out = x.new_empty(length, batch, heads, width).permute(1, 2, 0, 3)
     table_batch = cos.stride(0) if cos.dim() == 3 else 0

@@ -4,8 +4,6 @@ T tokens, E experts, K experts a token. Sums over tokens are made block by block
 that they are repeatable.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,17 +16,6 @@ def _block(experts: int) -> dict[str, int]:
     """The tokens of a program: as many as leave the numbers of all their experts in registers."""
     block = triton.next_power_of_2(experts)
     return {"TOKENS": max(1, min(MAX_TOKENS, MAX_NUMBERS // block)), "BLOCK_E": block}
-
-
-class RouterOutput(NamedTuple):
-    """What one pass makes of logits [T, E]; all float32 unless said otherwise."""
-
-    probs_TK: Tensor
-    experts_TK: Tensor
-    """int64."""
-    softmax_TE: Tensor
-    logsumexp_T: Tensor
-    tokens_per_expert_E: Tensor
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -105,8 +92,8 @@ def _backward(
     tl.store(grad_logits_ptr + place, softmax * (grad - inner[:, None] + grad_logsumexp[:, None]), mask=inside)
 
 
-def route_forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
-    """Routes float32 logits [T, E], contiguous; of equal experts the one with the smaller number is taken."""
+def route_forward(logits_TE: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """The first five of `Routing` for contiguous float32 logits; of equal experts the one with the smaller number."""
     tokens, experts = logits_TE.shape
     probs = logits_TE.new_empty((tokens, top_k))
     chosen = torch.empty((tokens, top_k), dtype=torch.int64, device=logits_TE.device)
@@ -119,7 +106,7 @@ def route_forward(logits_TE: Tensor, top_k: int) -> RouterOutput:
             logits_TE, probs, chosen, softmax, logsumexp, partial_counts, tokens,
             E=experts, K=top_k, **sizes,
         )  # fmt: skip
-    return RouterOutput(probs, chosen, softmax, logsumexp, partial_counts.sum(dim=0))
+    return probs, chosen, softmax, logsumexp, partial_counts.sum(dim=0)
 
 
 def route_backward(
