@@ -79,7 +79,7 @@ def train_and_save(
     rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, load_from: str, save_to: str
 ) -> list[float]:
     """A run of three steps, or the continuation of one from `load_from`, then saving, two more steps, saving."""
-    checkpoint = {"save": save_to, "load": load_from or None, "ckpt_format": "torch_dist"}
+    checkpoint = {"save": save_to, "load": load_from or None, "ckpt_format": "sharded"}
     arguments = tiny_arguments(params_dtype, {**settings, **checkpoint})
     groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
     trainer = tiny_trainer(arguments, groups)
@@ -106,7 +106,7 @@ def saved_tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
 
 def refusals(rank: int, world_size: int, folder: str) -> list[str]:
     """What each of two ranks is told: the second one's disk is full, then its file is cut, then the metadata."""
-    arguments = tiny_arguments("bfloat16", {"save": folder, "load": folder, "ckpt_format": "torch_dist"})
+    arguments = tiny_arguments("bfloat16", {"save": folder, "load": folder, "ckpt_format": "sharded"})
     groups = build_process_groups(arguments.parallel, rank, world_size)
     trainer, progress, told = tiny_trainer(arguments, groups), Progress(iteration=1), []
     save(trainer, progress)
@@ -120,7 +120,7 @@ def refusals(rank: int, world_size: int, folder: str) -> list[str]:
         told.append(str(error))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    for name in ("rank_00001.safetensors", "metadata.json"):
+    for name in ("rank_00001.safetensors", "sharded.json"):
         file = Path(folder) / "iter_0000001" / name
         torch.distributed.barrier()
         if rank == 1:

@@ -105,7 +105,7 @@ def test_all_ranks_refuse_what_fails_on_one(tmp_path: Path) -> None:
     first, second = run_distributed(refusals, 2, str(tmp_path))
     assert first == second and len(first) == 3
     for told, expected in zip(
-        first, ("rank 1: ", "rank_00001.safetensors has", "metadata.json is damaged"), strict=True
+        first, ("rank 1: ", "rank_00001.safetensors has", "sharded.json is damaged"), strict=True
     ):
         assert expected in told
     assert "rank_00001.safetensors: File too large" in first[0]

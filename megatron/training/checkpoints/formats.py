@@ -7,7 +7,7 @@ from megatron.training.checkpoints.per_rank import PerRank
 from megatron.training.checkpoints.protocol import CheckpointFormat
 from megatron.training.checkpoints.sharded import Sharded
 
-FORMATS: dict[str, CheckpointFormat] = {"torch_dist": Sharded(), "torch": PerRank()}
+FORMATS: dict[str, CheckpointFormat] = {"sharded": Sharded(), "torch": PerRank()}
 """Every format by its value of --ckpt-format, in the order in which a folder is compared with them."""
 
 
@@ -22,7 +22,7 @@ def format_of(folder: Path) -> CheckpointFormat:
             f"with python tools/checkpoint/util.py --loader mixtral --saver mixtral --load-dir {folder} --save-dir "
             "NEW_FOLDER"
         )
-    kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor metadata.json"
+    kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor sharded.json"
     raise ValueError(f"{folder} {kind}")
 
 
