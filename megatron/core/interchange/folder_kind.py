@@ -14,7 +14,8 @@ WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, OLD_SINGLE_FILE, OLD_INDEX_FILE)
 
 SHARDED_FILE = "sharded.json"
 """What describes a step in the sharded format."""
-_OLD_SHARDED_FILE = "metadata.json"  # of earlier steps; Megatron-LM's torch_dist has a file of that name, too
+METADATA_FILE = "metadata.json"
+"""Its name in earlier steps; Megatron-LM's torch_dist has a file of that name, too."""
 
 _ADAPTER = "adapter_config.json"
 # The first pattern that something in the folder matches says what it is.
@@ -51,7 +52,7 @@ def is_model_folder(folder: Path) -> bool:
 
 def is_sharded(folder: Path) -> bool:
     """Whether a step's folder is in the sharded format (`--ckpt-format sharded`), whole or damaged."""
-    return _has_sharded_names(folder) or ((folder / _OLD_SHARDED_FILE).is_file() and not is_torch_dist(folder))
+    return _has_sharded_names(folder) or ((folder / METADATA_FILE).is_file() and not is_torch_dist(folder))
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -66,7 +67,7 @@ def _has_sharded_names(folder: Path) -> bool:
 
 def sharded_file(folder: Path) -> Path:
     """What describes a step in the sharded format, under the name it has there."""
-    path, old = folder / SHARDED_FILE, folder / _OLD_SHARDED_FILE
+    path, old = folder / SHARDED_FILE, folder / METADATA_FILE
     return old if old.is_file() and not path.is_file() else path
 
 
