@@ -28,9 +28,9 @@ _FOREIGN = (
     ),
     (
         ("*.distcp", "*/*.distcp"),
-        "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, convert it with python "
-        "tools/checkpoint/util.py --loader mixtral (give the step's folder), otherwise merge it with the program that "
-        "did (accelerate: accelerate merge-weights)",
+        "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, give the folder of a step "
+        "(iter_NNNNNNN) to --load or to tools/checkpoint/util.py --loader mixtral, otherwise merge it with the program "
+        "that did (accelerate: accelerate merge-weights)",
     ),
     (
         ("zero_to_fp32.py", "global_step*", "*_zero_pp_rank_*"),

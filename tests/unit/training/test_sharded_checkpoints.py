@@ -32,7 +32,7 @@ from megatron.core.dist_checkpointing import writer
 from megatron.core.interchange import available_iterations
 from megatron.core.interchange.folder_kind import is_sharded, is_torch_dist
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.training.checkpoints.formats import FORMATS, format_of, is_complete
+from megatron.training.checkpoints.formats import SAVED_FORMATS, format_of, is_complete
 from megatron.training.checkpoints.random_states import random_states
 from megatron.training.checkpoints.saver import CheckpointSaver, checkpoint_namespace
 from megatron.training.checkpoints.sharded import checkpoint_shards, rng_shards
@@ -88,7 +88,7 @@ def test_a_step_under_the_old_file_name_is_resumed_and_removed_like_others(saved
     root, first, progress = saved
     step = root / "iter_0000001"
     as_earlier_versions_named_it(step)
-    assert format_of(step) is FORMATS["sharded"] and is_complete(step)
+    assert format_of(step) is SAVED_FORMATS["sharded"] and is_complete(step)
     assert checkpoint_model(str(root)).hidden_size == first.arguments.model.hidden_size
     second = tiny_trainer(checkpoint_arguments(load=str(root), save=str(root), keep_last_checkpoints=2))
     resumed, _ = load(second)

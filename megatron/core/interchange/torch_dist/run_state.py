@@ -62,7 +62,7 @@ def _count(value: Any) -> int | None:
 
 def _named(value: Any, names: tuple[str, ...]) -> Iterator[Any]:
     """What is called one of `names` in nested dictionaries and lists."""
-    seen, waiting = set(), [value]  # a pickle may hold what contains itself
+    seen, waiting = set(), [value]  # a pickle may hold the same list very often
     while waiting:
         outer = waiting.pop()
         if not isinstance(outer, dict | list | tuple) or id(outer) in seen:
