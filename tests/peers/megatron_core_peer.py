@@ -71,9 +71,9 @@ def build(config: dict[str, Any], padded: int, tp: int, ep: int) -> Any:
     ).eval()  # fmt: skip
 
 
-def save(model: Any, folder: Path, config: dict[str, Any], padded: int, tp: int) -> None:
-    """As its training does, with the arguments that describe the model."""
-    args = argparse.Namespace(
+def training_arguments(config: dict[str, Any], padded: int, tp: int) -> argparse.Namespace:
+    """The arguments that describe the model."""
+    return argparse.Namespace(
         num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"], num_attention_heads=config["num_attention_heads"],
         num_query_groups=config["num_key_value_heads"], group_query_attention=True,
@@ -81,6 +81,11 @@ def save(model: Any, folder: Path, config: dict[str, Any], padded: int, tp: int)
         norm_epsilon=config["rms_norm_eps"], max_position_embeddings=64, seq_length=64, padded_vocab_size=padded,
         tensor_model_parallel_size=tp, params_dtype=torch.float32,
     )  # fmt: skip
+
+
+def save(model: Any, folder: Path, config: dict[str, Any], padded: int, tp: int) -> None:
+    """As its training does."""
+    args = training_arguments(config, padded, tp)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
