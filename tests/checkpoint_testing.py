@@ -155,7 +155,8 @@ def save_as_megatron(
                 tensors[f"{chain}optimizer.state.{name}.{key}"] = found
     with CheckpointReader(step) as reader:
         progress, own = reader.state["progress"], dict(reader.arguments)
-    own |= {"vocab_size": None, "padded_vocab_size": padded, "tensor_model_parallel_size": tp, **(args or {})}
+    own |= {"vocab_size": None, "padded_vocab_size": padded, "tensor_model_parallel_size": tp}
+    own |= {"params_dtype": getattr(torch, own["params_dtype"]), **(args or {})}
     own["attention_backend"] = Path  # of a class that is not plain
     common = {
         "iteration": progress["iteration"],

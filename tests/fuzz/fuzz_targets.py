@@ -263,19 +263,24 @@ def _torch_dist(folder: Path) -> None:
     from torch_dist_testing import save_torch_dist
 
     pieces = {"a": [((0, 0), torch.ones(2, 3)), ((2, 0), torch.ones(1, 3))], "b": [((0,), torch.ones(4).bfloat16())]}
-    save_torch_dist(folder, pieces, argparse.Namespace(num_layers=2), objects={"c/shard_0_1": [None]}, files=1)
+    common = {"optimizer": [{"step": torch.tensor(2.0)}], "opt_param_scheduler": {"num_steps": 3}}
+    args = argparse.Namespace(num_layers=2)
+    save_torch_dist(folder, pieces, args, objects={"c/shard_0_1": [None]}, common=common, files=1)
 
 
 def _read_torch_dist(folder: Path) -> None:
     from megatron.core.interchange.element_types import STORED_AS
-    from megatron.core.interchange.torch_dist import CheckpointFolder, saved_arguments
+    from megatron.core.interchange.torch_dist import CheckpointFolder, ModelKeys, saved_run
 
     checkpoint = CheckpointFolder(folder)
-    repr(saved_arguments(checkpoint))
+    repr(saved_run(checkpoint))
+    ModelKeys(checkpoint)
+    checkpoint.verify(key for key, saved in checkpoint.catalog.tensors.items() if saved.dtype in STORED_AS)
     for key, saved in checkpoint.catalog.tensors.items():
         if saved.dtype in STORED_AS and saved.shape and 0 not in saved.shape:
             target = np.empty(saved.shape, STORED_AS[saved.dtype])
             checkpoint.read_into(target, key, (), range(saved.shape[0]), saved.dtype)
+            checkpoint.read_part(key, (), range(saved.shape[0]), range(saved.shape[-1]))
 
 
 _CONFIG: dict[str, Any] = {

@@ -23,6 +23,11 @@ def format_of(folder: Path) -> CheckpointFormat:
     raise ValueError(f"{folder} {kind}")
 
 
+def is_saved_here(folder: Path) -> bool:
+    """Whether a step is in a format that training saves, rather than only loads."""
+    return any(candidate.is_mine(folder) for candidate in SAVED_FORMATS.values())
+
+
 def is_complete(folder: Path) -> bool:
     """Whether a step's folder has all its files; their checksums are not compared."""
     try:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from megatron.core import interchange
-from megatron.training.checkpoints.formats import is_complete
+from megatron.training.checkpoints.formats import is_complete, is_saved_here
 
 
 def newest_complete_step(root: Path) -> int | None:
@@ -19,15 +19,17 @@ def remove_old_steps(root: Path, newest: int, keep_last: int | None, retain_inte
     """Removes complete steps before `newest`, which was just saved, apart from those the two settings keep.
 
     Kept are the last `keep_last` complete steps (1 if only the other is given) and all multiples of
-    `retain_interval`. Incomplete steps are left alone and do not count.
+    `retain_interval`. Incomplete steps, and those of another program's format, are left alone and do not count.
     """
     if keep_last is None and retain_interval is None:
         return
-    steps = [step for step in interchange.available_iterations(root) if step <= newest]
-    complete = [step for step in steps if is_complete(interchange.checkpoint_dir(root, step))]
+    folders = {step: interchange.checkpoint_dir(root, step) for step in interchange.available_iterations(root)}
+    complete = [
+        step for step, folder in folders.items() if step <= newest and is_saved_here(folder) and is_complete(folder)
+    ]
     for step in complete[: -(keep_last or 1)]:
         if retain_interval is None or step % retain_interval:
-            folder = interchange.checkpoint_dir(root, step)
+            folder = folders[step]
             hidden = folder.with_name(f".{folder.name}.removing")  # what is half removed must not look like a step
             shutil.rmtree(hidden, ignore_errors=True)
             os.rename(folder, hidden)

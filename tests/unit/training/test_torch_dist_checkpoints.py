@@ -20,6 +20,7 @@ from checkpoint_testing import (
 )
 from torch_dist_testing import LOCAL_NORM
 
+from megatron.core.interchange import available_iterations
 from megatron.core.interchange.torch_archive import Window
 from megatron.core.interchange.torch_dist import CheckpointFolder
 from megatron.core.interchange.torch_file import archive_records
@@ -105,6 +106,21 @@ def test_finetuning_and_no_load_optim_take_the_weights(trained: Trained, megatro
         progress, remark = load(trainer)
         assert progress == begun and ("not loaded, as asked for: optimizer" in remark) == ("no_load_optim" in settings)
         _assert_weights_only(trainer, trained[1])
+
+
+def test_a_run_that_goes_on_in_its_folder_leaves_what_megatron_saved(trained: Trained, tmp_path: Path) -> None:
+    save_as_megatron(trained[0], tmp_path / "iter_0000003")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    settings = {"load": str(tmp_path), "save": str(tmp_path), "keep_last_checkpoints": 1}
+    trainer = tiny_trainer(checkpoint_arguments(**settings))
+    progress, _ = load(trainer)
+    for _ in range(2):
+        train(trainer, progress, 1)
+        save(trainer, progress)
+    assert available_iterations(tmp_path) == [3, 5]
+    resumed = tiny_trainer(checkpoint_arguments(**settings))
+    assert load(resumed)[0] == progress
+    assert_same_tensors(state_of(resumed), state_of(trainer))
 
 
 def _assert_weights_only(trainer: Trainer, theirs: Trainer) -> None:

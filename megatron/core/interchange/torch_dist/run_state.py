@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.core.interchange.element_types import STORED_AS
 from megatron.core.interchange.stored_tensor import StoredTensor, ZipRecords, stored_tensor
 from megatron.core.interchange.torch_dist.arguments import Common, read_common
 from megatron.core.interchange.torch_dist.tensors import CheckpointFolder
@@ -39,7 +40,9 @@ def saved_run(checkpoint: CheckpointFolder) -> RunState:
     if len(steps) > 1:
         raise ValueError(f"{common.path}: parts of the optimizer took {' and '.join(map(str, steps))} steps")
     return RunState(
-        arguments=Namespace(**{name: value for name, value in vars(common.args).items() if _is_plain(value)}),
+        arguments=Namespace(
+            **{name: _named_type(value) for name, value in vars(common.args).items() if _is_plain(value)}
+        ),
         iteration=_count(common.values.get("iteration")),
         consumed_samples=_count(getattr(common.args, "consumed_train_samples", None)),
         scheduled_samples=_count(scheduler.get("num_steps")) if isinstance(scheduler, dict) else None,
@@ -51,6 +54,12 @@ def saved_run(checkpoint: CheckpointFolder) -> RunState:
 def _is_plain(value: Any) -> bool:
     plain = bool | int | float | str | None
     return isinstance(value, plain) or (isinstance(value, list | tuple) and all(isinstance(v, plain) for v in value))
+
+
+def _named_type(value: Any) -> Any:
+    """The name that our settings have for a type of torch, any other value as it is."""
+    is_type = isinstance(value, str) and value.removeprefix("torch.") in STORED_AS
+    return value.removeprefix("torch.") if is_type else value
 
 
 def _count(value: Any) -> int | None:
