@@ -25,7 +25,7 @@ _FOREIGN = (
         "model, or convert it with transformers' convert_mixtral_weights_to_hf.py",
     ),
     (
-        ("*.distcp", "*/*.distcp"),
+        (".metadata", "*.distcp", "*/*.distcp"),
         "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, convert it with python "
         "tools/checkpoint/util.py --loader mixtral (give the step's folder), otherwise merge it with the program that "
         "did (accelerate: accelerate merge-weights)",

@@ -113,7 +113,7 @@ def test_a_cut_off_metadata_file_is_refused_at_every_length(folder: Path) -> Non
     whole = (folder / METADATA_FILE).read_bytes()
     for length in range(0, len(whole), 37):
         (folder / METADATA_FILE).write_bytes(whole[:length])
-        assert "it is damaged" in refusal(folder)
+        assert "it is damaged or cut short" in refusal(folder)
 
 
 def test_a_changed_byte_of_a_tensor_is_noticed(folder: Path) -> None:
@@ -138,6 +138,11 @@ def test_arguments_that_are_missing_or_hostile(folder: Path, monkeypatch: pytest
     torch.save({"args": argparse.Namespace(num_layers=4, hook=Payload())}, folder / "common.pt")
     args = saved_arguments(CheckpointFolder(folder))
     assert args.num_layers == 4 and not (folder / "harmed").exists()
+    whole = (folder / "common.pt").read_bytes()
+    for length in (0, 700, len(whole) - 1):
+        (folder / "common.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cannot read .*common\.pt: it is damaged or cut short"):
+            saved_arguments(CheckpointFolder(folder))
     torch.save({"iteration": 4}, folder / "common.pt")
     with pytest.raises(ValueError, match="has no training arguments"):
         saved_arguments(CheckpointFolder(folder))
