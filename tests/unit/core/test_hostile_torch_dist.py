@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch_dist_testing import save_torch_dist
 
+from megatron.core.interchange import stored_tensor
 from megatron.core.interchange.torch_dist import METADATA_FILE, CheckpointFolder, saved_arguments
 
 KEY = "decoder.layers.mlp.router.weight"
@@ -125,6 +127,32 @@ def test_a_changed_byte_of_a_tensor_is_noticed(folder: Path) -> None:
     content[content.index(numbers) + 5] ^= 4
     path.write_bytes(content)
     assert f"cannot read {path}: the checksum of" in refusal(folder)
+
+
+def test_threads_that_read_the_same_chunk_compare_its_checksum_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk may hold a weight of all layers and experts, each of which is read by some thread."""
+    checkpoint, fill = CheckpointFolder(folder), stored_tensor._fill
+    others: list[threading.Thread] = []
+    reads = []
+
+    def read() -> None:
+        checkpoint.read_into(np.empty(8, np.float32), KEY, (3,), range(8), "float32")
+
+    def noted(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+        reads.append(len(view))
+        if len(reads) == 1:
+            others.extend(threading.Thread(target=read) for _ in range(3))
+            for other in others:
+                other.start()
+        fill(descriptor, view, offset, path)
+
+    monkeypatch.setattr(stored_tensor, "_fill", noted)
+    read()
+    for other in others:
+        other.join()
+    assert sorted(reads) == [32] * 4 + [96]
 
 
 def test_a_cut_off_file_is_noticed_before_anything_is_read(folder: Path) -> None:
