@@ -1,5 +1,6 @@
 """Trainers of the tiny model that save and load, and the comparison of what they saved."""
 
+import argparse
 import resource
 import signal
 from collections.abc import Mapping
@@ -8,11 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_testing import step_batches, tiny_arguments
+from model_testing import TINY_MODEL, step_batches, tiny_arguments
 from torch import Tensor
+from torch_dist_testing import FUSED_NORM, Pieces, pieces_of_model, save_torch_dist
 
 import pretrain_gpt
 from megatron.core.dist_checkpointing import CheckpointReader
+from megatron.core.interchange.torch_archive import Window
+from megatron.core.interchange.torch_dist import CheckpointFolder
+from megatron.core.interchange.torch_file import archive_records
+from megatron.core.models.mixtral.weights import mixtral_weights
+from megatron.core.models.weight_table import WeightRule
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.training.checkpoints.saver import CheckpointSaver
 from megatron.training.checkpoints.source import load_checkpoint, locate_checkpoint
@@ -79,7 +86,7 @@ def train_and_save(
     rank: int, world_size: int, settings: Mapping[str, Any], params_dtype: str, load_from: str, save_to: str
 ) -> list[float]:
     """A run of three steps, or the continuation of one from `load_from`, then saving, two more steps, saving."""
-    checkpoint = {"save": save_to, "load": load_from or None, "ckpt_format": "torch_dist"}
+    checkpoint = {"save": save_to, "load": load_from or None, "ckpt_format": "sharded"}
     arguments = tiny_arguments(params_dtype, {**settings, **checkpoint})
     groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
     trainer = tiny_trainer(arguments, groups)
@@ -104,9 +111,88 @@ def saved_tensors(folder: Path) -> dict[tuple[str, str], Tensor]:
         }  # fmt: skip
 
 
+def save_as_megatron(
+    step: Path,
+    folder: Path,
+    *,
+    masters: str | None = "param",
+    bound: bool = False,
+    chained: bool = False,
+    tp: int = 2,
+    norms: Mapping[str, str] = FUSED_NORM,
+    prefix: str = "",
+    per_layer: bool = False,
+    whole: bool = False,
+    args: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Pieces] | None = None,
+    **more: Any,
+) -> None:
+    """What a step of ours holds as a torch_dist folder of Megatron-LM, saved by `tp` ranks.
+
+    Masters have the key `masters`; there is no state of the optimizer without it, or one `bound` to a layout. `more` is
+    for `save_torch_dist`.
+    """
+    saved = saved_tensors(step)
+    padded = TINY_MODEL.padded_vocab_size(tp)
+    rules = list(mixtral_weights(TINY_MODEL, padded))
+
+    def pieces(kind: str) -> dict[str, Pieces]:
+        def read(rule: WeightRule) -> Tensor:
+            tensor = saved[kind, rule.name]
+            return torch.cat([tensor, tensor.new_full((rule.shape[0] - len(tensor), *tensor.shape[1:]), 9.0)])
+
+        return pieces_of_model(rules, read, tp=tp, norms=norms, prefix=prefix, per_layer=per_layer, whole=whole)
+
+    tensors, objects = pieces("weight"), {"rng_state/shard_0_1": [1]}
+    if bound:
+        place = "chained_0.optimizer.distributed.dp_group_idx_0"
+        objects[f"{place}.optimizer/shard_0_1"] = [{"param_groups": [{"step": 3}]}]
+        tensors[f"{place}.gbuf_idx_0.dtype_0.bucket_idx_0.exp_avg"] = [((0,), torch.zeros(8))]
+    elif masters is not None:
+        for kind, name in {"master": masters, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}.items():
+            for key, found in pieces(kind).items() if (kind, rules[0].name) in saved else ():
+                chain = f"chained_{int('experts' in key)}." if chained else ""
+                tensors[f"{chain}optimizer.state.{name}.{key}"] = found
+    with CheckpointReader(step) as reader:
+        progress, own = reader.state["progress"], dict(reader.arguments)
+    own |= {"vocab_size": None, "padded_vocab_size": padded, "tensor_model_parallel_size": tp, **(args or {})}
+    own["attention_backend"] = Path  # of a class that is not plain
+    common = {
+        "iteration": progress["iteration"],
+        "opt_param_scheduler": {"num_steps": progress["scheduled_samples"]},
+        "optimizer": {0: {"optimizer": {"param_groups": [{"step": progress["iteration"]}, {}]}}},
+    }
+    settings = {"objects": objects, **more, "common": common | more.get("common", {})}
+    save_torch_dist(folder, tensors | dict(extra or {}), argparse.Namespace(**own), **settings)
+
+
+def _refusal_of_megatron(trainer: Trainer, folder: Path) -> str:
+    """What a rank is told of a folder of Megatron-LM in which the last element of its last file has changed."""
+    step = folder / "megatron" / "iter_0000001"
+    if trainer.groups.world.is_first:
+        save_as_megatron(folder / "iter_0000001", step)
+        place = max(
+            chunk.place for tensor in CheckpointFolder(step).catalog.tensors.values() for chunk in tensor.chunks
+        )
+        start = archive_records(step / place.file, Window(place.offset, place.length))["data/0"].start
+        with open(step / place.file, "r+b") as file:
+            file.seek(start)
+            changed = bytes([file.read(1)[0] ^ 4])
+            file.seek(start)
+            file.write(changed)
+    torch.distributed.barrier()
+    checkpoint = replace(trainer.arguments.checkpoint, load=str(step))
+    try:
+        load(replace(trainer, arguments=replace(trainer.arguments, checkpoint=checkpoint)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refusals(rank: int, world_size: int, folder: str) -> list[str]:
-    """What each of two ranks is told: the second one's disk is full, then its file is cut, then the metadata."""
-    arguments = tiny_arguments("bfloat16", {"save": folder, "load": folder, "ckpt_format": "torch_dist"})
+    """What each of two ranks is told: the second one's disk is full, the last bytes of a run of Megatron-LM, which it
+    is to compare, have changed, then its file is cut, then the metadata."""
+    arguments = tiny_arguments("bfloat16", {"save": folder, "load": folder, "ckpt_format": "sharded"})
     groups = build_process_groups(arguments.parallel, rank, world_size)
     trainer, progress, told = tiny_trainer(arguments, groups), Progress(iteration=1), []
     save(trainer, progress)
@@ -120,7 +206,8 @@ def refusals(rank: int, world_size: int, folder: str) -> list[str]:
         told.append(str(error))
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    for name in ("rank_00001.safetensors", "metadata.json"):
+    told.append(_refusal_of_megatron(trainer, Path(folder)))
+    for name in ("rank_00001.safetensors", "sharded.json"):
         file = Path(folder) / "iter_0000001" / name
         torch.distributed.barrier()
         if rank == 1:

@@ -183,19 +183,27 @@ _SAME_RESULT = {
         "GPTSentencePieceTokenizer": "Llama2Tokenizer",
     },
 }
+# Values that stand for one of ours with another result, and what it is.
+_OTHER_RESULT = {
+    "--ckpt-format": {
+        "torch_dist": ("sharded", "this toolkit's own format, which Megatron-LM reads once it is converted")
+    },
+}
 
 
 def with_values_of_ours(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command line with values that give the same result as one of ours replaced by it, and remarks on them."""
+    """The command line with values of Megatron-LM that stand for one of ours replaced by it, and remarks on them."""
     replaced, remarks = list(arguments), []
     for place, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if not equals:
             value = arguments[place + 1] if place + 1 < len(arguments) else ""
-        ours = _SAME_RESULT.get(flag, {}).get(value)
+        ours, reason = _OTHER_RESULT.get(flag, {}).get(value, (None, ""))
+        if ours is None:
+            ours, reason = _SAME_RESULT.get(flag, {}).get(value), "with the same result"
         if ours is not None:
             replaced[place if equals else place + 1] = f"{flag}={ours}" if equals else ours
-            remarks.append(f"{flag} {ours} is taken for {value}, with the same result")
+            remarks.append(f"{flag} {ours} is taken for {value}, {reason}")
     return replaced, remarks
 
 

@@ -124,8 +124,8 @@ class CheckpointConfig:
     """Do not save the optimizer's state; such a checkpoint cannot be resumed exactly."""
     use_checkpoint_args: bool = False
     """Take the model's shape from the checkpoint instead of the command line."""
-    ckpt_format: Literal["torch_dist", "torch"] = "torch_dist"
-    """Format of saved checkpoints: torch_dist is resumed at any layout, torch is Megatron's one file a rank."""
+    ckpt_format: Literal["sharded", "torch"] = "sharded"
+    """Format of saved checkpoints: sharded (also torch_dist) resumes at any layout, torch is Megatron's file a rank."""
     async_save: bool = False
     """Copy checkpoints to host memory and write them while training goes on."""
     keep_last_checkpoints: int | None = None
@@ -141,7 +141,7 @@ class CheckpointConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
         if self.async_save and self.ckpt_format == "torch":
-            raise ValueError("--async-save needs --ckpt-format torch_dist")
+            raise ValueError("--async-save needs --ckpt-format sharded")
         if self.use_checkpoint_args and not self.load:
             raise ValueError("--use-checkpoint-args needs --load")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_testing import refusals, saved_tensors, train_and_save
+from checkpoint_testing import refusals, save_as_megatron, saved_tensors, train_and_save
 from distributed_testing import run_distributed
 from model_testing import relative_difference
 from test_layouts import CP2, EP2, ETP1, PP2, SP, TP2, ZERO
@@ -70,7 +70,12 @@ def test_any_layout_continues_any_other(
     # a step of the middle of a run is loaded by naming its own folder
     step = folder / "iter_0000003"
     continued = run_distributed(train_and_save, *LAYOUTS[after], params_dtype, str(step), str(tmp_path))[0]
-    ours, theirs = saved_tensors(tmp_path / "iter_0000003"), saved_tensors(step)
+    _assert_continued(tmp_path, continued, folder, losses, params_dtype)
+
+
+def _assert_continued(run: Path, continued: list[float], folder: Path, losses: list[float], params_dtype: str) -> None:
+    """`run` began with what `folder` had after three steps, and went on like that."""
+    ours, theirs = saved_tensors(run / "iter_0000003"), saved_tensors(folder / "iter_0000003")
     kinds = {kind for kind, _ in theirs}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"} | ({"master"} if params_dtype == "bfloat16" else set())
     assert ours.keys() == theirs.keys()
@@ -78,9 +83,29 @@ def test_any_layout_continues_any_other(
         assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
     if params_dtype == "float64":
         assert continued == pytest.approx(losses, rel=1e-10)
-        ours, theirs = saved_tensors(tmp_path / "iter_0000005"), saved_tensors(folder / "iter_0000005")
+        ours, theirs = saved_tensors(run / "iter_0000005"), saved_tensors(folder / "iter_0000005")
         for key in theirs:
             assert relative_difference(ours[key], theirs[key]) <= 1e-10, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("after", "params_dtype"),
+    [
+        ("tp2_pp2", "float64"),
+        ("tp2_sp_ep2_etp1_zero", "bfloat16"),
+        ("pp2_dp2_zero", "bfloat16"),
+        ("pp2_v2", "float64"),
+    ],
+)
+def test_any_layout_continues_a_run_of_megatron(
+    trained: Trained, tmp_path: Path, after: str, params_dtype: str
+) -> None:
+    folder, losses = trained("one", params_dtype)
+    step = tmp_path / "iter_0000003"
+    save_as_megatron(folder / "iter_0000003", step)
+    continued = run_distributed(train_and_save, *LAYOUTS[after], params_dtype, str(step), str(tmp_path / "run"))[0]
+    _assert_continued(tmp_path / "run", continued, folder, losses, params_dtype)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +128,15 @@ def test_each_rank_writes_its_share(trained: Trained, layout: str) -> None:
 
 def test_all_ranks_refuse_what_fails_on_one(tmp_path: Path) -> None:
     first, second = run_distributed(refusals, 2, str(tmp_path))
-    assert first == second and len(first) == 3
-    for told, expected in zip(
-        first, ("rank 1: ", "rank_00001.safetensors has", "metadata.json is damaged"), strict=True
-    ):
+    expectations = (
+        "rank 1: ",
+        "__0_1.distcp: the checksum of",
+        "rank_00001.safetensors has",
+        "sharded.json is damaged",
+    )
+    assert first == second
+    for told, expected in zip(first, expectations, strict=True):
         assert expected in told
     assert "rank_00001.safetensors: File too large" in first[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    names = ["iter_0000001", "latest_checkpointed_iteration.txt", "megatron"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names

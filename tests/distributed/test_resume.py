@@ -54,7 +54,7 @@ def assert_equal(a: object, b: object, where: str) -> None:
 
 def assert_same_step(ours: Path, theirs: Path) -> None:
     """Two steps of either format hold the same values, bit for bit."""
-    if (theirs / "metadata.json").exists():
+    if (theirs / "sharded.json").exists():
         with CheckpointReader(ours) as a, CheckpointReader(theirs) as b:
             assert_equal(a.state, b.state, "state")
             assert a.metadata.tensors.keys() == b.metadata.tensors.keys()
@@ -76,13 +76,13 @@ INTERLEAVED = f"{PP2} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
 EP2 = "--expert-model-parallel-size 2"
 ZERO = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16"
 CASES = {
-    "tp2_bf16": f"{TP2_BF16} --ckpt-format torch_dist",
+    "tp2_bf16": f"{TP2_BF16} --ckpt-format sharded",
     "pp2_v2_rank_files": f"{INTERLEAVED} --ckpt-format torch",
-    "pp2_v2": f"{INTERLEAVED} --ckpt-format torch_dist",
+    "pp2_v2": f"{INTERLEAVED} --ckpt-format sharded",
     "ep2_rank_files": f"{EP2} --ckpt-format torch",
     "ep2_global_aux_loss_jitter": f"{EP2} --moe-router-load-balancing-type global_aux_loss --moe-input-jitter-eps 0.1",
-    "ep2_async": f"{EP2} --ckpt-format torch_dist --async-save --save-interval 1",
-    "zero2_async": f"{ZERO} --ckpt-format torch_dist --async-save --save-interval 2",
+    "ep2_async": f"{EP2} --ckpt-format sharded --async-save --save-interval 1",
+    "zero2_async": f"{ZERO} --ckpt-format sharded --async-save --save-interval 2",
 }
 QUICK = {"pp2_v2_rank_files"}
 

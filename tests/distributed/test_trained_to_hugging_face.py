@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2_ep2": (4, TP2 | SP | EP2 | {"pipeline_model_parallel_size": 1}),
     "tp2_ep2_etp1_uneven_pp2": (4, TP2 | SP | EP2 | ETP1 | PP2 | {"decoder_first_pipeline_num_layers": 1}),
 }
-FORMATS = ("torch", "torch_dist")
+FORMATS = ("torch", "sharded")
 
 
 def _train_and_save(rank: int, world_size: int, settings: dict, folder: str) -> None:
@@ -64,7 +64,7 @@ def test_both_formats_become_the_trained_model(tmp_path: Path, layout: str) -> N
     config = _config(tmp_path / "config")
     for kind in FORMATS:
         flags = ["--megatron-checkpoint-path", str(tmp_path / kind)]
-        if kind == "torch_dist":  # the other one's config is made from its arguments
+        if kind == "sharded":  # the other one's config is made from its arguments
             flags += ["--huggingface-config-path", str(config)]
         out = tmp_path / f"hf-{kind}"
         assert convert_megatron_to_hf_mixtral.main([*flags, "--huggingface-checkpoint-path", str(out)]) == 0
@@ -77,7 +77,7 @@ def test_both_formats_become_the_trained_model(tmp_path: Path, layout: str) -> N
     first, second = (load_file(tmp_path / f"hf-{kind}" / "model.safetensors") for kind in FORMATS)
     assert set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
     for kind in FORMATS:
-        _compare_logits(tmp_path / "torch_dist" / "iter_0000002", tmp_path / f"hf-{kind}")
+        _compare_logits(tmp_path / "sharded" / "iter_0000002", tmp_path / f"hf-{kind}")
 
 
 @torch.no_grad()

@@ -188,8 +188,8 @@ def _step(folder: Path) -> None:
 
 def _step_content(folder: Path) -> None:
     _step(folder)
-    document = json.loads((folder / "metadata.json").read_text())
-    (folder / "metadata.json").write_text(json.dumps(document["content"]))
+    document = json.loads((folder / "sharded.json").read_text())
+    (folder / "sharded.json").write_text(json.dumps(document["content"]))
 
 
 def _with_checksum(content: bytes) -> bytes:
@@ -354,7 +354,7 @@ TARGETS = {
     "parquet": Target([_corpus("a.parquet", _parquet)], _read_corpus),
     "run_files": Target([_run_files], _resume, ("out_*.json",)),
     "step": Target([_step], _read_step),
-    "step_metadata": Target([_step_content], _read_step, ("metadata.json",), {"metadata.json": _with_checksum}),
+    "step_metadata": Target([_step_content], _read_step, ("sharded.json",), {"sharded.json": _with_checksum}),
     "torch_file": Target([_torch_file(True), _torch_file(False)], _read_torch),
     "torch_pickle": Target([_pickle], _read_torch, wrap={"a.pt": _archive}),
     "torch_dist": Target([_torch_dist], _read_torch_dist, ("__*.distcp", "common.pt")),

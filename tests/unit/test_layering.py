@@ -216,7 +216,16 @@ def test_what_is_allowed_stays_allowed(tmp_path: Path, file: str, source: str) -
 
 def asks_for_a_format(tree: ast.Module) -> list[int]:
     """Lines that compare something with a value of --ckpt-format, or look for the files of a format."""
-    values = {"torch", "torch_dist", "mp_rank_*", "rank_*.safetensors", "metadata.json", "*.distcp"}
+    values = {
+        "torch",
+        "torch_dist",
+        "mp_rank_*",
+        "rank_*.safetensors",
+        "sharded",
+        "sharded.json",
+        "metadata.json",
+        "*.distcp",
+    }
     asking = (
         node
         for node in ast.walk(tree)

@@ -10,6 +10,7 @@ from megatron.core.interchange import CHECKPOINT_VERSION, Layout, model_args_nam
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.layout import replace_step
 from megatron.core.interchange.torch_dist import METADATA_FILE, Chunk, Place, SavedTensor, encode_metadata
+from megatron.core.interchange.torch_dist.names import IMPLEMENTATIONS, key_of, state_keys
 from megatron.core.models.mixtral.weights import mixtral_weights
 from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint import saver_mixtral
@@ -23,7 +24,6 @@ from tools.checkpoint.stream import (
     rows_at_a_time,
     transfer,
 )
-from tools.checkpoint.torch_dist_names import IMPLEMENTATIONS, key_of, state_keys
 from tools.checkpoint.torch_writer import ChunksFile, torch_bytes
 from tools.checkpoint.writers import TensorPlan
 

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint in the sharded format (`--ckpt-format torch_dist`), the same for every layout."""
+"""Weights of a checkpoint in the sharded format (`--ckpt-format sharded`), the same for every layout."""
 
 from pathlib import Path
 from types import SimpleNamespace

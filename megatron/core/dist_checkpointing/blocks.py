@@ -112,6 +112,35 @@ class TensorShard:
                 yield block
             position += max(1, whole_rows) * (column_end - column)
 
+    def parts(self) -> Iterator[tuple[range, range, Tensor]]:
+        """The same as rows and columns of the whole tensor, each with its elements of `data`, [rows, columns].
+
+        Rows are those of its first dimension, columns all others together.
+        """
+        _, width = matrix_shape(self.shape, self.partition_dim, self.stride)
+        columns = math.prod(self.shape[1:])
+        for block in self.blocks():
+            data = self.data[block.offset : block.offset + block.numel]
+            if width == columns:
+                rows, across = range(block.row_begin, block.row_end), range(block.column_begin, block.column_end)
+                yield rows, across, data.view(block.rows, block.columns)
+                continue
+            for number, row in enumerate(range(block.row_begin, block.row_end)):  # which is a run of elements
+                run = data[number * block.columns : (number + 1) * block.columns]
+                yield from _rows_of_run(run, row * width + block.column_begin, columns)
+
+
+def _rows_of_run(run: Tensor, begin: int, columns: int) -> Iterator[tuple[range, range, Tensor]]:
+    """The rows and columns of a matrix that consecutive elements from `begin` on are."""
+    position = 0
+    while position < len(run):
+        row, column = divmod(begin + position, columns)
+        whole_rows = (len(run) - position) // columns if column == 0 else 0
+        rows, end = max(1, whole_rows), columns if whole_rows else min(columns, column + len(run) - position)
+        size = rows * (end - column)
+        yield range(row, row + rows), range(column, end), run[position : position + size].view(rows, end - column)
+        position += size
+
 
 def missing_elements(blocks: Sequence[Block], rows: int, columns: int) -> int:
     """How many elements of a matrix `blocks` leave out in sum; -1 if one is covered twice or lies outside.

@@ -1,4 +1,4 @@
-"""`metadata.json` of a step: what is saved, where each rectangle of each tensor lies, and checksums of everything."""
+"""`sharded.json` of a step: what is saved, where each rectangle of each tensor lies, and checksums of everything."""
 
 import json
 import math
@@ -13,10 +13,11 @@ import torch
 
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, DTYPES, Block, matrix_shape, missing_elements
-from megatron.core.interchange.folder_kind import METADATA_FILE
+from megatron.core.interchange.folder_kind import SHARDED_FILE, sharded_file
 from megatron.core.text_files import read_json
 
-FORMAT = "megatron-mixtral training checkpoint"
+FORMAT = "megatron-mixtral sharded checkpoint"
+_OLD_FORMAT = "megatron-mixtral training checkpoint"  # of steps whose description is called metadata.json
 VERSION = 1
 _MOST, _MOST_DIMENSIONS = 1 << 56, 64
 
@@ -85,26 +86,31 @@ def lacks_files(folder: Path) -> bool:
 
 
 def write(folder: Path, metadata: Metadata) -> None:
-    """Writes `metadata.json`. Raises ValueError if a tensor is not covered exactly once."""
+    """Writes `sharded.json`. Raises ValueError if a tensor is not covered exactly once."""
     check_complete(folder, metadata)
     content = _to_plain(metadata)
     text = json.dumps({"format": FORMAT, "version": VERSION, "checksum": _checksum(content), "content": content})
-    with atomic_writer(folder / METADATA_FILE) as file:
+    with atomic_writer(folder / SHARDED_FILE) as file:
         file.write(text.encode("utf-8"))
 
 
 def read(folder: Path) -> Metadata:
-    """Reads and checks `metadata.json`. Raises FileNotFoundError, or ValueError naming the file and what is wrong."""
-    path = folder / METADATA_FILE
+    """Reads and checks `sharded.json`. Raises FileNotFoundError, or ValueError naming the file and what is wrong."""
+    path = sharded_file(folder)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the checkpoint is damaged, use another step")
+    document: Any = None
     try:
         document = read_json(path)
         name, version = document["format"], document["version"]
         checksum, content = document["checksum"], document["content"]
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(document, dict) and "sharded_backend" in document:
+            raise ValueError(
+                f"{path} is of a checkpoint of Megatron-LM, whose other files are missing: restore them"
+            ) from error
         raise ValueError(f"{path} is damaged or cut short: restore it, or use another step") from error
-    if name != FORMAT or version != VERSION:
+    if name not in (FORMAT, _OLD_FORMAT) or version != VERSION:
         raise ValueError(f"{path} is of format {name!r} version {version!r}, not {FORMAT!r} version {VERSION}")
     if checksum != _checksum(content):
         raise ValueError(f"{path} was altered: its checksum does not match; restore it, or use another step")

@@ -28,7 +28,7 @@ class CheckpointReader:
 
     To read a trained model's weights in one process:
 
-        with CheckpointReader(folder) as reader:          # ValueError if metadata.json is damaged
+        with CheckpointReader(folder) as reader:          # ValueError if sharded.json is damaged
             reader.verify(("weight",))                    # ValueError naming the file with a wrong checksum
             for name, tensor in reader.tensors("weight").items():      # global Megatron names; no padding
                 tensor.shape, tensor.dtype, reader.arguments["num_layers"]

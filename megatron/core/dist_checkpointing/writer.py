@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing import metadata as md
 from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, Block, TensorShard
-from megatron.core.interchange.folder_kind import METADATA_FILE
+from megatron.core.interchange.folder_kind import SHARDED_FILE
 from megatron.core.waiting import to_host, waiting
 
 CHUNK_ELEMENTS = 1 << 23
@@ -147,4 +147,4 @@ def write_metadata(
 
 def step_files(metadata: md.Metadata) -> set[str]:
     """Names of all files that belong to a step."""
-    return {METADATA_FILE, *metadata.files}
+    return {SHARDED_FILE, *metadata.files}

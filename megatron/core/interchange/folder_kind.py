@@ -12,8 +12,10 @@ OLD_SINGLE_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.
 WEIGHT_FILES = (SINGLE_FILE, INDEX_FILE, OLD_SINGLE_FILE, OLD_INDEX_FILE)
 """Where a Hugging Face folder's weights begin, in the order in which transformers looks."""
 
-METADATA_FILE = "metadata.json"
+SHARDED_FILE = "sharded.json"
 """What describes a step in the sharded format."""
+METADATA_FILE = "metadata.json"
+"""Its name in earlier steps; Megatron-LM's torch_dist has a file of that name, too."""
 
 _ADAPTER = "adapter_config.json"
 # The first pattern that something in the folder matches says what it is.
@@ -26,9 +28,9 @@ _FOREIGN = (
     ),
     (
         (".metadata", "*.distcp", "*/*.distcp"),
-        "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, convert it with python "
-        "tools/checkpoint/util.py --loader mixtral (give the step's folder), otherwise merge it with the program that "
-        "did (accelerate: accelerate merge-weights)",
+        "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, give the folder of a step "
+        "(iter_NNNNNNN) to --load or to tools/checkpoint/util.py --loader mixtral, otherwise merge it with the program "
+        "that did (accelerate: accelerate merge-weights)",
     ),
     (
         ("zero_to_fp32.py", "global_step*", "*_zero_pp_rank_*"),
@@ -49,15 +51,24 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a step's folder is in the sharded format (`--ckpt-format torch_dist`), whole or damaged."""
-    if any(folder.glob("rank_*.safetensors")):
-        return True
-    return (folder / METADATA_FILE).is_file() and not is_torch_dist(folder)  # which has a file of that name, too
+    """Whether a step's folder is in the sharded format (`--ckpt-format sharded`), whole or damaged."""
+    return _has_sharded_names(folder) or ((folder / METADATA_FILE).is_file() and not is_torch_dist(folder))
 
 
 def is_torch_dist(folder: Path) -> bool:
     """Whether a step's folder is in the torch_dist format of Megatron-LM, whose description is a pickle."""
-    return (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+    has_its_names = (folder / ".metadata").exists() or any(folder.glob("*.distcp"))
+    return has_its_names and not _has_sharded_names(folder)
+
+
+def _has_sharded_names(folder: Path) -> bool:
+    return (folder / SHARDED_FILE).is_file() or any(folder.glob("rank_*.safetensors"))
+
+
+def sharded_file(folder: Path) -> Path:
+    """What describes a step in the sharded format, under the name it has there."""
+    path, old = folder / SHARDED_FILE, folder / METADATA_FILE
+    return old if old.is_file() and not path.is_file() else path
 
 
 def is_per_rank(folder: Path) -> bool:

@@ -43,7 +43,7 @@ class Layout:
             raise ValueError(
                 f"an expert tensor-parallel size of {self.etp} with a tensor-parallel size of {self.tensor} cannot be "
                 "stored in folders named by tensor, pipeline and expert rank: choose a size that divides the "
-                "tensor-parallel size, or --ckpt-format torch_dist"
+                "tensor-parallel size, or --ckpt-format sharded"
             )
 
     @property

@@ -2,27 +2,24 @@
 
 from pathlib import Path
 
-from megatron.core.interchange.folder_kind import is_torch_dist, not_a_checkpoint
+from megatron.core.interchange.folder_kind import not_a_checkpoint
 from megatron.training.checkpoints.per_rank import PerRank
-from megatron.training.checkpoints.protocol import CheckpointFormat
+from megatron.training.checkpoints.protocol import CheckpointFormat, SavedFormat
 from megatron.training.checkpoints.sharded import Sharded
+from megatron.training.checkpoints.torch_dist import TorchDist
 
-FORMATS: dict[str, CheckpointFormat] = {"torch_dist": Sharded(), "torch": PerRank()}
-"""Every format by its value of --ckpt-format, in the order in which a folder is compared with them."""
+SAVED_FORMATS: dict[str, SavedFormat] = {"sharded": Sharded(), "torch": PerRank()}
+"""Every format that is saved, by its value of --ckpt-format."""
+FORMATS: tuple[CheckpointFormat, ...] = (*SAVED_FORMATS.values(), TorchDist())
+"""Every format that is loaded, in the order in which a folder is compared with them."""
 
 
 def format_of(folder: Path) -> CheckpointFormat:
     """The format of a step, by what is in its folder. Raises ValueError if it is of none."""
-    for candidate in FORMATS.values():
+    for candidate in FORMATS:
         if candidate.is_mine(folder):
             return candidate
-    if is_torch_dist(folder):
-        raise ValueError(
-            f"{folder} is a torch_dist checkpoint of Megatron-LM, which training does not start from: convert it first "
-            f"with python tools/checkpoint/util.py --loader mixtral --saver mixtral --load-dir {folder} --save-dir "
-            "NEW_FOLDER"
-        )
-    kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor metadata.json"
+    kind = not_a_checkpoint(folder) or "holds no checkpoint: neither mp_rank_* folders nor sharded.json nor .metadata"
     raise ValueError(f"{folder} {kind}")
 
 

@@ -108,7 +108,7 @@ def _read(source: CheckpointSource, trainer: Trainer) -> dict[str, Any]:
         raise ValueError(
             f"{source.folder} was saved at {layout}, but this run has {ours}: use its layout, or convert its weights "
             "(a new run then starts from them) with tools/checkpoint/util.py --loader mixtral --saver mixtral; "
-            "checkpoints saved with --ckpt-format torch_dist load at any layout"
+            "checkpoints saved with --ckpt-format sharded load at any layout"
         )
     path = source.folder / layout.folder(groups.tp.rank, groups.pp.rank, groups.ep.rank) / interchange.CHECKPOINT_FILE
     content = interchange.load_torch(path, mmap=True)

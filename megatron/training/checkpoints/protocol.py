@@ -51,10 +51,12 @@ class LoadedState(NamedTuple):
     """Every setting of the run that saved it, as attributes."""
     progress: dict[str, Any]
     """What `to_saved` made of how far that run had come."""
+    remark: str = ""
+    """What was loaded and what was not, where that is not the same as of other formats."""
 
 
 class CheckpointFormat(Protocol):
-    """A way to store a step in a folder."""
+    """A way to store a step in a folder, at least to load it."""
 
     def is_mine(self, folder: Path) -> bool:
         """Whether a step's folder is in this format, whole or damaged."""
@@ -65,17 +67,21 @@ class CheckpointFormat(Protocol):
     def arguments(self, folder: Path) -> Any:
         """Every setting of the run that saved a step, as attributes. Raises ValueError if it has none."""
 
-    def check_layout(self, arguments: Arguments) -> None:
-        """Raises ValueError if the run's layout cannot be saved."""
-
-    def prepare(self, step: StepToSave) -> PreparedStep:
-        """Makes ready to write a step; collective. With --async-save later updates do not reach what is written."""
-
     def load(self, source: "CheckpointSource", trainer: Trainer) -> LoadedState:
         """Loads the weights and, as `source` says, the optimizer and the random state; collective.
 
         Nothing changes unless the whole checkpoint fits and is undamaged. Raises SharedError on every rank otherwise.
         """
+
+
+class SavedFormat(CheckpointFormat, Protocol):
+    """One that training saves, too."""
+
+    def check_layout(self, arguments: Arguments) -> None:
+        """Raises ValueError if the run's layout cannot be saved."""
+
+    def prepare(self, step: StepToSave) -> PreparedStep:
+        """Makes ready to write a step; collective. With --async-save later updates do not reach what is written."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core.atomic_files import remove_unfinished
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.checkpoints.folder_lock import FolderLock
-from megatron.training.checkpoints.formats import FORMATS
+from megatron.training.checkpoints.formats import SAVED_FORMATS
 from megatron.training.checkpoints.steps import remove_leftovers
 from megatron.training.config import Arguments, LoggingConfig
 from megatron.training.ending import Ending
@@ -26,7 +26,7 @@ def open_save_folder(arguments: Arguments, groups: ProcessGroups, ending: Ending
     lock = FolderLock(folder) if groups.world.is_first else None
 
     def write() -> str:
-        FORMATS[arguments.checkpoint.ckpt_format].check_layout(arguments)
+        SAVED_FORMATS[arguments.checkpoint.ckpt_format].check_layout(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         assert lock is not None
         ending.before.append(lock.release)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.core import collectives, interchange
 from megatron.core.atomic_files import error_sentence
 from megatron.core.parallel_state import ProcessGroups
-from megatron.training.checkpoints.formats import FORMATS
+from megatron.training.checkpoints.formats import SAVED_FORMATS
 from megatron.training.checkpoints.protocol import StepToSave
 from megatron.training.checkpoints.steps import remove_leftovers, remove_old_steps
 from megatron.training.config import Arguments
@@ -94,7 +94,7 @@ class CheckpointSaver:
                 namespace=checkpoint_namespace(self.trainer.arguments, progress),
                 host_memory=self._host_memory,
             )
-            write, self._commit = FORMATS[self.settings.ckpt_format].prepare(step)
+            write, self._commit = SAVED_FORMATS[self.settings.ckpt_format].prepare(step)
             if self.settings.async_save:
                 self._writer = _BackgroundWriter(write)
                 self._writer.start()

@@ -1,4 +1,4 @@
-"""The sharded format (`--ckpt-format torch_dist`), which knows nothing of the layout: what a rank saves and loads.
+"""The sharded format (`--ckpt-format sharded`), which knows nothing of the layout: what a rank saves and loads.
 
 Every tensor is saved once, under its name in the whole model, by one of the ranks that hold it; whoever loads reads
 the parts it needs. Weights and the optimizer's state are pieces of the model's tensors, random states one row a rank.

@@ -9,7 +9,7 @@ from megatron.core.interchange.folder_kind import not_a_checkpoint
 from megatron.core.parallel_state import ProcessGroups
 from megatron.training.changed_settings import changed_settings
 from megatron.training.checkpoints.formats import format_of
-from megatron.training.checkpoints.protocol import CheckpointSource
+from megatron.training.checkpoints.protocol import CheckpointSource, LoadedState
 from megatron.training.checkpoints.steps import newest_complete_step
 from megatron.training.config import Arguments, CheckpointConfig
 from megatron.training.initialize import on_first
@@ -91,15 +91,20 @@ def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[
         remark = f"loaded the weights of {source.folder}; optimizer, schedule and data start from scratch"
         return Progress(), RunRecord(), remark
     progress, record = from_saved(loaded.progress)
-    taken = ["weights", "schedule and data position"]
-    left: list[str] = []
-    (taken if source.with_optimizer else left).insert(1, "optimizer (masters and moments)")
-    (taken if source.with_rng else left).append("random state")
-    lines = [f"resumed at iteration {progress.iteration} from {source.folder}: loaded {', '.join(taken)}"]
-    if left:
-        lines.append(f"not loaded, as asked for: {', '.join(left)}")
-    lines.append(source.remark)
+    lines = [f"resumed at iteration {progress.iteration} from {source.folder}: {_taken(source, loaded)}", source.remark]
     changed = changed_settings(vars(loaded.arguments), asdict(trainer.arguments))
     if changed:
         lines.append(f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}")
     return progress, record, "\n".join(line for line in lines if line)
+
+
+def _taken(source: CheckpointSource, loaded: LoadedState) -> str:
+    """What was loaded and what was not."""
+    if loaded.remark:
+        return loaded.remark
+    taken = ["weights", "schedule and data position"]
+    left: list[str] = []
+    (taken if source.with_optimizer else left).insert(1, "optimizer (masters and moments)")
+    (taken if source.with_rng else left).append("random state")
+    not_taken = f"\nnot loaded, as asked for: {', '.join(left)}" if left else ""
+    return f"loaded {', '.join(taken)}{not_taken}"

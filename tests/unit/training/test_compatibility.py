@@ -65,6 +65,16 @@ def test_what_has_no_effect_is_named_and_changes_nothing() -> None:
     assert arguments == parse_arguments(SMALL)[0]
 
 
+@pytest.mark.parametrize("flags", ["--ckpt-format torch_dist", "--ckpt_format=torch_dist"])
+def test_megatrons_name_of_the_default_format_means_ours_and_one_line_says_so(flags: str) -> None:
+    arguments, remarks = parse_arguments([*SMALL, *flags.split()])
+    assert arguments == parse_arguments(SMALL)[0] and arguments.checkpoint.ckpt_format == "sharded"
+    said = (
+        "--ckpt-format sharded is taken for torch_dist, this toolkit's own format, which Megatron-LM reads once it is"
+    )
+    assert len(remarks) == 1 and remarks[0].startswith(said)
+
+
 @pytest.mark.parametrize(
     ("flags", "dispatcher"),
     [

@@ -53,7 +53,7 @@ def test_the_faster_one_is_taken_by_all_layers() -> None:
     assert "4 experts of 16 rows, 48 x 32, float32, on cpu: grouped_mm, from grouped_mm 16 ms, loop 32 ms" in line
 
 
-@pytest.mark.parametrize("ckpt_format", ["torch_dist", "torch"])
+@pytest.mark.parametrize("ckpt_format", ["sharded", "torch"])
 def test_a_resumed_run_computes_as_before(tmp_path: Path, ckpt_format: str) -> None:
     """Although it would measure otherwise now."""
     settings = {"save": str(tmp_path), "load": str(tmp_path), "ckpt_format": ckpt_format}

@@ -29,23 +29,28 @@ from distributed_testing import run_distributed
 
 from megatron.core import collectives, dist_checkpointing
 from megatron.core.dist_checkpointing import writer
+from megatron.core.interchange import available_iterations
+from megatron.core.interchange.folder_kind import is_sharded, is_torch_dist
 from megatron.core.parallel_state import Group, ProcessGroups
+from megatron.training.checkpoints.formats import SAVED_FORMATS, format_of, is_complete
 from megatron.training.checkpoints.random_states import random_states
 from megatron.training.checkpoints.saver import CheckpointSaver, checkpoint_namespace
 from megatron.training.checkpoints.sharded import checkpoint_shards, rng_shards
+from megatron.training.checkpoints.source import checkpoint_model
+from megatron.training.checkpoints.steps import newest_complete_step
 from megatron.training.progress import Progress, RunRecord
 from megatron.training.setup import Trainer
 
 Saved = tuple[Path, Trainer, Progress]
 SHARD = "iter_0000001/rank_00000.safetensors"
-METADATA = "iter_0000001/metadata.json"
+METADATA = "iter_0000001/sharded.json"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Saved:
     """A checkpoint after a step, the trainer that made it, and its progress."""
-    trainer = tiny_trainer(checkpoint_arguments(save=str(tmp_path / "run"), ckpt_format="torch_dist"))
+    trainer = tiny_trainer(checkpoint_arguments(save=str(tmp_path / "run"), ckpt_format="sharded"))
     progress = Progress()
     train(trainer, progress, 1)
     save(trainer, progress)
@@ -62,14 +67,57 @@ DAMAGE: list[tuple[str, Callable[[bytes], bytes] | None, str]] = [
     (SHARD, lambda content: content[:-1], "rank_00000.safetensors has [0-9]+ bytes, not [0-9]+"),
     (SHARD, lambda content: b"", "rank_00000.safetensors has 0 bytes"),
     (SHARD, None, "rank_00000.safetensors is missing"),
-    (METADATA, lambda content: content[: len(content) // 2], "metadata.json is damaged or cut short"),
-    (METADATA, lambda content: content.replace(b"exp_avg_sq", b"exp_avg_s9", 1), "metadata.json was altered"),
-    (METADATA, None, "metadata.json is missing"),
+    (METADATA, lambda content: content[: len(content) // 2], "sharded.json is damaged or cut short"),
+    (METADATA, lambda content: content.replace(b"exp_avg_sq", b"exp_avg_s9", 1), "sharded.json was altered"),
+    (METADATA, None, "sharded.json is missing"),
     (TRACKER, lambda content: b"", "must hold an iteration"),
     (TRACKER, lambda content: b"-1", "must hold an iteration"),
     (TRACKER, lambda content: b"one", "must hold an iteration"),
     (TRACKER, lambda content: b"7", "has no step 7; it has: 1"),
 ]
+
+
+def as_earlier_versions_named_it(step: Path) -> None:
+    """Gives the description of a step the name and the format that it had before."""
+    content = (step / "sharded.json").read_text().replace("megatron-mixtral sharded", "megatron-mixtral training", 1)
+    (step / "sharded.json").unlink()
+    (step / "metadata.json").write_text(content)
+
+
+def test_a_step_under_the_old_file_name_is_resumed_and_removed_like_others(saved: Saved) -> None:
+    root, first, progress = saved
+    step = root / "iter_0000001"
+    as_earlier_versions_named_it(step)
+    assert format_of(step) is SAVED_FORMATS["sharded"] and is_complete(step)
+    assert checkpoint_model(str(root)).hidden_size == first.arguments.model.hidden_size
+    second = tiny_trainer(checkpoint_arguments(load=str(root), save=str(root), keep_last_checkpoints=2))
+    resumed, _ = load(second)
+    assert resumed == progress
+    assert_same_tensors(state_of(second), state_of(first))
+    save(second, resumed)
+    assert (step / "sharded.json").exists() and not (step / "metadata.json").exists()
+    as_earlier_versions_named_it(step)
+    for iteration in (2, 3):
+        assert newest_complete_step(root) == iteration - 1
+        save(second, replace(resumed, iteration=iteration))
+    assert available_iterations(root) == [2, 3]
+
+
+def test_the_file_name_that_megatron_has_too_is_ours_only_without_its_other_files(saved: Saved) -> None:
+    root, _, _ = saved
+    step = root / "iter_0000001"
+    as_earlier_versions_named_it(step)
+    for file in step.glob("rank_*.safetensors"):
+        file.unlink()
+    assert is_sharded(step) and not is_torch_dist(step)
+    (step / ".metadata").touch()
+    assert is_torch_dist(step) and not is_sharded(step)
+    (step / ".metadata").unlink()
+    (step / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    with pytest.raises(
+        ValueError, match=r"metadata\.json is of a checkpoint of Megatron-LM, whose other files are mis"
+    ):
+        load(tiny_trainer(checkpoint_arguments(load=str(root))))
 
 
 def test_damage_is_refused_and_nothing_changes(saved: Saved) -> None:
@@ -249,7 +297,7 @@ def _die_at(folder: str, operation: int) -> None:
 
 def _run(folder: str, operation: int, async_save: bool) -> None:
     """Trains to the third step, saving each and the second one twice; resumes what is there."""
-    settings = {"save": folder, "load": folder, "ckpt_format": "torch_dist", "keep_last_checkpoints": 1}
+    settings = {"save": folder, "load": folder, "ckpt_format": "sharded", "keep_last_checkpoints": 1}
     trainer = tiny_trainer(checkpoint_arguments(**settings, async_save=async_save))
     progress, _ = load(trainer)
     if operation:

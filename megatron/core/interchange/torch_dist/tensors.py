@@ -1,7 +1,10 @@
 """Rows of the tensors in a distributed checkpoint, read chunk by chunk into memory of just their size."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import StoredTensor, ZipRecords, stored_tensor
@@ -50,6 +53,43 @@ class CheckpointFolder:
             place = (slice(found.start - rows.start, found.stop - rows.start), *across)
             local = range(found.start - start, found.stop - start)
             self._part(key, chunk, at).read_into(target[place], local, dtype, in_order=in_order)
+
+    def verify(self, keys: Iterable[str], rank: int = 0, size: int = 1) -> None:
+        """Compares the checksums of all that `keys` hold, and with what the metadata says of it.
+
+        `size` processes can share the work, each reading its share. Raises ValueError naming the file.
+        """
+        chunks = [(key, chunk) for key in keys for chunk in self.catalog.tensors[key].chunks]
+        chunks.sort(key=lambda entry: entry[1].place)
+        total, before = sum(chunk.place.length for _, chunk in chunks), 0
+        for key, chunk in chunks:
+            if before * size // max(total, 1) == rank:
+                found = self._opened(key, chunk)
+                assert found.records is not None, chunk.place
+                found.records.verify(found.record_offset)
+            before += chunk.place.length
+
+    def read_part(self, key: str, at: tuple[int, ...], rows: range, columns: range) -> Array:
+        """[rows, columns] of the matrix that `key` has at the indices `at` of its leading axes, in its own type.
+
+        A vector is a matrix of one column. Checksums are not compared, see `verify`.
+        """
+        target = np.empty((len(rows), len(columns)), STORED_AS[self.dtype(key)])
+        for chunk in self._chunks(key, at):
+            top, left = (*chunk.offsets[len(at) :], 0)[:2]
+            height, width = (*chunk.sizes[len(at) :], 1)[:2]
+            inner = range(max(rows.start, top), min(rows.stop, top + height))
+            across = range(max(columns.start, left), min(columns.stop, left + width))
+            if len(inner) == 0 or len(across) == 0:
+                continue
+            part = replace(self._part(key, chunk, at), records=None).read(range(inner.start - top, inner.stop - top))
+            wanted = part.reshape(len(inner), width)[:, across.start - left : across.stop - left]
+            place = (
+                slice(inner.start - rows.start, inner.stop - rows.start),
+                slice(across.start - columns.start, across.stop - columns.start),
+            )
+            target[place] = wanted
+        return target
 
     def _chunks(self, key: str, at: tuple[int, ...]) -> list[Chunk]:
         """Kept, since rows are read a few at a time and a key may have thousands of chunks."""

@@ -88,7 +88,14 @@ def test_any_division_into_any_other(tmp_path: Path, chunk: int, monkeypatch: py
                             assert reader.mismatch(shard) is None
                             reader.read_into(shard)
                             end = shard.start + shard.data.numel()
-                            assert torch.equal(shard.data, expected.reshape(-1)[shard.start : end]), (name, rank)
+                            own = expected.reshape(-1)[shard.start : end]
+                            assert torch.equal(shard.data, own), (name, rank)
+                            shard.data.zero_()
+                            for across, columns, data in shard.parts():
+                                data += VALUES[name].reshape(len(VALUES[name]), -1)[
+                                    across.start : across.stop, columns.start : columns.stop
+                                ]
+                            assert torch.equal(shard.data, own), (name, rank)
 
 
 def test_files_are_safetensors_and_types_survive(tmp_path: Path) -> None:
@@ -143,17 +150,17 @@ def test_coverage_counts() -> None:
 
 
 def _edit_metadata(folder: Path, change: Callable[[dict], None]) -> None:
-    document = json.loads((folder / "metadata.json").read_text())
+    document = json.loads((folder / "sharded.json").read_text())
     change(document)
-    (folder / "metadata.json").write_text(json.dumps(document))
+    (folder / "sharded.json").write_text(json.dumps(document))
 
 
 def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
     _save(tmp_path / "a", 2, [7, 50])
-    for name in ("rank_00000.safetensors", "rank_00001.safetensors", "metadata.json"):
+    for name in ("rank_00000.safetensors", "rank_00001.safetensors", "sharded.json"):
         file = tmp_path / "a" / name
         content = file.read_bytes()
-        for position in range(0, len(content), 13 if name != "metadata.json" else 61):
+        for position in range(0, len(content), 13 if name != "sharded.json" else 61):
             spoiled = bytearray(content)
             spoiled[position] ^= 4
             file.write_bytes(spoiled)
@@ -163,7 +170,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["rank_00001.safetensors", "metadata.json"])
+@pytest.mark.parametrize("name", ["rank_00001.safetensors", "sharded.json"])
 @pytest.mark.parametrize("keep", [None, 0, 100, -1])
 def test_cut_emptied_and_deleted_files_are_named(tmp_path: Path, name: str, keep: int | None) -> None:
     _save(tmp_path / "a", 2, [])
@@ -197,7 +204,7 @@ def test_metadata_that_lies_is_refused(tmp_path: Path) -> None:
         next(t for t in document["content"]["tensors"] if t[1] == "qkv")[-1][0][-1] = 10**9
         sum_up(document)
 
-    whole = (tmp_path / "a" / "metadata.json").read_text()
+    whole = (tmp_path / "a" / "sharded.json").read_text()
     for change, message in (
         (drop_a_block, "weight of qkv lacks"),
         (other_file, "is not the name of a file"),
@@ -208,4 +215,4 @@ def test_metadata_that_lies_is_refused(tmp_path: Path) -> None:
         _edit_metadata(tmp_path / "a", change)
         with pytest.raises(ValueError, match=message):
             CheckpointReader(tmp_path / "a")
-        (tmp_path / "a" / "metadata.json").write_text(whole)
+        (tmp_path / "a" / "sharded.json").write_text(whole)

@@ -1,4 +1,4 @@
-"""What `metadata.json` claims is checked before anything is allocated or compared: planted claims, and damage."""
+"""What `sharded.json` claims is checked before anything is allocated or compared: planted claims, and damage."""
 
 import copy
 import json
@@ -33,14 +33,14 @@ def step(tmp_path: Path) -> Path:
 
 def content_of(folder: Path) -> dict[str, Any]:
     """What the metadata of a step holds."""
-    return json.loads((folder / md.METADATA_FILE).read_text())["content"]
+    return json.loads((folder / md.SHARDED_FILE).read_text())["content"]
 
 
 def plant(folder: Path, content: Any) -> None:
     """Metadata with this content and a checksum that is right."""
     text = json.dumps(content, separators=(",", ":"))
     document = f'{{"format":"{md.FORMAT}","version":1,"checksum":{zlib.crc32(text.encode())},"content":{text}}}'
-    (folder / md.METADATA_FILE).write_text(document)
+    (folder / md.SHARDED_FILE).write_text(document)
 
 
 def read_all(folder: Path) -> None:
@@ -102,9 +102,9 @@ def test_what_only_a_file_could_hold_is_not_allocated(step: Path) -> None:
 
 @pytest.mark.parametrize("nested", ["[" * 5000 + "]" * 5000, '{"a":' * 5000 + "1" + "}" * 5000, "1" * 5000])
 def test_nesting_is_a_sentence(step: Path, nested: str) -> None:
-    for text in (nested, (step / md.METADATA_FILE).read_text().replace("[1]", nested)):
-        (step / md.METADATA_FILE).write_text(text)
-        with pytest.raises(ValueError, match=r"metadata\.json is damaged"):
+    for text in (nested, (step / md.SHARDED_FILE).read_text().replace("[1]", nested)):
+        (step / md.SHARDED_FILE).write_text(text)
+        with pytest.raises(ValueError, match=r"sharded\.json is damaged"):
             md.read(step)
 
 
@@ -134,7 +134,7 @@ def _changed(value: Any, generator: random.Random) -> Any:
 
 def test_damage_is_a_sentence(step: Path) -> None:
     generator, refused = random.Random(3), 0
-    content, text = content_of(step), (step / md.METADATA_FILE).read_bytes()
+    content, text = content_of(step), (step / md.SHARDED_FILE).read_bytes()
     tracemalloc.start()
     for number in range(1500):
         if number % 3:
@@ -142,7 +142,7 @@ def test_damage_is_a_sentence(step: Path) -> None:
         else:
             spoiled = bytearray(text)
             spoiled[generator.randrange(len(text))] = generator.randrange(256)
-            (step / md.METADATA_FILE).write_bytes(spoiled)
+            (step / md.SHARDED_FILE).write_bytes(spoiled)
         try:
             read_all(step)
         except (ValueError, FileNotFoundError) as error:

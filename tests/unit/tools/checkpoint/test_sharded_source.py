@@ -62,6 +62,7 @@ def test_weights_arrive_bit_for_bit(trained: tuple[Path, Path], tmp_path: Path) 
     model, run = trained
     assert _to_huggingface(run, model, tmp_path / "hf") == 0
     assert_same_tensors(tmp_path / "hf", disk_tensors(model))
+    (run / "iter_0000003" / "sharded.json").rename(run / "iter_0000003" / "metadata.json")  # as it was named before
     command = f"--loader mixtral --saver mixtral --load-dir '{run}' --save-dir '{tmp_path}/tp2'"
     sizes = "--target-tensor-parallel-size 2 --target-pipeline-parallel-size 2"
     assert util.main(["--model-type", "GPT", *shlex.split(command), *sizes.split()]) == 0
@@ -84,7 +85,7 @@ def _tokenizer(folder: Path, entries: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+@pytest.mark.parametrize("kind", ["torch", "sharded"])
 def test_a_config_is_made_where_there_is_none(
     trained: tuple[Path, Path], tmp_path: Path, capsys: Capture, kind: str
 ) -> None:
@@ -92,7 +93,7 @@ def test_a_config_is_made_where_there_is_none(
     from transformers import AutoConfig
 
     model, run = trained
-    source = run if kind == "torch_dist" else tmp_path / "released"
+    source = run if kind == "sharded" else tmp_path / "released"
     tokenizer = _tokenizer(tmp_path / "tokenizer", 150)
     assert _to_huggingface_alone(source, tmp_path / "hf", "--huggingface-config-path", str(tokenizer)) == 0
     assert_same_tensors(tmp_path / "hf", disk_tensors(model))
@@ -126,11 +127,11 @@ def test_what_a_config_contradicts_is_named_and_kept(
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["sliding_window"] == 7
 
 
-@pytest.mark.parametrize("kind", ["torch", "torch_dist"])
+@pytest.mark.parametrize("kind", ["torch", "sharded"])
 def test_another_layout_than_the_one_given_is_refused(
     trained: tuple[Path, Path], tmp_path: Path, capsys: Capture, kind: str
 ) -> None:
-    source = trained[1] if kind == "torch_dist" else tmp_path / "released"
+    source = trained[1] if kind == "sharded" else tmp_path / "released"
     assert _to_huggingface_alone(source, tmp_path / "hf", "--tensor-parallel-size", "4") == 1
     assert "not at tensor x pipeline x expert parallel sizes 4 x 1 x 1" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
@@ -161,7 +162,7 @@ def test_a_weight_of_another_model_is_refused(
 ) -> None:
     model, run = trained
     folder = run / "iter_0000003"
-    (folder / "metadata.json").unlink()
+    (folder / "sharded.json").unlink()
     shard = TensorShard(kind="weight", name="decoder.surprise", shape=(2,), data=torch.zeros(2))
     args = load_torch(tmp_path / "released" / "release" / "mp_rank_00" / "model_optim_rng.pt")["args"]
     write_metadata(folder, [write_shards(folder, 5, [shard])], iteration=3, arguments=vars(args), state={})

@@ -1,7 +1,6 @@
 """Megatron-LM's torch_dist folders convert to Hugging Face bit for bit, whatever layout and version wrote them."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +8,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conversion_testing import MakeModel, assert_same_tensors, disk_tensors
-from torch_dist_testing import Pieces, save_torch_dist
+from torch_dist_testing import LOCAL_NORM, Pieces, pieces_of_model, save_torch_dist
 
 from megatron.core.interchange.element_types import to_torch
+from megatron.core.interchange.torch_dist.names import key_of, state_keys
 from megatron.core.models.mixtral.weights import mixtral_weights
-from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint import convert_megatron_to_hf_mixtral, saver_mixtral_torch_dist, util
 from tools.checkpoint.loader_mixtral_hf import HuggingFaceSource
-from tools.checkpoint.torch_dist_names import key_of, state_keys
 
 Capture = pytest.CaptureFixture[str]
-
-FUSED_NORM = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
-LOCAL_NORM = {**FUSED_NORM, "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
-
-
-def _cut(rule: WeightRule, whole: torch.Tensor, tp: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """The chunks that `tp` ranks write: gate and up are cut by themselves."""
-    if rule.partition_dim is None:
-        return [((0,) * whole.dim(), whole)]
-    pieces = whole.chunk(tp * rule.partition_stride, dim=rule.partition_dim)
-    size = whole.shape[rule.partition_dim] // len(pieces)
-    starts = [[0] * whole.dim() for _ in pieces]
-    for number, start in enumerate(starts):
-        start[rule.partition_dim] = number * size
-    return [(tuple(start), piece.contiguous()) for start, piece in zip(starts, pieces, strict=True)]
 
 
 def write_model(
@@ -42,35 +25,20 @@ def write_model(
     *,
     tp: int = 2,
     padded: int = 160,
-    norms: dict[str, str] = FUSED_NORM,
-    prefix: str = "",
-    per_layer: bool = False,
-    whole: bool = False,
     extra: dict[str, Pieces] | None = None,
+    common_state: bool = False,
+    files: int = 2,
     **options: object,
 ) -> None:
     """The weights of a Hugging Face folder as Megatron-LM would have trained them, in a step's folder."""
     source = HuggingFaceSource(model)
     config = source.description.model
-    tensors: dict[str, Pieces] = {}
-    for rule in mixtral_weights(config, padded):
-        tensor = to_torch(source.read(rule, range(rule.shape[0])), source.description.dtype)
-        name, at = rule.name, []
-        if rule.layer is not None:
-            name = rule.name.replace(f"layers.{rule.layer}.", "")
-            at = [] if per_layer else [rule.layer]
-        if rule.expert is not None:
-            name = re.sub(r"local_experts\.[0-9]+", "experts", name)
-            at.append(rule.expert)
-        for ours, theirs in norms.items():
-            name = name.replace(ours, theirs)
-        if rule.layer is not None:
-            name = name.replace("decoder.", f"decoder.layers.{rule.layer}." if per_layer else "decoder.layers.")
-        for start, piece in _cut(rule, tensor, tp):
-            shaped = piece.reshape((1,) * len(at) + piece.shape)
-            tensors.setdefault(prefix + name, []).append(((*at, *start), shaped))
-    if whole:
-        tensors = {key: [_joined(pieces)] for key, pieces in tensors.items()}
+    tensors = pieces_of_model(
+        mixtral_weights(config, padded),
+        lambda rule: to_torch(source.read(rule, range(rule.shape[0])), source.description.dtype),
+        tp=tp,
+        **options,  # type: ignore[arg-type]
+    )
     args = argparse.Namespace(
         **{name: getattr(config, name) for name in (
             "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_experts",
@@ -80,15 +48,7 @@ def write_model(
         kv_channels=config.head_dim, tensor_model_parallel_size=tp, params_dtype=torch.bfloat16,
     )  # fmt: skip
     args.attention_backend = pytest.approx  # an object of a class that is not plain
-    save_torch_dist(folder, {**tensors, **(extra or {})}, args, **options)  # type: ignore[arg-type]
-
-
-def _joined(pieces: Pieces) -> tuple[tuple[int, ...], torch.Tensor]:
-    ends = [[begin + size for begin, size in zip(at, piece.shape)] for at, piece in pieces]
-    joined = torch.empty([max(axis) for axis in zip(*ends)], dtype=pieces[0][1].dtype)
-    for at, piece in pieces:
-        joined[tuple(slice(begin, begin + size) for begin, size in zip(at, piece.shape))] = piece
-    return (0,) * joined.dim(), joined
+    save_torch_dist(folder, {**tensors, **(extra or {})}, args, common_state=common_state, files=files)
 
 
 def to_huggingface(step: Path, model: Path, target: Path) -> int:
