@@ -68,12 +68,12 @@ def test_both_formats_become_the_trained_model(tmp_path: Path, layout: str) -> N
             flags += ["--huggingface-config-path", str(config)]
         out = tmp_path / f"hf-{kind}"
         assert convert_megatron_to_hf_mixtral.main([*flags, "--huggingface-checkpoint-path", str(out)]) == 0
-        flags = ["--loader", "mixtral", "--saver", "mixtral", "--load-dir", str(tmp_path / kind)]
-        flags += ["--save-dir", f"{tmp_path / kind}-1"]
-        assert util.main([*flags, "--target-expert-parallel-size", "2"]) == 0
-        compared = ["--huggingface-path", str(out), "--megatron-path"]
-        assert verify.main([*compared, str(tmp_path / kind)]) == 0
-        assert verify.main([*compared, f"{tmp_path / kind}-1"]) == 0
+        flags = ["--loader", "mixtral", "--load-dir", str(tmp_path / kind), "--saver"]
+        changed, for_megatron_lm = f"{tmp_path / kind}-1", f"{tmp_path / kind}-2"
+        assert util.main([*flags, "mixtral", "--save-dir", changed, "--target-expert-parallel-size", "2"]) == 0
+        assert util.main([*flags, "mixtral_torch_dist", "--save-dir", for_megatron_lm]) == 0
+        for folder in (str(tmp_path / kind), changed, for_megatron_lm):
+            assert verify.main(["--huggingface-path", str(out), "--megatron-path", folder]) == 0
     first, second = (load_file(tmp_path / f"hf-{kind}" / "model.safetensors") for kind in FORMATS)
     assert set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
     for kind in FORMATS:

@@ -3,10 +3,10 @@
 Example:
   PYTHONPATH=$(pwd) python tools/benchmarks/convert.py --folder /scratch --gigabytes 3 --repeats 3
 
-Makes a Mixtral of random weights in bf16 in a temporary folder, copies and converts it in turn, and prints medians. The
-cache is warm: what a command reads is read once before, and a first round does not count. What a command wrote is
-removed right before its next turn, then `sync` runs. The tools have their output on disk when they end, cp has not, so
-its time with a `sync` after it is printed too.
+Makes a Mixtral of random weights in bf16 in a temporary folder, copies and converts it in turn, to Megatron's `torch`
+format and to Megatron-LM's `torch_dist` and back, and prints medians. The cache is warm: what a command reads is read
+once before, and a first round does not count. What a command wrote is removed right before its next turn, then `sync`
+runs. The tools have their output on disk when they end, cp has not, so its time with a `sync` after it is printed too.
 """
 
 import json
@@ -16,10 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -60,22 +60,37 @@ def make_model(folder: Path, nbytes: int) -> int:
     return model_bytes(model, "bfloat16")
 
 
-def measure(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds that a command takes and the most memory it or a child of it is resident with, in bytes.
+class Cost(NamedTuple):
+    """What a command takes."""
 
-    Raises RuntimeError with its output if it fails.
-    """
+    seconds: float
+    processor: float
+    """Seconds of all cores, the kernel's for it included."""
+    memory: int
+    """Bytes that it or a child of it is resident with, at most."""
+
+
+# A process of its own starts the command: what is started by a large one counts as at least as large.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.call(sys.argv[1:], stdout=sys.stderr)
+seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]))
+"""
+
+
+def measure(command: Sequence[str]) -> Cost:
+    """Runs a command. Raises RuntimeError with its output if it fails."""
     with tempfile.TemporaryFile() as output:
-        start = time.perf_counter()
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        launched = [sys.executable, "-c", _LAUNCHER, *command]
+        done = subprocess.run(launched, stdout=subprocess.PIPE, stderr=output, env=environment, check=True)
+        status, seconds, processor, memory = json.loads(done.stdout)
+        if status:
             output.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed: {output.read().decode(errors='replace')}")
-    return seconds, usage.ru_maxrss * 1024
+    return Cost(seconds, processor, memory)
 
 
 def to_megatron(source: Path, target: Path, sizes: Sequence[int]) -> list[str]:
@@ -87,8 +102,16 @@ def to_megatron(source: Path, target: Path, sizes: Sequence[int]) -> list[str]:
     ]  # fmt: skip
 
 
+def to_torch_dist(source: Path, target: Path) -> list[str]:
+    """The command that converts to Megatron-LM's torch_dist."""
+    return [
+        sys.executable, str(ROOT / "tools/checkpoint/util.py"), "--loader", "mixtral_hf", "--saver",
+        "mixtral_torch_dist", "--load-dir", str(source), "--save-dir", str(target),
+    ]  # fmt: skip
+
+
 def to_huggingface(source: Path, config: Path, target: Path) -> list[str]:
-    """The command that converts back."""
+    """The command that converts back, from either format."""
     return [
         sys.executable, str(ROOT / "tools/checkpoint/convert_megatron_to_hf_mixtral.py"), "--megatron-checkpoint-path",
         str(source), "--huggingface-config-path", str(config), "--huggingface-checkpoint-path", str(target),
@@ -109,13 +132,15 @@ def _read_all(folder: Path) -> None:
                     pass
 
 
-def _round(work: Path, sizes: Sequence[int]) -> dict[str, tuple[float, int]]:
-    found: dict[str, tuple[float, int]] = {}
+def _round(work: Path, sizes: Sequence[int]) -> dict[str, Cost]:
+    found: dict[str, Cost] = {}
     for name, source, target, command in (
         ("cp -r", "hf", "copy", ["cp", "-r", str(work / "hf"), str(work / "copy")]),
-        ("to Megatron", "hf", "megatron", to_megatron(work / "hf", work / "megatron", sizes)),
+        ("to torch", "hf", "torch", to_megatron(work / "hf", work / "torch", sizes)),
+        ("to torch_dist", "hf", "torch_dist", to_torch_dist(work / "hf", work / "torch_dist")),
         ("cp -r, then sync", "hf", "copy", ["sh", "-c", f"cp -r '{work / 'hf'}' '{work / 'copy'}' && sync"]),
-        ("to Hugging Face", "megatron", "back", to_huggingface(work / "megatron", work / "hf", work / "back")),
+        ("from torch", "torch", "back", to_huggingface(work / "torch", work / "hf", work / "back")),
+        ("from torch_dist", "torch_dist", "back", to_huggingface(work / "torch_dist", work / "hf", work / "back")),
     ):
         _read_all(work / source)
         shutil.rmtree(work / target, ignore_errors=True)
@@ -138,15 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = Path(folder)
         size = make_model(work / "hf", int(args.gigabytes * 1e9))
         rounds = [_round(work, args.layout) for _ in range(args.repeats + 1)][1:]
-        bound = 1.25 * largest_rank_file(work / "megatron") + 400e6
+        bound = 1.25 * largest_rank_file(work / "torch") + 400e6
     tp, pp, ep = args.layout
-    print(f"{size / 1e9:.2f} GB, TP {tp}, PP {pp}, EP {ep}, medians of {args.repeats}:")
-    copied = statistics.median(found["cp -r"][0] for found in rounds)
+    print(f"{size / 1e9:.2f} GB, TP {tp}, PP {pp}, EP {ep}, medians of {args.repeats}, memory of {bound / 1e6:.0f} MB:")
     for name in rounds[0]:
-        seconds = statistics.median(found[name][0] for found in rounds)
-        peak = max(found[name][1] for found in rounds)
-        memory = f", peak memory {peak / 1e6:.0f} MB of {bound / 1e6:.0f} allowed" if name.startswith("to ") else ""
-        print(f"{name:18} {seconds:6.2f} s  {size / seconds / 1e6:6.0f} MB/s  {copied / seconds:5.2f} of cp -r{memory}")
+        costs = [found[name] for found in rounds]
+        seconds, processor = (statistics.median(values) for values in list(zip(*costs, strict=True))[:2])
+        ratio = statistics.median(found["cp -r"].seconds / found[name].seconds for found in rounds)
+        print(
+            f"{name:18} {seconds:6.2f} s  {size / seconds / 1e6:6.0f} MB/s  {ratio:5.2f} of cp -r, "
+            f"{processor:.2f} s of processors, at most {max(cost.memory for cost in costs) / 1e6:.0f} MB"
+        )
     return 0
 
 

@@ -1,5 +1,6 @@
 """Weights of a checkpoint in Megatron-LM's `torch_dist` format, which is the same for every layout."""
 
+import sys
 from pathlib import Path
 
 from megatron.core.interchange import Layout, Step, model_config_from_args
@@ -50,6 +51,8 @@ class TorchDistSource:
         model = with_vocabulary(model, padded, fallback_vocab_size)
         rules = list(mixtral_weights(model, padded or None))
         keys.check(rules, model.num_layers, model.num_experts)
+        if keys.has_state or keys.has_bound_state:
+            print(f"note: the optimizer's state in {folder} is left out: only weights are converted", file=sys.stderr)
         self._places = {rule.name: keys.place(rule) for rule in rules}
         self.stages = {(0, 0): whole_model(model.num_layers)}
         used = {key for key, _ in self._places.values()}

@@ -39,9 +39,9 @@ def find_plugin(kind: str, name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
+    ours = sorted(path.stem.removeprefix(f"{kind}_") for path in Path(__file__).parent.glob(f"{kind}_*.py"))
     raise ValueError(
-        f"no {kind} {name!r}: it would be a file {kind}_{name}.py on the Python path; ours are "
-        + ("mixtral, mixtral_hf and mistral_hf" if kind == "loader" else "mixtral and mixtral_hf")
+        f"no {kind} {name!r}: it would be a file {kind}_{name}.py on the Python path; ours are {', '.join(ours)}"
     )
 
 

@@ -24,6 +24,19 @@ _ARCHITECTURE: dict[str, Any] = {
     "moe_router_pre_softmax": False,
     "moe_router_score_function": "softmax",
 }
+# What changes the numbers of a model of the same weights; no Mixtral has it.
+_FORMULAS: dict[str, Any] = {
+    "apply_residual_connection_post_layernorm": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "softmax_type": "vanilla",
+    "no_rope_freq": None,
+    "moe_router_topk_scaling_factor": 1.0,
+    "moe_router_group_topk": None,
+    "moe_apply_probs_on_input": False,
+}
 _REQUIRED = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "rotary_base", "norm_epsilon",
     "num_experts", "moe_router_topk",
@@ -72,7 +85,7 @@ def model_config_from_args(args: Namespace, vocab_size: int | None = None) -> Mo
     only know the padded size, and then the user has to say how much of it is real. Raises ValueError if a number is
     missing or the architecture is not Mixtral's.
     """
-    for name, expected in _ARCHITECTURE.items():
+    for name, expected in (_ARCHITECTURE | _FORMULAS).items():
         stored = getattr(args, name, expected)
         if stored is not None and stored != expected:
             raise ValueError(f"the checkpoint was made with {name}={stored!r}; a Mixtral model has {expected!r}")
@@ -81,6 +94,8 @@ def model_config_from_args(args: Namespace, vocab_size: int | None = None) -> Mo
             raise ValueError(f"the checkpoint's args have no {name}: it is not a Mixtral checkpoint")
     stored_values = {field.name: getattr(args, field.name, None) for field in fields(ModelConfig)}
     values = {name: value for name, value in stored_values.items() if value is not None}
+    if getattr(args, "moe_ffn_hidden_size", None) is not None:
+        values["ffn_hidden_size"] = args.moe_ffn_hidden_size
     if not getattr(args, "group_query_attention", True):
         values["num_query_groups"] = args.num_attention_heads
     dtype = str(getattr(args, "params_dtype", "float32")).removeprefix("torch.")

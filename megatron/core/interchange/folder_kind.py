@@ -27,7 +27,7 @@ _FOREIGN = (
         "model, or convert it with transformers' convert_mixtral_weights_to_hf.py",
     ),
     (
-        ("*.distcp", "*/*.distcp"),
+        (".metadata", "*.distcp", "*/*.distcp"),
         "is a checkpoint of torch.distributed.checkpoint: if Megatron-LM wrote it, give the folder of a step "
         "(iter_NNNNNNN) to --load or to tools/checkpoint/util.py --loader mixtral, otherwise merge it with the program "
         "that did (accelerate: accelerate merge-weights)",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron.core.atomic_files import atomic_writer, sync_folder
-from megatron.core.interchange.folder_kind import not_a_checkpoint
+from megatron.core.interchange.folder_kind import is_torch_dist, not_a_checkpoint
 from megatron.core.interchange.torch_file import index_torch
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -189,16 +189,32 @@ def find_checkpoint(path: Path, iteration: Step | None = None) -> tuple[Path, St
         return path, step
     chosen = read_tracker(path) if iteration is None else iteration
     if chosen is None:
-        kind = not_a_checkpoint(path)
-        if kind is not None:
-            raise ValueError(f"{path} {kind}")
-        raise FileNotFoundError(f"{path} has no {TRACKER_FILE}: give a checkpoint folder, or the step's own folder")
+        raise _without_tracker(path)
     for candidate in (checkpoint_dir(path, chosen), _aside(path, chosen, "previous")):
         if candidate.is_dir():
             return candidate, chosen
-    steps = [str(number) for number in available_iterations(path)]
-    steps += ["release"] if (path / "release").is_dir() else []
-    raise FileNotFoundError(f"{path} has no step {chosen}; it has: {', '.join(steps) or 'none'}")
+    steps = ", ".join(map(str, _steps(path)))
+    raise FileNotFoundError(f"{path} has no step {chosen}; it has: {steps or 'none'}")
+
+
+def _steps(root: Path) -> list[Step]:
+    release: list[Step] = ["release"] if (root / "release").is_dir() else []
+    return [*available_iterations(root), *release]
+
+
+def _without_tracker(path: Path) -> Exception:
+    """What to do about a folder that does not say which step is meant."""
+    steps = ", ".join(map(step_name, _steps(path)))
+    if steps:
+        return FileNotFoundError(f"{path} has no {TRACKER_FILE}: give the folder of a step in it: {steps}")
+    if is_torch_dist(path) and (path / "metadata.json").exists():  # which other programs' have not
+        return ValueError(
+            f"{path} is a step in Megatron-LM's torch_dist format under another name: rename the folder to release"
+        )
+    kind = not_a_checkpoint(path)
+    if kind is not None:
+        return ValueError(f"{path} {kind}")
+    return FileNotFoundError(f"{path} has no {TRACKER_FILE}: give a checkpoint folder, or the step's own folder")
 
 
 def available_layout(folder: Path) -> Layout:

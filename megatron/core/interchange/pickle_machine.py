@@ -17,6 +17,10 @@ _WHOLE = 1 << 60
 """Integers below have different hashes, so that a dictionary of them cannot be made slow."""
 
 
+class EndsEarlyError(UnpicklingError):
+    """A pickle that is cut short."""
+
+
 class PickleMachine:
     """Runs one pickle of protocol 2 or newer.
 
@@ -64,7 +68,7 @@ class PickleMachine:
     def _take(self, count: int) -> bytes:
         taken = self._data[self.position : self.position + count]
         if len(taken) < count:
-            raise UnpicklingError("it ends early")
+            raise EndsEarlyError("it ends early")
         self.position += count
         return taken
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron.core.interchange.element_types import STORED_AS, Array, cast, dtype_name, from_torch
-from megatron.core.interchange.torch_archive import Window, is_archive
+from megatron.core.interchange.torch_archive import Record, Window, is_archive
 from megatron.core.interchange.torch_file import archive_records, index_torch
 from megatron.core.interchange.torch_pickle import TensorEntry
 
@@ -47,6 +47,7 @@ class ZipRecords:
         self._named = archive_records(path, window)
         self._records = {record.start: record for record in self._named.values() if record.size}
         self._good: set[int] = set()
+        self._verifying: dict[int, threading.Lock] = {}
         self._running: dict[int, tuple[int, int]] = {}
         """Bytes of a record that were read in their order, and their checksum."""
 
@@ -62,19 +63,24 @@ class ZipRecords:
         return record.checksum if record is not None and record.size == nbytes else None
 
     def verify(self, offset: int) -> None:
-        """Raises ValueError if the record that begins at `offset` is not what was written."""
-        if offset in self._good:
-            return
-        record = self._records.get(offset)
-        if record is None:  # of no bytes
-            return
+        """Raises ValueError if the record that begins at `offset` is not what was written.
+
+        Of threads that ask for the same one, which may hold a weight of all layers, the first reads it.
+        """
+        with self._verifying.setdefault(offset, threading.Lock()):
+            record = self._records.get(offset)
+            if record is None or offset in self._good:  # no record: one of no bytes
+                return
+            self._compare(offset, self._sum(record))
+
+    def _sum(self, record: Record) -> int:
         found, view = 0, memoryview(bytearray(min(_BLOCK, record.size)))
         with open(self.path, "rb", buffering=0) as file:
             for start in range(0, record.size, _BLOCK):
                 part = view[: min(_BLOCK, record.size - start)]
-                _fill(file.fileno(), part, offset + start, self.path)
+                _fill(file.fileno(), part, record.start + start, self.path)
                 found = zlib.crc32(part, found)
-        self._compare(offset, found)
+        return found
 
     def verify_next(self, offset: int, start: int, data: memoryview) -> None:
         """Raises ValueError if `data`, read from byte `start` of a record, ends it and the record is damaged.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+_RECORD_HEADER = b"PK\x03\x04"
+
 
 class DamagedError(ValueError):
     """The content of a file is not what was written."""
@@ -62,6 +64,9 @@ class _Part(io.RawIOBase):
 
 def is_archive(path: Path) -> bool:
     """Whether a `.pt` file is an archive, whole or damaged; those of before torch 1.6 are none."""
+    with open(path, "rb") as file:
+        if file.read(4) == _RECORD_HEADER:  # one that is cut short has no directory at its end
+            return True
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -85,7 +90,7 @@ def read_archive(path: Path, window: Window | None = None) -> dict[str, Record]:
                 raise DamagedError(f"its record {info.filename!r} is compressed, which torch never does")
             part.seek(info.header_offset)
             header = part.read(30)
-            if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            if len(header) < 30 or header[:4] != _RECORD_HEADER:
                 raise DamagedError("it is damaged or cut short")
             start = window.start + info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
             name = info.filename.partition("/")[2]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.atomic_files import atomic_writer
+from megatron.core.interchange.pickle_machine import EndsEarlyError
 from megatron.core.interchange.torch_archive import DamagedError, Record, Window, is_archive, read_archive
 from megatron.core.interchange.torch_pickle import INERT_NAMES, INERT_PREFIXES, Inert, check_old_pickles, read_pickle
 
@@ -128,7 +129,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, DamagedError) else "it is damaged or cut short"
-        if isinstance(error, pickle.UnpicklingError):
+        if isinstance(error, pickle.UnpicklingError) and not isinstance(error, EndsEarlyError):
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = found.group(1) if found else "something other than tensors and plain values"
             reason = f"it is damaged, or made to do harm: it holds {what}, which is never run"

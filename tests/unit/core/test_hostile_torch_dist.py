@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch_dist_testing import save_torch_dist
 
+from megatron.core.interchange import stored_tensor
 from megatron.core.interchange.torch_dist import METADATA_FILE, CheckpointFolder, saved_arguments
 
 KEY = "decoder.layers.mlp.router.weight"
@@ -113,7 +115,7 @@ def test_a_cut_off_metadata_file_is_refused_at_every_length(folder: Path) -> Non
     whole = (folder / METADATA_FILE).read_bytes()
     for length in range(0, len(whole), 37):
         (folder / METADATA_FILE).write_bytes(whole[:length])
-        assert "it is damaged" in refusal(folder)
+        assert "it is damaged or cut short" in refusal(folder)
 
 
 def test_a_changed_byte_of_a_tensor_is_noticed(folder: Path) -> None:
@@ -127,6 +129,32 @@ def test_a_changed_byte_of_a_tensor_is_noticed(folder: Path) -> None:
     assert f"cannot read {path}: the checksum of" in refusal(folder)
 
 
+def test_threads_that_read_the_same_chunk_compare_its_checksum_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk may hold a weight of all layers and experts, each of which is read by some thread."""
+    checkpoint, fill = CheckpointFolder(folder), stored_tensor._fill
+    others: list[threading.Thread] = []
+    reads = []
+
+    def read() -> None:
+        checkpoint.read_into(np.empty(8, np.float32), KEY, (3,), range(8), "float32")
+
+    def noted(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+        reads.append(len(view))
+        if len(reads) == 1:
+            others.extend(threading.Thread(target=read) for _ in range(3))
+            for other in others:
+                other.start()
+        fill(descriptor, view, offset, path)
+
+    monkeypatch.setattr(stored_tensor, "_fill", noted)
+    read()
+    for other in others:
+        other.join()
+    assert sorted(reads) == [32] * 4 + [96]
+
+
 def test_a_cut_off_file_is_noticed_before_anything_is_read(folder: Path) -> None:
     file = CheckpointFolder(folder).catalog.tensors[KEY].chunks[1].place.file
     os.truncate(folder / file, (folder / file).stat().st_size - 1)
@@ -138,6 +166,11 @@ def test_arguments_that_are_missing_or_hostile(folder: Path, monkeypatch: pytest
     torch.save({"args": argparse.Namespace(num_layers=4, hook=Payload())}, folder / "common.pt")
     args = saved_arguments(CheckpointFolder(folder))
     assert args.num_layers == 4 and not (folder / "harmed").exists()
+    whole = (folder / "common.pt").read_bytes()
+    for length in (0, 700, len(whole) - 1):
+        (folder / "common.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cannot read .*common\.pt: it is damaged or cut short"):
+            saved_arguments(CheckpointFolder(folder))
     torch.save({"iteration": 4}, folder / "common.pt")
     with pytest.raises(ValueError, match="has no training arguments"):
         saved_arguments(CheckpointFolder(folder))

@@ -138,6 +138,20 @@ def test_find_checkpoint(tmp_path: Path) -> None:
     (tmp_path / interchange.TRACKER_FILE).write_text("7")
     with pytest.raises(FileNotFoundError, match="has no step 7; it has: 5"):
         interchange.find_checkpoint(tmp_path)
+    (tmp_path / interchange.TRACKER_FILE).unlink()
+    (tmp_path / "release").mkdir()
+    (tmp_path / "iter_0000005" / "__0_0.distcp").touch()
+    with pytest.raises(FileNotFoundError, match="give the folder of a step in it: iter_0000005, release"):
+        interchange.find_checkpoint(tmp_path)
+
+
+def test_a_step_of_torch_dist_under_another_name_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(ValueError, match=r"is a checkpoint of torch\.distributed\.checkpoint: if Megatron-LM wrote it"):
+        interchange.find_checkpoint(tmp_path)
+    (tmp_path / "metadata.json").touch()
+    with pytest.raises(ValueError, match=r"under another name: rename the folder to release"):
+        interchange.find_checkpoint(tmp_path)
 
 
 def test_incomplete_layout_is_named(tmp_path: Path) -> None:
@@ -304,6 +318,8 @@ def test_args_of_other_programs() -> None:
     model = interchange.model_config_from_args(args)
     assert model.vocab_size is None and model.query_groups == 6 and model.params_dtype == "bfloat16"
     assert interchange.model_config_from_args(args, 299).vocab_size == 299
+    args.moe_router_topk_scaling_factor, args.moe_ffn_hidden_size = None, 40
+    assert interchange.model_config_from_args(args).ffn_hidden_size == 40
 
 
 @pytest.mark.parametrize(
@@ -314,6 +330,9 @@ def test_args_of_other_programs() -> None:
         ("untie_embeddings_and_output_weights", False, "untie"),
         ("rotary_interleaved", True, "rotary_interleaved=True"),
         ("moe_router_score_function", "sigmoid", "moe_router_score_function='sigmoid'"),
+        ("quick_geglu", True, "quick_geglu=True"),
+        ("moe_router_topk_scaling_factor", 2.5, r"moe_router_topk_scaling_factor=2\.5"),
+        ("moe_router_group_topk", 2, "moe_router_group_topk=2"),
         ("num_layers", "2", "wrong type"),
         ("num_experts", None, "no num_experts"),
         ("rotary_base", None, "no rotary_base"),

@@ -37,7 +37,10 @@ def read_common(checkpoint: CheckpointFolder) -> Common:
     else:
         places = [place for key, place in checkpoint.catalog.objects.items() if key.split("/")[0] == _COMMON_STATE]
         if not places:
-            raise ValueError(f"{checkpoint.folder} has neither {_COMMON_FILE} nor {_COMMON_STATE}: files are missing")
+            raise ValueError(
+                f"{checkpoint.folder} has neither {_COMMON_FILE} nor {_COMMON_STATE}: files are missing, or another "
+                "program than Megatron-LM wrote it"
+            )
         path = checkpoint.folder / places[0].file
         window = Window(places[0].offset, places[0].length)
         _check_sums(path, window)
@@ -45,7 +48,10 @@ def read_common(checkpoint: CheckpointFolder) -> Common:
         common = common[0] if isinstance(common, list) and common else common
     args = common.get("args") if isinstance(common, dict) else None
     if not isinstance(args, Namespace):
-        raise ValueError(f"{path} has no training arguments ('args'): the shape of the model is not known")
+        raise ValueError(
+            f"{path} has no training arguments ('args'), which Megatron-LM's training saves, but not NeMo: the shape "
+            "of the model is not known"
+        )
     return Common(common, args, path, window)
 
 

@@ -20,6 +20,7 @@ class CheckpointFolder:
         self.folder = folder
         self.catalog = read_catalog(folder)
         self._open: dict[Place, StoredTensor] = {}
+        self._parts: dict[tuple[str, tuple[int, ...]], list[Chunk]] = {}
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape of the tensor `key`."""
@@ -91,11 +92,14 @@ class CheckpointFolder:
         return target
 
     def _chunks(self, key: str, at: tuple[int, ...]) -> list[Chunk]:
-        return [
-            chunk
-            for chunk in self.catalog.tensors[key].chunks
-            if all(start <= index < start + size for index, start, size in zip(at, chunk.offsets, chunk.sizes))
-        ]
+        """Kept, since rows are read a few at a time and a key may have thousands of chunks."""
+        if (key, at) not in self._parts:
+            self._parts[key, at] = [
+                chunk
+                for chunk in self.catalog.tensors[key].chunks
+                if all(start <= index < start + size for index, start, size in zip(at, chunk.offsets, chunk.sizes))
+            ]
+        return self._parts[key, at]
 
     def _part(self, key: str, chunk: Chunk, at: tuple[int, ...]) -> StoredTensor:
         """What a chunk holds at the indices `at` of the tensor's leading axes."""
@@ -115,7 +119,7 @@ class CheckpointFolder:
             found = stored_tensor(path, ZipRecords(path, window), key, index_value(path, window))
             if not isinstance(found, StoredTensor) or (found.shape, found.dtype) != (chunk.sizes, self.dtype(key)):
                 raise ValueError(f"{path}: a chunk of {key} is not of the shape and type that .metadata says")
-            self._open[chunk.place] = found
+            self._open.setdefault(chunk.place, found)  # another thread may have been faster
         return self._open[chunk.place]
 
 

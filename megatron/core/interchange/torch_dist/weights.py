@@ -16,6 +16,7 @@ _SAVED_AS = {"param": "master", "fp32_param": "master", "exp_avg": "exp_avg", "e
 _STATE = re.compile(rf"^(?:chained_[0-9]+\.)?optimizer\.state\.({'|'.join(_SAVED_AS)})\.(.+)$")
 _BOUND_TO_LAYOUT = re.compile(r"^(?:chained_[0-9]+\.)?optimizer\.distributed\.")
 _PREFIX = re.compile(r"^(?:(?:model|module)\.)+")
+_HALVES = ("linear_fc1.weight_w", "linear_fc1.weight_v")
 # Kept beside the weights; TransformerEngine's extra state is empty unless it trains in FP8.
 _NO_WEIGHTS = re.compile(
     r"((chained_[0-9]+\.)?optimizer|rng_state|rerun_state_machine_state|common_state|opt_param_scheduler)\b.*|.*\._extra_state(/.*)?"
@@ -71,18 +72,29 @@ class ModelKeys:
             if kind in self._twice:
                 what = "weights" if kind == WEIGHT else f"optimizer's {kind}"
                 raise ValueError(f"{self._folder} holds the {what} of several models")
+            possible = {key.name for rule in rules for key in keys_of(rule)}
+            self._check_unknown(kind, [key for name, key in self._keys[kind].items() if name in possible])
             places = [self.place(rule, kind) for rule in rules]
-            used = {key for key, _ in places}
-            unknown = sorted(
-                key for name, key in self._keys[kind].items() if key not in used and not _NO_WEIGHTS.fullmatch(name)
-            )
-            if unknown:
-                more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-                raise ValueError(
-                    f"{self._folder} has tensors that a Mixtral model does not: {', '.join(unknown[:4])}{more}"
-                )
+            self._check_unknown(kind, {key for key, _ in places})
             for rule, place in zip(rules, places, strict=True):
                 self._check_tensor(rule, place, layers, experts)
+
+    def _check_unknown(self, kind: str, known: Iterable[str]) -> None:
+        """Raises ValueError naming the keys of a kind that are not `known`."""
+        unknown = sorted(
+            {key for name, key in self._keys[kind].items() if not _NO_WEIGHTS.fullmatch(name)}.difference(known)
+        )
+        apart = [key for key in unknown if key.endswith(_HALVES)]
+        if apart:
+            raise ValueError(
+                f"{self._folder} holds gate and up apart ({apart[0]}), as Megatron-FSDP and singleton_local_shards do: "
+                "save it again with --ckpt-format torch_dist, without Megatron-FSDP"
+            )
+        if unknown:
+            more = f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+            raise ValueError(
+                f"{self._folder} has tensors that a Mixtral model does not: {', '.join(unknown[:4])}{more}"
+            )
 
     def _check_tensor(self, rule: WeightRule, place: Key, layers: int, experts: int) -> None:
         key, at = place

@@ -1,9 +1,12 @@
 """What is known before anything is written: the plan, the disk, the layout; and plugins of others."""
 
+import math
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace
 from collections import namedtuple
 from pathlib import Path
@@ -12,11 +15,13 @@ import pytest
 import torch
 from conversion_testing import MakeModel
 
+from megatron.core.interchange.torch_dist import CheckpointFolder
 from tools.benchmarks import convert as benchmark
 from tools.checkpoint import convert_megatron_to_hf_mixtral, util
 
 Capture = pytest.CaptureFixture[str]
 GB = 10**9
+TESTS = (Path(__file__).parent, Path(__file__).parents[3])
 
 
 def convert(source: Path, target: Path, flags: str = "", saver: str = "mixtral") -> int:
@@ -130,10 +135,38 @@ def test_memory_stays_under_its_bound(tmp_path: Path, sizes: tuple[int, int, int
     """3 GB: no more resident than 1.25 x the largest rank file + 400 MB, both ways."""
     size = benchmark.make_model(tmp_path / "hf", 3 * GB)
     assert size >= 3 * GB
-    _, there = benchmark.measure(benchmark.to_megatron(tmp_path / "hf", tmp_path / "m", sizes))
+    there = benchmark.measure(benchmark.to_megatron(tmp_path / "hf", tmp_path / "m", sizes)).memory
     bound = 1.25 * benchmark.largest_rank_file(tmp_path / "m") + 400e6
     assert there <= bound, f"{there / 1e6:.0f} MB to Megatron, {bound / 1e6:.0f} allowed"
-    _, back = benchmark.measure(benchmark.to_huggingface(tmp_path / "m", tmp_path / "hf", tmp_path / "back"))
+    back = benchmark.measure(benchmark.to_huggingface(tmp_path / "m", tmp_path / "hf", tmp_path / "back")).memory
     assert back <= bound, f"{back / 1e6:.0f} MB to Hugging Face, {bound / 1e6:.0f} allowed"
     for name in ("hf", "m", "back"):
         shutil.rmtree(tmp_path / name)
+
+
+@pytest.mark.slow
+def test_torch_dist_takes_little_memory_whatever_it_is_cut_into(tmp_path: Path) -> None:
+    """0.9 GB, of which one key holds more than half: no more resident than 400 MB, if that key is one chunk as well."""
+    size = benchmark.make_model(tmp_path / "hf", GB // 2)
+    write = "import sys; from pathlib import Path; from test_torch_dist import write_model; write_model("
+    write += "Path(sys.argv[1]), Path(sys.argv[2]), tp=1, padded=32000, whole=True)"
+    subprocess.run(
+        [sys.executable, "-c", write, str(tmp_path / "hf"), str(tmp_path / "whole" / "release")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (benchmark.ROOT, *TESTS)))},
+        check=True,
+    )
+    costs = {"written": benchmark.measure(benchmark.to_torch_dist(tmp_path / "hf", tmp_path / "cut"))}
+    for name in ("cut", "whole"):
+        assert max(tensor_bytes(tmp_path / name / "release").values()) > size / 2
+        command = benchmark.to_huggingface(tmp_path / name / "release", tmp_path / "hf", tmp_path / "back")
+        costs[name] = benchmark.measure(command)
+        shutil.rmtree(tmp_path / "back")
+    assert {name: cost.memory for name, cost in costs.items() if cost.memory > 400e6} == {}
+    for name in ("hf", "cut", "whole"):
+        shutil.rmtree(tmp_path / name)
+
+
+def tensor_bytes(step: Path) -> dict[str, int]:
+    """Bytes of everything that a torch_dist folder holds, in bfloat16, by its key."""
+    checkpoint = CheckpointFolder(step)
+    return {key: 2 * math.prod(checkpoint.shape(key)) for key in checkpoint.catalog.tensors}

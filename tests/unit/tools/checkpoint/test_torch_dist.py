@@ -1,6 +1,7 @@
 """Megatron-LM's torch_dist folders convert to Hugging Face bit for bit, whatever layout and version wrote them."""
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +116,36 @@ def test_pytorch_reads_what_is_written(
     assert_same_tensors(tmp_path / "out", disk_tensors(model))
 
 
+def test_what_optimizers_saved_is_left_out(make_model: MakeModel, tmp_path: Path, capsys: Capture) -> None:
+    """In the kinds that Megatron-LM saves: bound to the layout, for any, of several optimizers, and by NeMo."""
+    model, step = make_model(), tmp_path / "iter_0000007"
+    numbers: Pieces = [((0, 0), torch.randn(4, 32))]
+    for key in (
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0.exp_avg",
+        "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_0.bucket_idx_0.param",
+        "optimizer.state.exp_avg.decoder.final_layernorm.weight",
+        "chained_0.optimizer.state.fp32_param.decoder.final_layernorm.weight",
+        "optimizer.state.exp_avg_sq.module.decoder.layers.mlp.router.weight",
+        "optimizer.state.step.decoder.final_layernorm.weight",
+    ):
+        shutil.rmtree(step, ignore_errors=True)
+        write_model(model, step, prefix="module." if ".module." in key else "", extra={key: numbers})
+        assert to_huggingface(step, model, tmp_path / key[:40]) == 0
+        assert_same_tensors(tmp_path / key[:40], disk_tensors(model))
+        assert capsys.readouterr().err.count("note: the optimizer's state in ") == ("step" not in key), key
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"extra": {"decoder.layers.mlp.shared_experts.linear_fc1.weight": [((0, 0), torch.zeros(4, 2))]}},
          "has tensors that a Mixtral model does not: decoder.layers.mlp.shared_experts.linear_fc1.weight"),
-        ({"norms": {"final_layernorm": "ln_f"}}, "lacks decoder.final_layernorm.weight"),
+        ({"norms": {"final_layernorm": "ln_f"}}, "has tensors that a Mixtral model does not: decoder.ln_f.weight"),
+        ({"norms": {"linear_qkv": "linear_q_down_proj"}},
+         "does not: decoder.layers.self_attention.linear_q_down_proj.weight"),
+        ({"norms": {"decoder.final_layernorm.weight": "rng_state"}}, "lacks decoder.final_layernorm.weight"),
+        ({"norms": {"linear_fc1.weight": "linear_fc1.weight_w"}, "prefix": "model.module."},
+         "holds gate and up apart (model.module.decoder.layers.mlp.experts.experts.linear_fc1.weight_w)"),
         ({"padded": 100}, "the vocabulary has 150 entries but the embedding 100 rows"),
     ],
 )  # fmt: skip
