@@ -115,7 +115,21 @@ def test_is_the_papers_formula(form: str, kept: Kept) -> None:
 def _awkward() -> Tensor:
     """Numbers at the edges of every narrow type: ties, subnormals, zeros, blocks that are nearly or wholly zero."""
     generator = torch.Generator().manual_seed(1)
-    mantissas = torch.tensor([1.0, 1 + 2**-11, 1 + 3 * 2**-11, 1.0625, 1.1875, 1.9375, 1.96875, 2 - 2**-12, 1 + 2**-23])
+    mantissas = torch.tensor(
+        [
+            1.0,
+            1 + 2**-8,
+            1 + 3 * 2**-8,
+            1 + 2**-11,
+            1 + 3 * 2**-11,
+            1.0625,
+            1.1875,
+            1.9375,
+            1.96875,
+            2 - 2**-12,
+            1 + 2**-23,
+        ]
+    )
     powers = torch.arange(-149.0, 64.0).repeat(len(mantissas), 1)
     edges = (mantissas.unsqueeze(1).double() * powers.exp2()).float().view(-1)
     signs = torch.randint(0, 2, edges.shape, generator=generator) * 2 - 1

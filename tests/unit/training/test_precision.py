@@ -1,0 +1,108 @@
+"""Training with masters, moments and gradients in fewer bits: what changes, what does not, and its checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_testing import assert_same_tensors, load, save, state_of, tiny_trainer, train
+from model_testing import relative_difference, tiny_arguments
+
+from megatron.training.arguments import parse_arguments
+from megatron.training.checkpoints.formats import FORMATS
+from megatron.training.progress import Progress
+from megatron.training.setup import Trainer
+
+SMALL = "--train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 100".split()
+AWARE = {"use_precision_aware_optimizer": True}
+REMAINDERS = AWARE | {"main_params_dtype": "bf16-remainder"}
+BF16 = REMAINDERS | {"main_grads_dtype": "bf16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+SCALED = REMAINDERS | {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"}
+# experts of 4,704 and 1,568 numbers, which end within a block of 64
+UNEVEN = {"ffn_hidden_size": 49}
+
+
+def _trainer(**settings: Any) -> Trainer:
+    return tiny_trainer(tiny_arguments("bfloat16", UNEVEN | settings))
+
+
+def test_remainders_train_as_float32_masters_do() -> None:
+    wide, split = _trainer(), _trainer(**REMAINDERS)
+    losses = [train(trainer, Progress(), 6) for trainer in (wide, split)]
+    assert losses[0] == losses[1]
+    assert_same_tensors(state_of(split), state_of(wide))
+    assert not any(piece.state["master"].plain for piece in split.optimizer.state_pieces())
+
+
+@pytest.mark.parametrize("settings", [BF16, SCALED], ids=["bf16", "fp8 and fp16"])
+@pytest.mark.parametrize("ckpt_format", list(FORMATS))
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, settings: dict[str, Any], ckpt_format: str) -> None:
+    first = _trainer(save=str(tmp_path), ckpt_format=ckpt_format, **settings)
+    progress = Progress()
+    train(first, progress, 3)
+    save(first, progress)
+    second = _trainer(load=str(tmp_path), **settings)
+    train(second, Progress(), 1)  # what it had before leaves no trace
+    resumed, remark = load(second)
+    assert "converted" not in remark and "changed" not in remark
+    assert_same_tensors(state_of(second), state_of(first))
+    assert train(second, resumed, 2) == train(first, progress, 2)
+    assert_same_tensors(state_of(second), state_of(first))
+
+
+@pytest.mark.parametrize("ckpt_format", list(FORMATS))
+def test_state_is_converted_when_it_is_loaded(tmp_path: Path, ckpt_format: str) -> None:
+    progress, trainers = Progress(), {}
+    for name, settings in (("full", {}), ("scaled", SCALED)):
+        trainers[name] = _trainer(save=str(tmp_path / name), ckpt_format=ckpt_format, **settings)
+        progress = Progress()
+        train(trainers[name], progress, 3)
+        save(trainers[name], progress)
+    narrowed = _trainer(load=str(tmp_path / "full"), **SCALED)
+    _, remark = load(narrowed)
+    phrases = ("masters from fp32 to bf16-remainder", "first moments from fp32 to fp8", "second moments from fp32")
+    assert f"converted: {', '.join(phrases)} to fp16" in remark.splitlines() and "changed" not in remark
+    for ours, theirs in zip(narrowed.optimizer.state_pieces(), trainers["full"].optimizer.state_pieces(), strict=True):
+        for name, bound in (("master", 0.0), ("exp_avg", 0.05), ("exp_avg_sq", 5e-4)):
+            assert relative_difference(ours.tensors[name].float(), theirs.tensors[name]) <= bound
+    # what is kept in fewer bits is in float32 exactly what it was
+    widened = _trainer(load=str(tmp_path / "scaled"))
+    load(widened)
+    for ours, theirs in zip(widened.optimizer.state_pieces(), trainers["scaled"].optimizer.state_pieces(), strict=True):
+        assert all(torch.equal(ours.tensors[name], theirs.tensors[name].float()) for name in ours.state)
+
+
+def test_moments_in_bfloat16_make_a_smaller_checkpoint(tmp_path: Path) -> None:
+    sizes = {}
+    for name, settings in (("full", {}), ("bf16", BF16)):
+        trainer = _trainer(save=str(tmp_path / name), **settings)
+        save(trainer, Progress())
+        sizes[name] = sum(path.stat().st_size for path in tmp_path.glob(f"{name}/iter_*/*.safetensors"))
+    # weights 2, masters 4 and moments of 8 or 4 bytes, and a few kilobytes of names and random states
+    assert sizes["bf16"] / sizes["full"] == pytest.approx(10 / 14, rel=0.03)
+
+
+def test_weights_alone_make_fresh_masters(tmp_path: Path) -> None:
+    first = _trainer(save=str(tmp_path), **SCALED)
+    progress = Progress()
+    train(first, progress, 3)
+    save(first, progress)
+    second = _trainer(load=str(tmp_path), finetune=True, **SCALED)
+    load(second)
+    for piece in second.optimizer.state_pieces():
+        weights = piece.parameter.detach().reshape(-1)[piece.start : piece.end]
+        assert torch.equal(piece.tensors["master"], weights.float())
+        assert not piece.tensors["exp_avg"].any() and not piece.tensors["exp_avg_sq"].any()
+
+
+def _remarks(flags: str) -> list[str]:
+    return parse_arguments([*SMALL, "--use-precision-aware-optimizer", *flags.split()])[1]
+
+
+def test_an_average_that_cannot_fall_is_named() -> None:
+    assert _remarks("--exp-avg-dtype fp8 --exp-avg-sq-dtype fp16") == []
+    assert _remarks("--exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --adam-beta2 0.95") == []
+    (warning,) = _remarks("--exp-avg-sq-dtype bf16")
+    assert "--exp-avg-sq-dtype bf16 rounds away a decay of 0.999" in warning and "at most 0.99609" in warning
+    (warning,) = _remarks("--exp-avg-sq-dtype fp8 --adam-beta2 0.95")
+    assert "at most 0.9375" in warning
