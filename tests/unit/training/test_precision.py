@@ -7,11 +7,13 @@ import pytest
 import torch
 from checkpoint_testing import assert_same_tensors, load, save, state_of, tiny_trainer, train
 from model_testing import relative_difference, tiny_arguments
+from torch import Tensor
 
 from megatron.training.arguments import parse_arguments
 from megatron.training.checkpoints.formats import FORMATS
 from megatron.training.progress import Progress
 from megatron.training.setup import Trainer
+from megatron.training.training import train_step
 
 SMALL = "--train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 100".split()
 AWARE = {"use_precision_aware_optimizer": True}
@@ -93,6 +95,39 @@ def test_weights_alone_make_fresh_masters(tmp_path: Path) -> None:
         weights = piece.parameter.detach().reshape(-1)[piece.start : piece.end]
         assert torch.equal(piece.tensors["master"], weights.float())
         assert not piece.tensors["exp_avg"].any() and not piece.tensors["exp_avg_sq"].any()
+
+
+def _text(step: int) -> list[dict[str, Tensor]]:
+    """A step's microbatches of a language in which each word has three that may follow, one of them mostly."""
+    table = torch.randint(0, 203, (203, 3), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(step)
+    words = [torch.randint(0, 203, (8,), generator=generator)]
+    for _ in range(16):
+        choice = torch.multinomial(torch.tensor([0.7, 0.2, 0.1]), 8, replacement=True, generator=generator)
+        words.append(table[words[-1], choice])
+    text, mask = torch.stack(words, dim=1), torch.ones(2, 16, dtype=torch.float64)
+    return [
+        {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous(), "loss_mask": mask}
+        for rows in text.split(2)
+    ]
+
+
+def _final_loss(settings: dict[str, Any], steps: int = 300) -> float:
+    """The mean of the last 20 losses, whose batches are the same in every run."""
+    trainer, progress, losses = _trainer(train_iters=steps, adam_beta2=0.95, **settings), Progress(), []
+    for step in range(steps):
+        record, _ = train_step(trainer, iter(_text(step)), progress)
+        losses.append(record.averages.lm_loss)
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20]), "nothing was learnt"
+    return sum(losses[-20:]) / 20
+
+
+@pytest.mark.slow
+def test_three_hundred_steps_end_where_full_precision_does() -> None:
+    full = _final_loss({})
+    assert _final_loss(REMAINDERS) == full
+    moments = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+    assert _final_loss(REMAINDERS | moments) == pytest.approx(full, rel=2e-3)
 
 
 def _remarks(flags: str) -> list[str]:

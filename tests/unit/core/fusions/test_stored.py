@@ -44,9 +44,15 @@ def test_a_weight_and_its_remainder_are_the_master() -> None:
 
 @pytest.mark.slow
 def test_all_masters_there_are_come_back() -> None:
-    step = 1 << 22
+    step = 1 << 21
+    stored = _stored("bf16-remainder", torch.zeros(step))
     for begin in range(-(1 << 31), 1 << 31, step):
-        _check_masters(torch.arange(begin, begin + step))
+        masters = torch.arange(begin, begin + step, dtype=torch.int32).view(torch.float32)
+        stored.write(masters)
+        back = stored.read()
+        same = torch.equal(back.view(torch.int32), masters.view(torch.int32))
+        no_nan = {"nan": 1.0, "posinf": torch.inf, "neginf": -torch.inf}
+        assert same or torch.equal(back.nan_to_num(**no_nan), masters.nan_to_num(**no_nan)), begin
 
 
 @pytest.mark.parametrize(("kind", "mantissa", "steps"), [("fp16", 10, 24 + 15), ("fp8", 3, 9 + 7)])
