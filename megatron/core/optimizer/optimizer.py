@@ -71,7 +71,7 @@ class MixedPrecisionOptimizer:
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
         self._states = [self._new_state(bucket) for bucket in buffers.buckets]
-        self._segments = [
+        self.segments = [
             segment
             for bucket, state in zip(buffers.buckets, self._states, strict=True)
             for segment in self._cut(bucket, state)
@@ -135,7 +135,7 @@ class MixedPrecisionOptimizer:
         clip = self.config.clip_grad
         factor = GradientFactors(loss_scale=scale).update(clip / (norm + 1e-6) if clip and norm > clip else 1.0)
         self.steps_taken += 1
-        for segment in self._segments:
+        for segment in self.segments:
             kind = segment.kind
             update = Update(
                 number=self.steps_taken,
@@ -150,7 +150,7 @@ class MixedPrecisionOptimizer:
     @torch.no_grad()
     def reload_masters(self) -> None:
         """Resets the masters to the model's parameters, after weights were loaded into it."""
-        for segment in self._segments:
+        for segment in self.segments:
             weights = segment.master.weights if segment.weights is None else segment.weights
             if weights is not None:
                 segment.master.write(weights)
@@ -160,7 +160,7 @@ class MixedPrecisionOptimizer:
 
         To load, write to the state on every rank, then call `finish_loading`.
         """
-        for segment in self._segments:
+        for segment in self.segments:
             for piece in segment.pieces:
                 place = slice(piece.offset, piece.offset + piece.end - piece.start)
                 state = {name: flat.part(place) for name, flat in {MASTER: segment.master, **segment.state}.items()}
@@ -175,7 +175,7 @@ class MixedPrecisionOptimizer:
         """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
         self.steps_taken = int(scalars["steps_taken"])
         self.scaler.load(scalars)
-        for segment in self._segments:
+        for segment in self.segments:
             if segment.weights is not None:
                 narrow_(segment.weights, segment.master.data)
         self.buffers.gather_parameters()

@@ -118,11 +118,14 @@ def _update(
     master_ptr, upper_ptr, exp_avg_ptr, exp_avg_exponents_ptr, exp_avg_sq_ptr, exp_avg_sq_exponents_ptr, grad_ptr,
     weights_ptr, count, beta1, beta2, other1, other2, factor, rate, root, kept, epsilon,
     MASTER: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr, GRAD: tl.constexpr, WEIGHTS: tl.constexpr,
-    POSITIVE: tl.constexpr, POSITIVE_SQ: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    POSITIVE: tl.constexpr, POSITIVE_SQ: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = at < count
+    if WHOLE:  # then a mask is the same for a whole block, whose numbers are loaded several at once
+        inside = tl.broadcast_to((block * BLOCK < count)[:, None], (ROWS, BLOCK))
+    else:
+        inside = at < count
     w = _read(master_ptr, master_ptr, upper_ptr, at, block, inside, MASTER)
     m = _read(exp_avg_ptr, exp_avg_exponents_ptr, exp_avg_ptr, at, block, inside, EXP_AVG)
     v = _read(exp_avg_sq_ptr, exp_avg_sq_exponents_ptr, exp_avg_sq_ptr, at, block, inside, EXP_AVG_SQ)
@@ -163,5 +166,5 @@ def adamw_(
         MASTER=_NUMBERS[master.data.dtype], EXP_AVG=_NUMBERS[exp_avg.data.dtype],
         EXP_AVG_SQ=_NUMBERS[exp_avg_sq.data.dtype], GRAD=_NUMBERS[grad.dtype],
         WEIGHTS=_NUMBERS[torch.float32 if weights is None else weights.dtype],
-        POSITIVE=exp_avg.positive, POSITIVE_SQ=exp_avg_sq.positive, ROWS=ROWS, BLOCK=BLOCK,
+        POSITIVE=exp_avg.positive, POSITIVE_SQ=exp_avg_sq.positive, WHOLE=count % BLOCK == 0, ROWS=ROWS, BLOCK=BLOCK,
     )  # fmt: skip
