@@ -4,7 +4,7 @@ Everything rounds to nearest, without random numbers: so an update is a function
 every run. docs/optimizer.md has the formulas.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 BLOCK = 64
 """Neighbouring numbers with one scale. Every parameter, and every rank's shard, begins with a block."""
+
+_PIECE = 1 << 22
+"""Numbers that are converted at a time, a multiple of BLOCK: all at once would take several times their memory."""
 
 MomentType = Literal["fp32", "bf16", "fp16", "fp8"]
 MasterType = Literal["fp32", "bf16-remainder"]
@@ -108,20 +111,28 @@ class Stored:
 
     def read(self) -> Tensor:
         """The numbers, [n]: `data` itself where it is plain, otherwise a copy."""
-        if self.weights is not None:
-            return join_remainders(self.weights, self.data)
-        if self.exponents is None or self.format is None:
+        if self.plain:
             return self.data
-        return decode(self.data, self.exponents, self.format)
+        values = torch.empty(self.data.shape, dtype=self.dtype, device=self.data.device)
+        for place in _pieces(self.numel()):
+            part = self.part(place)
+            if part.weights is not None:
+                values[place] = join_remainders(part.weights, part.data)
+            elif part.exponents is not None and part.format is not None:
+                values[place] = decode(part.data, part.exponents, part.format)
+        return values
 
     def write(self, values: Tensor) -> None:
         """Sets all numbers, to the nearest that can be kept; with remainders sets the weights too."""
-        if self.weights is not None:
-            split_remainders(values.float(), self.weights, self.data)
-        elif self.exponents is None or self.format is None:
+        if self.plain:
             self.data.copy_(values)
-        else:
-            encode(values.float(), self.data, self.exponents, self.format, self.positive)
+            return
+        for place in _pieces(self.numel()):
+            part, numbers = self.part(place), values[place].float()
+            if part.weights is not None:
+                split_remainders(numbers, part.weights, part.data)
+            elif part.exponents is not None and part.format is not None:
+                encode(numbers, part.data, part.exponents, part.format, self.positive)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,10 +182,11 @@ def narrow_(weights: Tensor, masters: Tensor) -> None:
 
     Halves to even would be ambiguous: 65,537 masters belong to an even weight then, one more than there are remainders.
     """
-    if weights.dtype == torch.bfloat16 and masters.dtype == torch.float32:
-        weights.copy_(_upper(masters.contiguous()).view(torch.bfloat16))
-    else:
+    if weights.dtype != torch.bfloat16 or masters.dtype != torch.float32:
         weights.copy_(masters)
+        return
+    for place in _pieces(weights.shape[0]):
+        weights[place] = _upper(masters[place].contiguous()).view(torch.bfloat16)
 
 
 def _upper(masters: Tensor) -> Tensor:
@@ -197,6 +209,10 @@ def split_remainders(masters: Tensor, weights: Tensor, remainders: Tensor) -> No
 def join_remainders(weights: Tensor, remainders: Tensor) -> Tensor:
     """The float32 masters [n]."""
     return ((weights.view(torch.int16).int() << 16) + remainders).view(torch.float32)
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    return (slice(begin, min(begin + _PIECE, size)) for begin in range(0, size, _PIECE))
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class MixedPrecisionOptimizer:
         if weights.dtype == torch.promote_types(weights.dtype, torch.float32):
             return {MASTER: Stored(weights), **state}
         master = new_stored(StateType(self.config.main_params_dtype), weights, zeros)
-        master.write(weights)
+        if master.plain:  # without remainders, masters are the weights already
+            master.write(weights)
         return {MASTER: master, **state}
 
     def _cut(self, bucket: Bucket, state: dict[str, Stored]) -> Iterator[Segment]:

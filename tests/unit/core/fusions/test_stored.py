@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.fusions import stored as stored_module
 from megatron.core.fusions.stored import BLOCK, StateType, Stored, StoredRange, narrow_, new_stored
 
 
@@ -95,7 +96,8 @@ def test_a_second_moment_never_becomes_zero(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "fp8", "bf16-remainder"])
-def test_parts_and_ranges_are_of_the_whole(kind: str) -> None:
+def test_parts_and_ranges_are_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_module, "_PIECE", 2 * BLOCK)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     stored = _stored(kind, values)
     whole = stored.read().clone()
