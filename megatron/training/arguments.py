@@ -192,7 +192,7 @@ def _check_precision(arguments: Arguments) -> None:
 
 
 def _slow_averages(optimizer: OptimizerConfig) -> list[str]:
-    """A remark for every moment that changes less in a step than its type can show."""
+    """A remark on every moment that changes less in a step than its type can show."""
     remarks = []
     for moment, beta, kind in (
         ("exp-avg", optimizer.adam_beta1, optimizer.exp_avg_dtype),
@@ -201,7 +201,7 @@ def _slow_averages(optimizer: OptimizerConfig) -> list[str]:
         most = LARGEST_BETA.get(kind, 1.0)
         if beta > most:
             remarks.append(
-                f"WARNING: --{moment}-dtype {kind} rounds away a decay of {beta}, so that this average cannot fall: "
+                f"--{moment}-dtype {kind} rounds away a decay of {beta}, so that this average cannot fall: "
                 f"take a beta of at most {most:g}, or a wider type (docs/optimizer.md)"
             )
     return remarks
