@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn
 
 from megatron.core.config import ModelConfig
+from megatron.core.fusions.stored import LARGEST_BETA
+from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.training.compatibility import (
     COMPATIBILITY_FLAGS,
     check_compatibility,
@@ -136,7 +138,7 @@ def parse_arguments(
         sections[section] = config_class(**{name: value for name, value in given.items() if name in names})
     arguments = Arguments(**sections)
     _check_together(arguments)
-    return arguments, remarks
+    return arguments, remarks + _slow_averages(arguments.optimizer)
 
 
 def _unknown_flags(unknown: list[str], parser: argparse.ArgumentParser) -> str:
@@ -158,6 +160,39 @@ def _take_shape(given: dict[str, Any], checkpoint: ModelConfig) -> list[str]:
         if name in given and given[name] != value:
             remarks.append(f"--use-checkpoint-args: --{name.replace('_', '-')} is {value}, not {given[name]}")
         given[name] = value
+    return remarks
+
+
+def _check_precision(arguments: Arguments) -> None:
+    """Raises ValueError if the weights' type does not go with what the optimizer keeps."""
+    optimizer, dtype = arguments.optimizer, arguments.model.params_dtype
+    for name in ("main_params_dtype", "main_grads_dtype"):
+        if getattr(optimizer, name) != "fp32" and dtype != "bfloat16":
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(optimizer, name)} is for weights in bfloat16, these are in "
+                f"{dtype}: add --bf16 or leave it at fp32"
+            )
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer, name) != "fp32" and dtype == "float64":
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(optimizer, name)} is for weights in 16 bits or float32, these "
+                "are in float64: leave it at fp32"
+            )
+
+
+def _slow_averages(optimizer: OptimizerConfig) -> list[str]:
+    """A remark on every moment that changes less in a step than its type can show."""
+    remarks = []
+    for moment, beta, kind in (
+        ("exp-avg", optimizer.adam_beta1, optimizer.exp_avg_dtype),
+        ("exp-avg-sq", optimizer.adam_beta2, optimizer.exp_avg_sq_dtype),
+    ):
+        most = LARGEST_BETA.get(kind, 1.0)
+        if beta > most:
+            remarks.append(
+                f"--{moment}-dtype {kind} rounds away a decay of {beta}, so that this average cannot fall: "
+                f"take a beta of at most {most:g}, or a wider type (docs/optimizer.md)"
+            )
     return remarks
 
 
@@ -185,6 +220,7 @@ def _check_together(arguments: Arguments) -> None:
     optimizer, samples_run = arguments.optimizer, arguments.training.train_samples is not None
     if optimizer.lr_warmup_fraction is not None and (optimizer.lr_warmup_iters or optimizer.lr_warmup_samples):
         raise ValueError("give --lr-warmup-fraction or --lr-warmup-iters/--lr-warmup-samples, not both")
+    _check_precision(arguments)
     iterations = optimizer.lr_decay_iters or optimizer.lr_warmup_iters or optimizer.lr_wsd_decay_iters
     samples = optimizer.lr_decay_samples or optimizer.lr_warmup_samples or optimizer.lr_wsd_decay_samples
     if (samples_run and iterations) or (not samples_run and samples):

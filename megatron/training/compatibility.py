@@ -47,9 +47,9 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         no-rope-fusion no-persist-layer-norm cross-entropy-loss-fusion disable-jit-fuser use-transformer-engine-op-fuser
         use-te-activation-func fused-residual-rmsnorm enable-experimental apply-query-key-layer-scaling
         delay-wgrad-compute defer-embedding-wgrad-compute distribute-saved-activations enable-cuda-graph
-        external-cuda-graph cuda-graph-retain-backward-graph te-rng-tracker use-precision-aware-optimizer
-        optimizer-cpu-offload optimizer-cuda-graph use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d
-        no-pin-cpu-grads no-pin-cpu-params fine-grained-activation-offloading init-model-with-meta-device
+        external-cuda-graph cuda-graph-retain-backward-graph te-rng-tracker optimizer-cpu-offload optimizer-cuda-graph
+        use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
+        fine-grained-activation-offloading init-model-with-meta-device
     """),
     **_flags("no effect", "one", """
         transformer-impl attention-backend flash-attention-version cross-entropy-fusion-impl wgrad-deferral-limit
@@ -133,10 +133,6 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     "dataset-impl": CompatibilityFlag("only", "one", ("mmap",)),
     "dataloader-type": CompatibilityFlag("only", "one", ("single",)),
     "moe-router-score-function": CompatibilityFlag("only", "one", ("softmax",), "Mixtral has no other."),
-    **{
-        name: CompatibilityFlag("only", "one", ("fp32",), "Gradients, masters and moments are kept in float32.")
-        for name in ("main-grads-dtype", "main-params-dtype", "exp-avg-dtype", "exp-avg-sq-dtype")
-    },
     "window-size": CompatibilityFlag("refused", "many"),
     "fp8-format": CompatibilityFlag("refused", "one", (), "Products are made in the type of --params-dtype."),
     "fp4-format": CompatibilityFlag("refused", "one", (), "Products are made in the type of --params-dtype."),

@@ -159,6 +159,7 @@ def _report(trainer: Trainer, chunk: ModelStage, kept: int) -> ChunkReport:
 def _optimizer_bytes(trainer: Trainer) -> int:
     """Masters and moments; a float32 parameter is its own master."""
     weights = {bucket.weights.untyped_storage()._cdata for bucket in trainer.buffers.buckets}
-    tensors = [tensor for piece in trainer.optimizer.state_pieces() for tensor in piece.tensors.values()]
+    kept = [stored for piece in trainer.optimizer.state_pieces() for stored in piece.state.values()]
+    tensors = [tensor for stored in kept for tensor in (stored.data, stored.exponents) if tensor is not None]
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(size for storage, size in storages.items() if storage not in weights)

@@ -156,7 +156,7 @@ def build_trainer(
         for chunk in model:
             initialize_parameters(chunk, chunk.first_layer, training.seed)
         _share_initial_weights(model, groups)
-    buffers = GradientBuffers(model, groups, arguments.parallel)
+    buffers = GradientBuffers(model, groups, arguments.parallel, arguments.optimizer.main_grads_dtype == "bf16")
     shards = groups.cp.size * (groups.tp.size if model.sequence_parallel else 1)
     length = arguments.data.seq_length // shards
     link = StageLink(

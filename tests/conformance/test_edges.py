@@ -5,11 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from closeness import relative_error
 from conformance_testing import INSTRUCTION_SETS, assert_close, drawn, each, has_descriptors, only
 from conformance_testing import device_of as _device
 
-from megatron.core.fusions.adamw import AdamWStep, adamw_
 from megatron.core.fusions.attention import causal_attention
 from megatron.core.fusions.cross_entropy import softmax_gradient_, softmax_statistics
 from megatron.core.fusions.expert_mlp import expert_mlp
@@ -214,26 +212,6 @@ def test_experts_repeat_themselves_and_leave_no_dirt(form: str) -> None:
     for a, b in zip(first, second, strict=True):
         assert torch.isfinite(a).all() and torch.equal(a, b)
     assert not first[1][1].any() and not first[2][1].any()
-
-
-@each_form
-@pytest.mark.parametrize("narrow", [False, True])
-def test_adamw_is_the_papers_formula(form: str, narrow: bool) -> None:
-    master, grad = torch.randn(70001), torch.randn(70001)
-    exp_avg, exp_avg_sq = torch.randn(70001), torch.rand(70001)
-    weights = torch.zeros(70001, dtype=torch.bfloat16) if narrow else None
-    step = AdamWStep(7, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.25)
-    g, m, v = grad.double() * 0.25, exp_avg.double(), exp_avg_sq.double()
-    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-    expected = master.double() * (1 - 1e-2 * 0.1)
-    expected -= 1e-2 * (m / (1 - 0.9**7)) / ((v / (1 - 0.95**7)).sqrt() + 1e-8)
-    with only(form) as used:
-        adamw_(master, exp_avg, exp_avg_sq, grad, step, weights)
-    assert ("adamw_" in used) == (form not in ("formula", "library", "triton"))
-    for ours, reference in ((master, expected), (exp_avg, m), (exp_avg_sq, v)):
-        assert relative_error(ours, reference) <= 1e-7
-    if weights is not None:
-        assert torch.equal(weights, master.bfloat16())
 
 
 # 80,000 rows of the two inner products of Mixtral 8x7B are more than 2^31 numbers

@@ -23,6 +23,9 @@ from megatron.training.progress import Progress
 from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 
+AWARE = {"use_precision_aware_optimizer": True}
+REMAINDERS = AWARE | {"main_params_dtype": "bf16-remainder"}
+MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 CPU = torch.device("cpu")
 ZERO = {"use_distributed_optimizer": True}
 OVERLAP = {"overlap_grad_reduce": True, "ddp_bucket_size": 2000}
@@ -80,7 +83,16 @@ def _bytes_a_parameter(rank: int, world_size: int, settings: dict[str, Any], par
 @pytest.mark.parametrize(
     ("world_size", "cases"),
     [
-        (1, [({}, "bfloat16", 2 + 4 + 12), ({}, "float32", 4 + 4 + 8)]),
+        (
+            1,
+            [
+                ({}, "bfloat16", 2 + 4 + 12),
+                ({}, "float32", 4 + 4 + 8),
+                (REMAINDERS | {"main_grads_dtype": "bf16"} | MOMENTS, "bfloat16", 2 + 2 + 2 + 2 + 2),
+                (REMAINDERS | {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"}, "bfloat16", 2 + 4 + 2 + 3 + 2 / 64),
+                (AWARE | MOMENTS, "float32", 4 + 4 + 4),
+            ],
+        ),
         (
             2,
             [
@@ -88,6 +100,7 @@ def _bytes_a_parameter(rank: int, world_size: int, settings: dict[str, Any], par
                 (ZERO, "bfloat16", 2 + 4 + 12 / 2),
                 (ZERO | {"grad_reduce_in_bf16": True}, "bfloat16", 2 + 2 + 12 / 2),
                 (ZERO, "float32", 4 + 4 + 8 / 2),
+                (ZERO | REMAINDERS | MOMENTS, "bfloat16", 2 + 4 + 6 / 2),
             ],
         ),
         pytest.param(4, [(VARIANTS["zero_overlap"], "bfloat16", 2 + 4 + 12 / 4)], marks=pytest.mark.slow),

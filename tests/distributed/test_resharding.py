@@ -119,6 +119,32 @@ def test_the_same_layout_continues_bit_for_bit(trained: Trained, tmp_path: Path,
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+FEWER_BITS = {"use_precision_aware_optimizer": True, "main_params_dtype": "bf16-remainder"}
+MOMENTS = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+SCALED = {"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "moments"), [("dp2_zero", "tp2", MOMENTS), ("ep2", "dp2_zero", SCALED)], ids=["bf16", "scaled"]
+)
+def test_state_in_fewer_bits_goes_to_another_layout(
+    tmp_path: Path, before: str, after: str, moments: dict[str, str]
+) -> None:
+    """Bit for bit, with scales too where no block of numbers is cut in another way."""
+    folders = []
+    for layout in (before, after):
+        world_size, settings = LAYOUTS[layout]
+        step = str(folders[0] / "iter_0000003") if folders else ""
+        folders.append(tmp_path / layout)
+        settings = settings | FEWER_BITS | moments
+        run_distributed(train_and_save, world_size, settings, "bfloat16", step, str(folders[-1]))
+    theirs, ours = (saved_tensors(folder / "iter_0000003") for folder in folders)
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]), key
+
+
 @pytest.mark.parametrize("layout", ["dp2_zero", pytest.param("dp4", marks=pytest.mark.slow)])
 def test_each_rank_writes_its_share(trained: Trained, layout: str) -> None:
     folder, _ = trained(layout, "bfloat16")

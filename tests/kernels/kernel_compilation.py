@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,9 @@ from megatron.core.fusions.kernels import triton as shelf
 from megatron.core.fusions.kernels.triton import persistent_gradient
 from megatron.core.fusions.linear import WgradBackend
 from megatron.core.microbatch import Microbatch
+from megatron.core.optimizer.adamw import AdamW
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+from megatron.core.optimizer.update_rule import Update
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.transformer.moe.experts import Experts
 from megatron.training.setup import Trainer, build_trainer
@@ -58,6 +62,12 @@ SEQUENCE, OTHER_LENGTH = 4096, 4095
 WITH_DESCRIPTORS = 90
 """The first compute capability that has them, and with them a second kernel of the experts' weight gradients."""
 MULTIPROCESSORS = 132
+PRECISIONS: tuple[dict[str, Any], ...] = (
+    {},
+    *({"exp_avg_dtype": kind, "exp_avg_sq_dtype": kind} for kind in ("bf16", "fp16", "fp8")),
+    {"main_params_dtype": "bf16-remainder", "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"},
+)
+"""What the optimizer keeps, besides masters and moments in float32."""
 
 
 class Compiler:
@@ -132,6 +142,15 @@ def train_both_ways(trainer: Trainer, length: int, has_descriptors: bool) -> Non
             if isinstance(module, Experts):
                 module.wgrad_backend = backend
         train_a_step(trainer, length)
+
+
+def update(trainer: Trainer) -> None:
+    """An update of the weights, and in bfloat16 one with each way of keeping masters and moments."""
+    for precision in PRECISIONS if trainer.arguments.model.params_dtype == "bfloat16" else ({},):
+        config = replace(trainer.arguments.optimizer, use_precision_aware_optimizer=True, **precision)
+        optimizer = MixedPrecisionOptimizer(trainer.buffers, AdamW(config), config, trainer.groups)
+        for segment in optimizer.segments:
+            optimizer.rule.update(segment, Update(number=1, learning_rate=1.0, weight_decay=0.1, factor=0.5))
 
 
 def _file(function: JITFunction) -> str:
@@ -224,6 +243,7 @@ def main() -> None:
             for model in args.models:
                 compiler.context = {"model": model, "dtype": dtype}
                 trainer = build(model, dtype)
+                update(trainer)
                 train_both_ways(trainer, SEQUENCE, args.capability >= WITH_DESCRIPTORS)
                 first = len(compiler.compiled)
                 train_both_ways(trainer, OTHER_LENGTH, args.capability >= WITH_DESCRIPTORS)

@@ -67,9 +67,8 @@ def measure(folder: Path, size: int, rounds: int) -> dict[str, tuple[list[float]
         written = write_shards(folder, 0, shards)
         write_metadata(folder, [written], iteration=1, arguments={}, state={})
 
-    targets = [replace(shard, data=torch.empty_like(shard.data)) for shard in shards]
-    for target in targets:
-        target.data.zero_()  # memory that is in use already, as a model's is
+    # memory that is in use already, as a model's is
+    targets = [replace(s, data=torch.empty(s.data.numel(), dtype=s.data.dtype).zero_()) for s in shards]
     half = [replace(t, data=t.data[: t.data.numel() // 2], rank=1, size=2) for t in targets]
 
     def load(wanted: list[TensorShard]) -> None:

@@ -1,10 +1,14 @@
-"""Time of one optimizer update (norm, clipping, AdamW, weights from masters): flat buckets against one tensor each."""
+"""Time of one optimizer update (norm, clipping, AdamW, weights from masters).
+
+Flat buckets, with masters and moments in float32 and in fewer bits, against torch's update of one tensor each.
+"""
 
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +42,23 @@ class _Matrices(nn.Module):
             self.weights.append(parameter)
 
 
-def flat_update(model: nn.Module) -> Callable[[], object]:
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "remainders": {"main_params_dtype": "bf16-remainder"},
+    **{
+        f"{kind} moments": {"main_params_dtype": "bf16-remainder", "exp_avg_dtype": kind, "exp_avg_sq_dtype": kind}
+        for kind in ("bf16", "fp16", "fp8")
+    },
+}
+"""What the optimizer keeps: all but the first with masters as remainders."""
+PRECISIONS["bf16, gradients too"] = PRECISIONS["bf16 moments"] | {"main_grads_dtype": "bf16"}
+
+
+def flat_update(model: nn.Module, precision: dict[str, Any]) -> Callable[[], object]:
     """The update of this project."""
-    buffers = GradientBuffers(model, ProcessGroups())
-    optimizer = MixedPrecisionOptimizer(buffers, AdamW(OptimizerConfig()), OptimizerConfig(), ProcessGroups())
+    config = OptimizerConfig(use_precision_aware_optimizer=True, **precision)
+    buffers = GradientBuffers(model, ProcessGroups(), grads_in_bf16=config.main_grads_dtype == "bf16")
+    optimizer = MixedPrecisionOptimizer(buffers, AdamW(config), config, ProcessGroups())
     for bucket in buffers.buckets:
         bucket.grads.normal_()
     return lambda: optimizer.step(StepRates(1e-4, 1e-4, 0.1))
@@ -79,7 +96,7 @@ def main(argv: list[str]) -> int:
         return _Matrices(arguments.layers, arguments.hidden_size, device)
 
     updates = {
-        "flat buckets": flat_update(model()),
+        **{name: flat_update(model(), precision) for name, precision in PRECISIONS.items()},
         "torch, fused": tensor_update(model(), fused=True),
         "torch, not fused": tensor_update(model(), fused=False),
     }
@@ -93,10 +110,10 @@ def main(argv: list[str]) -> int:
             seconds[name].append(time.perf_counter() - start)
     count = sum(parameter.numel() for parameter in model().parameters())
     print(f"{count:,} bfloat16 parameters, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {device}")
-    ours = statistics.median(seconds["flat buckets"][1:])
+    ours = statistics.median(seconds["float32"][1:])
     for name, values in seconds.items():
         median = statistics.median(values[1:])
-        print(f"{name:18} {1000 * median:8.1f} ms  {median / ours:5.2f}x")
+        print(f"{name:20} {1000 * median:8.1f} ms  {median / ours:5.2f}x")
     return 0
 
 

@@ -9,7 +9,7 @@ loaded is rectangles of the same matrix, and going from one layout to another is
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,24 @@ def matrix_shape(shape: Sequence[int], partition_dim: int | None, stride: int) -
     return rows, math.prod(shape[partition_dim:]) // stride
 
 
+class Values(Protocol):
+    """Flat values to be saved that do not lie in memory as such: tensors of some of them are made when asked for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type in the file."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are made."""
+
+    def numel(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, place: slice) -> Tensor:
+        """[stop - start] of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorShard:
     """A flat range of one part of a tensor: what a rank saves, or what is loaded into its memory."""
@@ -73,8 +91,9 @@ class TensorShard:
     """Name in the whole model, with global layer and expert numbers."""
     shape: tuple[int, ...]
     """Shape of the whole tensor, without vocabulary padding."""
-    data: Tensor
-    """[n], contiguous: elements start ... start + n of the flattened part, vocabulary padding included."""
+    data: Tensor | Values
+    """[n], contiguous: elements start ... start + n of the flattened part, vocabulary padding included. To be loaded,
+    a tensor."""
     start: int = 0
     partition_dim: int | None = None
     """Dimension the tensor is cut along; None if every part is the whole tensor."""

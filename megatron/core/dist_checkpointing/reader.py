@@ -195,6 +195,7 @@ class CheckpointReader:
         Values are converted if the types differ. Raises OSError or ValueError if a file cannot be read.
         """
         tensor = self.metadata.tensors[shard.kind, shard.name]
+        assert isinstance(shard.data, Tensor), (shard.kind, shard.name)
         if shard.padded_length is not None:
             shard.data.zero_()
         for block in shard.blocks():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.core.atomic_files import atomic_writer
 from megatron.core.dist_checkpointing import metadata as md
-from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, Block, TensorShard
+from megatron.core.dist_checkpointing.blocks import DTYPE_NAMES, Block, TensorShard, Values
 from megatron.core.interchange.folder_kind import SHARDED_FILE
 from megatron.core.waiting import to_host, waiting
 
@@ -39,22 +39,22 @@ def snapshot(shards: Iterable[TensorShard], memory: list[Tensor] | None = None) 
     """
     owned = [shard for shard in shards if shard.owned]
     memory = [] if memory is None else memory
-    if [(place.shape, place.dtype) for place in memory] != [(shard.data.shape, shard.data.dtype) for shard in owned]:
+    if [(place.numel(), place.dtype) for place in memory] != [(s.data.numel(), s.data.dtype) for s in owned]:
         memory[:] = [_host_memory(shard.data) for shard in owned]
     for place, shard in zip(memory, owned, strict=True):
-        place.copy_(shard.data.detach(), non_blocking=True)
-    if any(shard.data.is_cuda for shard in owned):
+        place.copy_(shard.data[:].detach(), non_blocking=True)
+    if any(shard.data.device.type == "cuda" for shard in owned):
         with waiting("the device"):
             torch.cuda.current_stream().synchronize()
     return [replace(shard, data=place) for place, shard in zip(memory, owned, strict=True)]
 
 
-def _host_memory(data: Tensor) -> Tensor:
+def _host_memory(data: Tensor | Values) -> Tensor:
     """Memory for a copy of `data`: pinned for a GPU, as long as the system grants that."""
-    if data.is_cuda:
+    if data.device.type == "cuda":
         with contextlib.suppress(RuntimeError):
-            return torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-    return torch.empty(data.shape, dtype=data.dtype)
+            return torch.empty(data.numel(), dtype=data.dtype, pin_memory=True)
+    return torch.empty(data.numel(), dtype=data.dtype)
 
 
 def write_shards(folder: Path, rank: int, shards: Sequence[TensorShard]) -> WrittenFile | None:
@@ -105,9 +105,10 @@ def _header(blocks: Sequence[tuple[TensorShard, Block]]) -> tuple[bytes, list[in
     return header, [len(header) + offset for offset in offsets]
 
 
-def _write_block(file: Any, data: Tensor, block: Block) -> int:
-    checksum = 0
-    for chunk in data.detach()[block.offset : block.offset + block.numel].split(CHUNK_ELEMENTS):
+def _write_block(file: Any, data: Tensor | Values, block: Block) -> int:
+    checksum, end = 0, block.offset + block.numel
+    for begin in range(block.offset, end, CHUNK_ELEMENTS):
+        chunk = data[begin : min(begin + CHUNK_ELEMENTS, end)].detach()
         content = memoryview(to_host(chunk).view(torch.uint8).numpy())  # type: ignore[arg-type]
         checksum = zlib.crc32(content, checksum)
         file.write(content)

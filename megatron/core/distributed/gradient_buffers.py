@@ -94,8 +94,16 @@ class GradientBuffers:
     After `finalize`, gradients are whole on every rank, or with the distributed optimizer on the rank that owns them.
     """
 
-    def __init__(self, model: nn.Module, groups: ProcessGroups, config: ParallelConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: ProcessGroups,
+        config: ParallelConfig | None = None,
+        grads_in_bf16: bool = False,
+    ) -> None:
+        """`grads_in_bf16` keeps those of bfloat16 parameters in that type, as --grad-reduce-in-bf16 does."""
         self.groups, self.config = groups, config or ParallelConfig()
+        self._grads_in_bf16 = grads_in_bf16 or self.config.grad_reduce_in_bf16
         self.sharded = self.config.use_distributed_optimizer
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.buckets = self._build(list(self.names))
@@ -126,7 +134,7 @@ class GradientBuffers:
         return sorted(buckets, key=lambda bucket: -order[bucket.parameters[-1]])
 
     def _grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if self.config.grad_reduce_in_bf16 and dtype == torch.bfloat16:
+        if self._grads_in_bf16 and dtype == torch.bfloat16:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 

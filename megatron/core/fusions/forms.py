@@ -50,7 +50,7 @@ _ONE_TYPE = "input and weight of one type", lambda *args: args[-3].dtype == args
 _TABLES = "float32 tables", lambda x, cos, *_: cos.dtype == FP32
 _PROBS = "float32 probabilities", lambda *args: args[-1].dtype == FP32
 _REAL = "columns that are not padding", lambda x, *args: x.shape[0] > 0 and args[-1] > 0
-_MASTERS = "float32 masters and gradients", lambda master, m, v, grad, *_: master.dtype == grad.dtype == FP32
+_MASTERS = "float32 masters", lambda master, *_: master.dtype == FP32
 _SHORT = "at most 1024 positions with AVX-512, 4096 in bfloat16 with AMX", _is_short
 _FLASH = "16 bits, heads of 8, 16 ... 256", lambda q, *_: q.dtype in (BF16, FP16) and q.shape[-1] in range(8, 257, 8)
 _WHOLE = "types that no kernel with grouped heads takes", lambda q, *_: q.dtype not in (BF16, FP16)
@@ -82,7 +82,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "softmax_statistics_": (in_triton("cross_entropy"), in_cpp(*_REAL)),
     "softmax_gradient_": (in_triton("cross_entropy"), in_cpp(*_REAL)),
     "add_rows_": (by_library("cuda"),),
-    "adamw_": (in_cpp(*_MASTERS),),
+    "adamw_": (in_triton("adamw", *_MASTERS), in_cpp(*_MASTERS)),
     "attention_forward": (in_cpp(*_SHORT),),
     "attention_backward": (in_cpp(),),
     "attend": (by_library("cuda", *_WHOLE),),

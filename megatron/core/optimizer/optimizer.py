@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
+from megatron.core.fusions.stored import StateType, Stored, narrow_, new_stored
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.optimizer.clip_grads import gradient_norm, own_gradients
@@ -47,15 +48,20 @@ class StatePiece(NamedTuple):
     """First element in the parameter of this rank, flattened."""
     end: int
     """Element after the last one."""
-    tensors: dict[str, Tensor]
-    """Flat views of `end - start` elements by `state_names` of the optimizer; writing to them sets the state."""
+    state: dict[str, Stored]
+    """`end - start` elements by `state_names` of the optimizer."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors: views where numbers are kept as such, copies where they are not."""
+        return {name: stored.read() for name, stored in self.state.items()}
 
 
 class MixedPrecisionOptimizer:
     """Keeps float32 masters of 16-bit parameters, which a rule updates; wider parameters are their own masters.
 
-    Masters have 4 bytes a parameter in 16-bit types, and the rule's tensors the masters' type; all are divided by the
-    number of ranks that hold the parameter if the optimizer is distributed.
+    Masters have 4 bytes a parameter in 16-bit types, or 2 besides those of the weights; the rule's tensors have the
+    types that it says. All are divided by the number of ranks that hold the parameter if the optimizer is distributed.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class MixedPrecisionOptimizer:
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
         self._states = [self._new_state(bucket) for bucket in buffers.buckets]
-        self._segments = [
+        self.segments = [
             segment
             for bucket, state in zip(buffers.buckets, self._states, strict=True)
             for segment in self._cut(bucket, state)
@@ -75,21 +81,25 @@ class MixedPrecisionOptimizer:
     @property
     def state_names(self) -> tuple[str, ...]:
         """Names of the tensors that are kept of each parameter."""
-        return (MASTER, *self.rule.state_names)
+        return (MASTER, *self.rule.state_types)
 
-    def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
+    def _new_state(self, bucket: Bucket) -> dict[str, Stored]:
         """Masters and the rule's state of the part of a bucket that this rank updates, flat."""
         weights = bucket.weights[self.buffers.owned(bucket)]
-        master_type = torch.promote_types(weights.dtype, torch.float32)
-        state = {name: zeros(weights.numel(), master_type, weights.device) for name in self.rule.state_names}
-        if weights.dtype == master_type:
-            return {MASTER: weights, **state}
-        return {MASTER: zeros(weights.numel(), master_type, weights.device).copy_(weights), **state}
+        state = {name: new_stored(kind, weights, zeros) for name, kind in self.rule.state_types.items()}
+        if weights.dtype == torch.promote_types(weights.dtype, torch.float32):
+            return {MASTER: Stored(weights), **state}
+        master = new_stored(StateType(self.config.main_params_dtype), weights, zeros)
+        if master.plain:  # without remainders, masters are the weights already
+            master.write(weights)
+        return {MASTER: master, **state}
 
-    def _cut(self, bucket: Bucket, state: dict[str, Tensor]) -> Iterator[Segment]:
+    def _cut(self, bucket: Bucket, state: dict[str, Stored]) -> Iterator[Segment]:
         """The runs of one kind in the part of a bucket that this rank updates."""
         part = self.buffers.owned(bucket)
-        weights = None if state[MASTER].dtype == bucket.weights.dtype else bucket.weights
+        master = state[MASTER]
+        held = master.weights is not None or master.data.dtype == bucket.weights.dtype
+        weights = None if held else bucket.weights
         for kind, run in itertools.groupby(bucket.pieces(part), key=self._kind):
             pieces = tuple(run)
             start, end = pieces[0].offset, pieces[-1].offset + pieces[-1].end - pieces[-1].start
@@ -97,8 +107,8 @@ class MixedPrecisionOptimizer:
             yield Segment(
                 kind=kind,
                 pieces=tuple(piece._replace(offset=piece.offset - start) for piece in pieces),
-                master=state[MASTER][place],
-                state={name: state[name][place] for name in self.rule.state_names},
+                master=master.part(place),
+                state={name: state[name].part(place) for name in self.rule.state_types},
                 grad=bucket.grads[start:end],
                 weights=None if weights is None else weights[start:end],
             )
@@ -126,7 +136,7 @@ class MixedPrecisionOptimizer:
         clip = self.config.clip_grad
         factor = GradientFactors(loss_scale=scale).update(clip / (norm + 1e-6) if clip and norm > clip else 1.0)
         self.steps_taken += 1
-        for segment in self._segments:
+        for segment in self.segments:
             kind = segment.kind
             update = Update(
                 number=self.steps_taken,
@@ -141,20 +151,21 @@ class MixedPrecisionOptimizer:
     @torch.no_grad()
     def reload_masters(self) -> None:
         """Resets the masters to the model's parameters, after weights were loaded into it."""
-        for segment in self._segments:
-            if segment.weights is not None:
-                segment.master.copy_(segment.weights)
+        for segment in self.segments:
+            weights = segment.master.weights if segment.weights is None else segment.weights
+            if weights is not None:
+                segment.master.write(weights)
 
     def state_pieces(self) -> Iterator[StatePiece]:
         """The state that this rank keeps, parameter by parameter; empty where another rank owns all of one.
 
-        To load, write to the tensors on every rank, then call `finish_loading`.
+        To load, write to the state on every rank, then call `finish_loading`.
         """
-        for segment in self._segments:
+        for segment in self.segments:
             for piece in segment.pieces:
                 place = slice(piece.offset, piece.offset + piece.end - piece.start)
-                tensors = {name: flat[place] for name, flat in {MASTER: segment.master, **segment.state}.items()}
-                yield StatePiece(self.buffers.names[piece.parameter], piece.parameter, piece.start, piece.end, tensors)
+                state = {name: flat.part(place) for name, flat in {MASTER: segment.master, **segment.state}.items()}
+                yield StatePiece(self.buffers.names[piece.parameter], piece.parameter, piece.start, piece.end, state)
 
     def scalars(self) -> dict[str, float]:
         """The part of the state that is no tensor, the same on all ranks; plain numbers by name."""
@@ -165,9 +176,9 @@ class MixedPrecisionOptimizer:
         """Takes back what `scalars` gave, and the weights from the masters written before; collective."""
         self.steps_taken = int(scalars["steps_taken"])
         self.scaler.load(scalars)
-        for segment in self._segments:
+        for segment in self.segments:
             if segment.weights is not None:
-                segment.weights.copy_(segment.master)
+                narrow_(segment.weights, segment.master.data)
         self.buffers.gather_parameters()
         self.buffers.wait_for_parameters()
 
@@ -179,8 +190,8 @@ class MixedPrecisionOptimizer:
         """
         whole: dict[str, Any] = {}
         for bucket, state in zip(self.buffers.buckets, self._states, strict=True):
-            for name, own in state.items():
-                flat = own
+            for name, stored in state.items():
+                flat = own = stored.read()
                 if self.buffers.sharded and bucket.group.size > 1:
                     flat = own.new_empty(bucket.weights.numel())
                     collectives.all_gather_single(flat, own, group=bucket.group.handle)
@@ -212,6 +223,7 @@ class MixedPrecisionOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned and `check_state_dict` accepts; collective over dp x cp and edp."""
         for piece in self.state_pieces():
-            for key, tensor in piece.tensors.items():
-                tensor.copy_(state["parameters"][piece.name][key].reshape(-1)[piece.start : piece.end])
+            for key, stored in piece.state.items():
+                values = state["parameters"][piece.name][key].reshape(-1)[piece.start : piece.end]
+                stored.write(values.to(stored.data.device))
         self.finish_loading(state["scalars"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.config_checks import require_finite, require_positive
+from megatron.core.fusions.stored import MasterType, MomentType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,16 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Epsilon in the denominator of Adam."""
+    use_precision_aware_optimizer: bool = False
+    """Allow --main-params-dtype, --main-grads-dtype, --exp-avg-dtype and --exp-avg-sq-dtype below fp32."""
+    main_params_dtype: MasterType = "fp32"
+    """Masters of bfloat16 weights: fp32, or 16 bits that together with the weight are the same float32 number."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What gradients of bfloat16 weights are accumulated and reduced in; bf16 is --grad-reduce-in-bf16."""
+    exp_avg_dtype: MomentType = "fp32"
+    """What first moments are kept in; fp16 and fp8 (float8_e4m3fn) with a scale for each 64."""
+    exp_avg_sq_dtype: MomentType = "fp32"
+    """What second moments are kept in."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     loss_scale: float | None = None
@@ -88,6 +99,7 @@ class OptimizerConfig:
             raise ValueError("--lr-warmup-iters, --lr-warmup-samples and --lr-warmup-init must not be negative")
         self._check_decoupled()
         self._check_weight_decay()
+        self._check_precision()
         if self.use_checkpoint_opt_param_scheduler and self.override_opt_param_scheduler:
             raise ValueError(
                 "give --override-opt_param-scheduler or --use-checkpoint-opt_param-scheduler, not both: they say the "
@@ -103,6 +115,13 @@ class OptimizerConfig:
             raise ValueError(
                 f"--adam-beta1 and --adam-beta2 must be in [0, 1), got {self.adam_beta1}, {self.adam_beta2}"
             )
+
+    def _check_precision(self) -> None:
+        for name in ("main_params_dtype", "main_grads_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(self, name) != "fp32" and not self.use_precision_aware_optimizer:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} needs --use-precision-aware-optimizer"
+                )
 
     def _check_decoupled(self) -> None:
         if self.decoupled_min_lr is not None and self.decoupled_lr is None:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from megatron.core.distributed.gradient_buffers import Piece
+from megatron.core.fusions.stored import StateType, Stored
 
 
 class ParameterKind(NamedTuple):
@@ -22,14 +23,15 @@ class Segment:
     kind: ParameterKind
     pieces: tuple[Piece, ...]
     """The parameters; their offsets are places in the segment. Padding between them belongs to none and stays zero."""
-    master: Tensor
-    """Float32, or float64 for parameters in float64."""
-    state: dict[str, Tensor]
-    """By the rule's names, in the master's type; zeros before the first update."""
+    master: Stored
+    """Float32, or float64 for parameters in float64; or the weights and their remainders."""
+    state: dict[str, Stored]
+    """By the rule's names, in the rule's types; zeros before the first update."""
     grad: Tensor
     """Of any type."""
     weights: Tensor | None
-    """Those of the model in their narrower type; None if the masters are the weights."""
+    """Those of the model in their narrower type, to be set by `narrow_`; None if the masters are the weights or hold
+    them."""
 
 
 class Update(NamedTuple):
@@ -56,8 +58,8 @@ class UpdateRule(Protocol):
     """
 
     @property
-    def state_names(self) -> tuple[str, ...]:
-        """Names of the tensors it keeps besides the master, as they are called in checkpoints."""
+    def state_types(self) -> dict[str, StateType]:
+        """What it keeps besides the master, by its name in checkpoints; a rule reads what is `plain` in place."""
 
     def update(self, segment: Segment, numbers: Update) -> None:
         """Updates master, state and weights in place from the gradient, which may be overwritten."""

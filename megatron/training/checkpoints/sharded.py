@@ -6,15 +6,17 @@ the parts it needs. Weights and the optimizer's state are pieces of the model's 
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from megatron.core import dist_checkpointing, interchange
 from megatron.core.dist_checkpointing import CheckpointReader, TensorShard
+from megatron.core.fusions.stored import StoredRange
 from megatron.core.interchange.folder_kind import is_sharded
 from megatron.core.models.common import ModelChunks
 from megatron.core.optimizer.optimizer import MASTER, MixedPrecisionOptimizer
@@ -29,10 +31,17 @@ from megatron.training.progress import Progress, RunRecord, to_saved
 from megatron.training.setup import Trainer
 
 
+class ShardReader(Protocol):
+    """An open checkpoint."""
+
+    def read_into(self, shard: TensorShard) -> None:
+        """Fills `shard.data`, a tensor; vocabulary padding becomes zero."""
+
+
 def checkpoint_shards(
     model: ModelChunks, optimizer: MixedPrecisionOptimizer | None, groups: ProcessGroups
 ) -> list[TensorShard]:
-    """Views of this rank's weights and, with `optimizer`, of its optimizer's state; writing to them sets the state.
+    """Views of this rank's weights and, with `optimizer`, of its optimizer's state; `read_shards` sets the state.
 
     Of the ranks that hold the same values one owns each of them, taken in turn so that all have as much to write.
     """
@@ -44,19 +53,38 @@ def checkpoint_shards(
         for shard in named
     ]
     for piece in optimizer.state_pieces() if optimizer is not None else ():
-        position = 0
-        for shard in shards_of[piece.parameter]:  # the experts of a stack, or the one tensor
-            size = shard.data.numel()
-            start, end = max(piece.start - position, 0), min(piece.end - position, size)
-            for kind, tensor in piece.tensors.items() if start < end else ():
-                if kind == MASTER and tensor.dtype == piece.parameter.dtype:
-                    continue  # the weights are their own masters
-                data = tensor[position + start - piece.start : position + end - piece.start]
-                sharded = optimizer is not None and optimizer.buffers.sharded
-                owned = owners.owns(shard, data.nbytes, replicated=not sharded)
-                shards.append(_shard(kind, shard, data, start, owned))
-            position += size
+        for kind, stored in piece.state.items():
+            if kind == MASTER and stored.dtype == piece.parameter.dtype:
+                continue  # the weights are their own masters
+            position = 0
+            for shard in shards_of[piece.parameter]:  # the experts of a stack, or the one tensor
+                size = shard.data.numel()
+                start, end = max(piece.start - position, 0), min(piece.end - position, size)
+                if start < end:
+                    place = position + start - piece.start, position + end - piece.start
+                    data = stored.data[slice(*place)] if stored.plain else StoredRange(stored, *place)
+                    sharded = optimizer is not None and optimizer.buffers.sharded
+                    owned = owners.owns(shard, data.numel() * data.dtype.itemsize, replicated=not sharded)
+                    shards.append(_shard(kind, shard, data, start, owned))
+                position += size
     return shards
+
+
+def read_shards(reader: ShardReader, shards: list[TensorShard]) -> None:
+    """Sets the state to what a checkpoint has; of what does not lie in memory as such, one tensor's at a time.
+
+    All of a tensor's are set at once, since a block of numbers with one scale may lie in two experts.
+    """
+    for stored, members in itertools.groupby(shards, key=lambda shard: getattr(shard.data, "stored", None)):
+        if stored is None:
+            for shard in members:
+                reader.read_into(shard)
+            continue
+        values = torch.empty(stored.numel(), device=stored.data.device)
+        for shard in members:
+            assert isinstance(shard.data, StoredRange)
+            reader.read_into(replace(shard, data=values[shard.data.start : shard.data.end]))
+        stored.write(values)
 
 
 def _shards_by_parameter(model: ModelChunks) -> Iterator[tuple[nn.Parameter, list[NamedShard]]]:
@@ -88,7 +116,7 @@ class _Owners:
         return owner == (groups.edp if spec.is_expert else groups.dp_cp).rank
 
 
-def _shard(kind: str, shard: NamedShard, data: torch.Tensor, start: int, owned: bool) -> TensorShard:
+def _shard(kind: str, shard: NamedShard, data: torch.Tensor | StoredRange, start: int, owned: bool) -> TensorShard:
     spec = shard.spec
     shape = spec.global_shape if spec.init_rows is None else (spec.init_rows, *spec.global_shape[1:])
     cut = spec.partition_dim is not None
@@ -169,7 +197,7 @@ class Sharded:
         with reader:
             kinds = (*sorted({shard.kind for shard in shards}), "rng")
             together(lambda: reader.verify(kinds, groups.world.rank, groups.world.size), groups)
-            together(lambda: [reader.read_into(shard) for shard in shards], groups)
+            together(lambda: read_shards(reader, shards), groups)
             if source.with_optimizer:
                 optimizer.finish_loading(reader.state["optimizer"])
             else:
@@ -207,8 +235,12 @@ def _open(
         problems += [f"{kind} of {name} is missing" for name in sorted(expected - found)]
         problems += [f"{kind} of {name} is unexpected" for name in sorted(found - expected)]
     if not problems:
-        same_types = source.with_optimizer
-        problems = [text for text in (reader.mismatch(shard, same_types) for shard in shards) if text is not None]
+        found_problems = (
+            # what the optimizer keeps is converted
+            reader.mismatch(shard, same_type=source.with_optimizer and shard.kind == "weight")
+            for shard in shards
+        )
+        problems = [text for text in found_problems if text is not None]
     refuse(source.folder, problems)
     return reader
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron.core import interchange
 from megatron.core.config import ModelConfig
@@ -77,6 +78,18 @@ def checkpoint_model(load: str) -> ModelConfig:
     return interchange.model_config_from_args(format_of(folder).arguments(folder))
 
 
+def _converted(saved: Any, arguments: Arguments) -> str:
+    """What of the optimizer's state is kept in another type than by the run that saved it; empty if nothing is."""
+    kinds = {"masters": "main_params_dtype", "first moments": "exp_avg_dtype", "second moments": "exp_avg_sq_dtype"}
+    now = arguments.optimizer
+    changes = [
+        f"{what} from {getattr(saved, name, 'fp32')} to {getattr(now, name)}"
+        for what, name in kinds.items()
+        if getattr(saved, name, "fp32") != getattr(now, name)
+    ]
+    return f"converted: {', '.join(changes)}" if changes else ""
+
+
 def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[Progress, RunRecord, str]:
     """Loads what `locate_checkpoint` found, and says what was loaded and what was not; collective.
 
@@ -92,6 +105,8 @@ def load_checkpoint(source: CheckpointSource | None, trainer: Trainer) -> tuple[
         return Progress(), RunRecord(), remark
     progress, record = from_saved(loaded.progress)
     lines = [f"resumed at iteration {progress.iteration} from {source.folder}: {_taken(source, loaded)}", source.remark]
+    if source.with_optimizer:
+        lines.append(_converted(loaded.arguments, trainer.arguments))
     changed = changed_settings(vars(loaded.arguments), asdict(trainer.arguments))
     if changed:
         lines.append(f"WARNING: changed since the checkpoint was saved: {'; '.join(changed)}")

@@ -19,7 +19,7 @@ from megatron.core.models.weight_table import WeightRule
 from megatron.core.optimizer.optimizer import MASTER
 from megatron.training.checkpoints.protocol import CheckpointSource, LoadedState
 from megatron.training.checkpoints.same_model import check_same_model, check_same_type
-from megatron.training.checkpoints.sharded import checkpoint_shards
+from megatron.training.checkpoints.sharded import checkpoint_shards, read_shards
 from megatron.training.initialize import together
 from megatron.training.progress import Progress, RunRecord, to_saved
 from megatron.training.setup import Trainer
@@ -47,7 +47,7 @@ class TorchDist:
         opened = together(lambda: _Opened(source, trainer), groups)
         shards = checkpoint_shards(trainer.model, optimizer if opened.with_optimizer else None, groups)
         together(lambda: opened.verify(groups.world.rank, groups.world.size), groups)
-        together(lambda: [opened.read_into(shard) for shard in shards], groups)
+        together(lambda: read_shards(opened, shards), groups)
         if opened.with_optimizer:
             optimizer.finish_loading(opened.scalars)
         else:
@@ -104,6 +104,7 @@ class _Opened:
         """Fills `shard.data`, on any device; vocabulary padding becomes zero."""
         key, at = self._keys.place(self._rules[shard.name], shard.kind)
         dtype = self._checkpoint.dtype(key)
+        assert isinstance(shard.data, torch.Tensor), (shard.kind, shard.name)
         if shard.padded_length is not None:
             shard.data.zero_()
         step = max(_PIECE_BYTES // (math.prod(shard.shape[1:]) * STORED_AS[dtype].itemsize), 1)

@@ -5,6 +5,7 @@ import pytest
 from megatron.training.arguments import parse_arguments
 from megatron.training.compatibility import COMPATIBILITY_FLAGS
 
+PRECISION = "--use-precision-aware-optimizer"
 SMALL = "--train-iters 1 --mock-data --tokenizer-type NullTokenizer --vocab-size 100".split()
 
 # Megatron-MoE-ModelZoo, Mixtral 8x22B, with a dispatcher, a profile and the offloading that its launcher adds.
@@ -100,7 +101,12 @@ def test_the_width_of_an_expert_has_two_names() -> None:
     ("flags", "message"),
     [
         ("--fp8-format e4m3", "--fp8-format is not supported: remove it"),
-        ("--use-precision-aware-optimizer --exp-avg-dtype bf16", "--exp-avg-dtype bf16 is not supported, only fp32"),
+        ("--exp-avg-dtype bf16", "--exp-avg-dtype bf16 needs --use-precision-aware-optimizer"),
+        (f"{PRECISION} --main-params-dtype fp16", r"invalid choice: 'fp16' \(choose from .*bf16-remainder"),
+        (f"{PRECISION} --main-params-dtype bf16-remainder", "for weights in bfloat16, these are in float32"),
+        (f"{PRECISION} --fp16 --main-params-dtype bf16-remainder", "these are in float16: add --bf16 or leave it"),
+        (f"{PRECISION} --fp16 --main-grads-dtype bf16", "--main-grads-dtype bf16 is for weights in bfloat16"),
+        (f"{PRECISION} --params-dtype float64 --exp-avg-sq-dtype fp8", "these are in float64: leave it at fp32"),
         ("--moe-router-force-load-balancing", "at random"),
         ("--moe-router-pre-softmax", "sum to 1"),
         ("--calculate-per-token-loss", "same weight"),

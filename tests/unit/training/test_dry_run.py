@@ -75,6 +75,18 @@ def test_sharded_optimizer_and_interleaving() -> None:
     assert (plain.microbatches, plain.live, wider.microbatches) == (16, 11, 8)
 
 
+def test_masters_and_moments_in_fewer_bits_are_counted() -> None:
+    flags = "--hidden-size 256 --use-precision-aware-optimizer --main-params-dtype bf16-remainder"
+    flags += " --main-grads-dtype bf16 --exp-avg-dtype fp8 --exp-avg-sq-dtype fp16 --dry-run 0/1"
+    result = _run(parse_arguments([*TINY.split(), *flags.split()])[0])
+    parameters = result.chunks[0].parameters
+    assert result.gradients == pytest.approx(2 * parameters, rel=2e-3)
+    assert result.optimizer == pytest.approx((2 + 1 + 2 + 2 / 64) * parameters, rel=2e-3)
+    # nor does a step hold anything of theirs besides: gradients and moments are read in the types that they have
+    plain = _run(parse_arguments([*TINY.split(), "--hidden-size", "256", "--dry-run", "0/1"])[0])
+    assert result.activations == plain.activations
+
+
 def test_received_rows_are_kept() -> None:
     """With experts on several ranks, the rows that have come for them are kept instead of the tokens here."""
     flags = ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")

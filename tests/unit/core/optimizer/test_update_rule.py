@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
+from megatron.core.fusions.stored import StateType, narrow_
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
@@ -20,26 +21,32 @@ from megatron.core.tensor_parallel.parameter import spec_of
 RATES = StepRates(learning_rate=0.5, vocabulary_learning_rate=0.25, weight_decay=0.125)
 
 
+def _rounded(master: Tensor, like: Tensor) -> Tensor:
+    weights = torch.empty_like(like)
+    narrow_(weights, master)
+    return weights
+
+
 class Momentum:
     """SGD with momentum; it notes which elements of which parameters its segments hold."""
 
-    state_names = ("velocity",)
-
     def __init__(self) -> None:
+        self.state_types = {"velocity": StateType()}
         self.number = 0
         self.seen: list[tuple[nn.Parameter, int, int]] = []
 
     def update(self, segment: Segment, numbers: Update) -> None:
+        master, velocity = segment.master.data, segment.state["velocity"].data
         for parameter, start, end, offset in segment.pieces:
             weights = parameter.detach().view(-1)[start:end]
-            assert segment.master[offset : offset + end - start].to(weights.dtype).equal(weights)
+            assert _rounded(master[offset : offset + end - start], weights).equal(weights)
             self.seen.append((parameter, start, end))
         self.number = numbers.number
-        segment.state["velocity"].mul_(0.5).add_(segment.grad, alpha=numbers.factor)
-        segment.master.mul_(1 - numbers.learning_rate * numbers.weight_decay)
-        segment.master.sub_(segment.state["velocity"], alpha=numbers.learning_rate)
+        velocity.mul_(0.5).add_(segment.grad, alpha=numbers.factor)
+        master.mul_(1 - numbers.learning_rate * numbers.weight_decay)
+        master.sub_(velocity, alpha=numbers.learning_rate)
         if segment.weights is not None:
-            segment.weights.copy_(segment.master)
+            narrow_(segment.weights, master)
 
 
 def _model(dtype: str) -> nn.Module:
@@ -80,7 +87,7 @@ def test_a_rule_updates_and_its_state_is_loaded_by_name(dtype: str) -> None:
         assert saved["parameters"][name].keys() == {"master", "velocity"}
         torch.testing.assert_close(saved["parameters"][name]["master"], master, rtol=1e-6, atol=1e-6)
         assert saved["parameters"][name]["velocity"].equal(velocity)
-        assert parameter.equal(saved["parameters"][name]["master"].to(parameter.dtype))
+        assert parameter.equal(_rounded(saved["parameters"][name]["master"], parameter))
 
     other = _model(dtype)
     resumed = _optimizer(other)

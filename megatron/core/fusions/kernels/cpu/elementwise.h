@@ -226,26 +226,3 @@ void rotary(const T* x, const float* cos, const float* sin, T* y, long batch, lo
         }
     });
 }
-
-// One update of `count` masters; `weights`, if there are any, get them rounded to T.
-template <class T>
-void adamw(float* master, float* exp_avg, float* exp_avg_sq, const float* grad, T* weights, long count,
-           const AdamW& step, int threads) {
-    const float beta1 = step.beta1, beta2 = step.beta2, factor = step.factor;
-    const float rate = step.learning_rate / (1.0 - std::pow(step.beta1, step.number));
-    const float root = 1.0 / std::sqrt(1.0 - std::pow(step.beta2, step.number));
-    const float kept = 1.0 - step.learning_rate * step.weight_decay, epsilon = step.epsilon;
-    const float other1 = 1.0 - step.beta1, other2 = 1.0 - step.beta2;
-    for_each_piece(count, 1, PIECE, threads, [=](long begin, long end) {
-        SIMD for (long i = begin; i < end; i++) {
-            const float g = grad[i] * factor;
-            const float m = beta1 * exp_avg[i] + other1 * g, v = beta2 * exp_avg_sq[i] + other2 * g * g;
-            exp_avg[i] = m;
-            exp_avg_sq[i] = v;
-            master[i] = kept * master[i] - rate * m / (std::sqrt(v) * root + epsilon);
-        }
-        if (weights) {
-            SIMD for (long i = begin; i < end; i++) store(weights + i, master[i]);
-        }
-    });
-}

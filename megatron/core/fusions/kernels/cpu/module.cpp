@@ -31,6 +31,7 @@ constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;
 template <class T>
 using Element = T;  // what the products of attention take for operands of type T
 #include "elementwise.h"
+#include "adamw.h"
 #include "products.h"
 #include "tile_products.h"
 #include "attention.h"
@@ -45,6 +46,7 @@ constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;  // 24 of 32 registers hold sum
 template <class T>
 using Element = float;
 #include "elementwise.h"
+#include "adamw.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx512
@@ -56,6 +58,7 @@ constexpr int WIDTH = 8, ROWS = 6, VECTORS = 2;  // 12 of 16
 template <class T>
 using Element = float;
 #include "elementwise.h"
+#include "adamw.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::avx2
@@ -69,6 +72,7 @@ constexpr int WIDTH = 4, ROWS = 4, VECTORS = 2;
 template <class T>
 using Element = float;
 #include "elementwise.h"
+#include "adamw.h"
 #include "products.h"
 #include "attention.h"
 }  // namespace native::plain
@@ -140,13 +144,22 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// `weights` is 0 where masters are the weights.
-template <class T>
-void adamw(Address master, Address exp_avg, Address exp_avg_sq, Address grad, Address weights, long count,
-           const std::array<double, 7>& numbers, int threads) {
+// Storage, data, exponents, weights, positive; see native::Stored.
+using StoredArguments = std::tuple<int, Address, Address, Address, bool>;
+
+native::Stored stored(const StoredArguments& given) {
+    const auto& [storage, data, exponents, weights, positive] = given;
+    return {static_cast<native::Storage>(storage), at<void>(data), at<std::uint8_t>(exponents),
+            at<native::BFloat16>(weights), positive};
+}
+
+// `weights` is 0 where the masters are the weights, or hold them.
+void adamw(const StoredArguments& master, const StoredArguments& exp_avg, const StoredArguments& exp_avg_sq,
+           const StoredArguments& grad, Address weights, long count, const std::array<double, 7>& numbers,
+           int threads) {
     const native::AdamW step{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]};
-    CALL(adamw, at<float>(master), at<float>(exp_avg), at<float>(exp_avg_sq), at<float>(grad), at<T>(weights), count,
-         step, threads);
+    CALL(adamw, stored(master), stored(exp_avg), stored(exp_avg_sq), stored(grad), at<native::BFloat16>(weights),
+         count, step, threads);
 }
 
 using Sizes = std::array<long, 5>;  // batch, heads, groups, length, width
@@ -173,7 +186,6 @@ void define(py::module_& module, const std::string& suffix) {
                    CALL(swiglu_backward, at<T>(grad), at<T>(gate_up), at<float>(probs), at<T>(grad_gate_up),
                         at<float>(grad_probs), at<T>(y), rows, width, threads);
                });
-    module.def(name("adamw_").c_str(), &adamw<T>);
     module.def(name("gather_").c_str(),
                [](Address x, Address pairs, Address y, long rows, long width, long top_k, int threads) {
                    CALL(gather, at<T>(x), at<std::int64_t>(pairs), at<T>(y), rows, width, top_k, threads);
@@ -266,6 +278,7 @@ PYBIND11_MODULE(kernels_cpp, module) {
     module.attr("SOURCES") = SOURCES;
     define<float>(module, "float32");
     define<native::BFloat16>(module, "bfloat16");
+    module.def("adamw", &adamw);
     module.def("multiply_float32_float32", &multiply);
     module.def("multiply_bfloat16_float32", &multiply_tiled<float>);
     module.def("multiply_bfloat16_bfloat16", &multiply_tiled<native::BFloat16>);

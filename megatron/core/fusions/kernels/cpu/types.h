@@ -70,6 +70,17 @@ struct AdamW {
     double number, learning_rate, beta1, beta2, epsilon, weight_decay, factor;
 };
 
+// How the numbers of an optimizer's state lie in memory: see megatron/core/fusions/stored.py, which has the formulas.
+enum class Storage { FLOAT32, BFLOAT16, FLOAT16, FLOAT8, REMAINDER };
+
+struct Stored {
+    Storage storage;
+    void* data;
+    std::uint8_t* exponents;  // of scaled numbers, one a block
+    BFloat16* weights;        // the upper halves, of which the data are the remainders
+    bool positive;            // scaled numbers above zero stay above zero
+};
+
 // Memory that a thread keeps for its next task.
 class Buffer {
 public:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core.fusions.kernels.cpu.sources import checksum
 from megatron.core.fusions.kernels.library.cpu import blocks
+from megatron.core.fusions.stored import Stored
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -172,14 +173,27 @@ def attention_backward(
     return grad_query, grad_key, grad_value
 
 
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.int16: 4}
+"""What types.h calls the ways in which numbers are kept, by the type of their data."""
+
+
+def _stored(stored: Stored) -> tuple[int, int, int, int, bool]:
+    parts = (stored.data, stored.exponents, stored.weights)
+    _check(*(part for part in parts if part is not None))
+    data, exponents, weights = (0 if part is None else part.data_ptr() for part in parts)
+    return _STORAGE[stored.data.dtype], data, exponents, weights, stored.positive
+
+
 def adamw_(
-    master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: Sequence[float], weights: Tensor | None
+    master: Stored, exp_avg: Stored, exp_avg_sq: Stored, grad: Tensor, step: Sequence[float], weights: Tensor | None
 ) -> None:
-    """One update of flat pieces [n] with AdamWStep's numbers; all but `weights` in float32."""
-    kept = (master, exp_avg, exp_avg_sq, grad)
-    _check(*kept)
-    addresses = (*(tensor.data_ptr() for tensor in kept), 0 if weights is None else weights.data_ptr())
-    _call("adamw", master if weights is None else weights, *addresses, master.numel(), step)
+    """One update of flat pieces [n] with AdamWStep's numbers, gradients and weights of any type but float16."""
+    kept = [_stored(each) for each in (master, exp_avg, exp_avg_sq, Stored(grad))]
+    if weights is not None:
+        _check(weights)
+    address = 0 if weights is None else weights.data_ptr()
+    assert kernels_cpp is not None
+    kernels_cpp.adamw(*kept, address, grad.numel(), step, torch.get_num_threads())
 
 
 def rows_lie_together(out: Tensor) -> bool:
