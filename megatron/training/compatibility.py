@@ -41,7 +41,7 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
     **_flags(
         "implied", "", "attention-softmax-in-fp32", "use-cpu-initialization", "no-create-attention-mask-in-dataloader",
         "auto-detect-ckpt-format", "no-check-for-nan-in-loss-and-grad", "overlap-p2p-communication",
-        "overlap-p2p-communication-warmup-flush", "use-dist-ckpt",
+        "overlap-p2p-communication-warmup-flush", "use-dist-ckpt", "overlap-cpu-optimizer-d2h-h2d",
         "dist-ckpt-optim-fully-reshardable", "verify-integrity",
     ),
     # kernels, streams and memory
@@ -52,14 +52,13 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         "enable-experimental", "apply-query-key-layer-scaling",
         "delay-wgrad-compute", "defer-embedding-wgrad-compute", "distribute-saved-activations",
         "enable-cuda-graph", "external-cuda-graph", "cuda-graph-retain-backward-graph", "te-rng-tracker",
-        "use-precision-aware-optimizer", "optimizer-cpu-offload", "optimizer-cuda-graph",
-        "use-torch-optimizer-for-cpu-offload", "overlap-cpu-optimizer-d2h-h2d", "no-pin-cpu-grads",
-        "no-pin-cpu-params", "fine-grained-activation-offloading", "init-model-with-meta-device",
+        "use-precision-aware-optimizer", "optimizer-cuda-graph",
+        "use-torch-optimizer-for-cpu-offload", "fine-grained-activation-offloading", "init-model-with-meta-device",
     ),
     **_flags(
         "no effect", "one", "transformer-impl", "attention-backend", "flash-attention-version",
         "cross-entropy-fusion-impl", "wgrad-deferral-limit", "cuda-graph-impl", "cuda-graph-warmup-steps",
-        "optimizer-offload-fraction", "cpu-offloading-num-layers", "empty-unused-memory-level",
+        "cpu-offloading-num-layers", "empty-unused-memory-level",
     ),
     **_flags("no effect", "many", "cuda-graph-scope", "cuda-graph-modules", "offload-modules"),
     # messages between ranks

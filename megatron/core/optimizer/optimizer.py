@@ -1,8 +1,9 @@
 """A rule's updates on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 
 from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
-from megatron.core.host_memory import zeros
+from megatron.core.host_memory import HostMemory, zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.optimizer.clip_grads import gradient_norm, own_gradients
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
+from megatron.core.optimizer.offload import HostUpdates, copy_in_pieces, on_the_host
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.optimizer.update_rule import ParameterKind, Segment, Update, UpdateRule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
+from megatron.core.waiting import to_host
 
 MASTER = "master"
 """Name of the masters next to the rule's state in `StatePiece.tensors` and checkpoints."""
@@ -51,25 +54,46 @@ class StatePiece(NamedTuple):
     """Flat views of `end - start` elements by `state_names` of the optimizer; writing to them sets the state."""
 
 
+class _Part(NamedTuple):
+    """A part of a bucket that this rank updates, its state on the device or in the host's memory."""
+
+    bucket: Bucket
+    place: slice
+    state: dict[str, Tensor]
+    """Masters and the rule's state, flat."""
+    on_host: bool
+
+
 class MixedPrecisionOptimizer:
     """Keeps float32 masters of 16-bit parameters, which a rule updates; wider parameters are their own masters.
 
     Masters have 4 bytes a parameter in 16-bit types, and the rule's tensors the masters' type; all are divided by the
-    number of ranks that hold the parameter if the optimizer is distributed.
+    number of ranks that hold the parameter if the optimizer is distributed. With `optimizer_cpu_offload` a share of
+    them is in `memory`; raises ValueError if there is not so much.
     """
 
     def __init__(
-        self, buffers: GradientBuffers, rule: UpdateRule, config: OptimizerConfig, groups: ProcessGroups
+        self,
+        buffers: GradientBuffers,
+        rule: UpdateRule,
+        config: OptimizerConfig,
+        groups: ProcessGroups,
+        memory: HostMemory | None = None,
     ) -> None:
         self.buffers, self.rule, self.config, self.groups = buffers, rule, config, groups
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
-        self._states = [self._new_state(bucket) for bucket in buffers.buckets]
-        self._segments = [
-            segment
-            for bucket, state in zip(buffers.buckets, self._states, strict=True)
-            for segment in self._cut(bucket, state)
-        ]
+        self._parts = self._new_parts(memory or HostMemory())
+        segments = [(segment, part.on_host) for part in self._parts for segment in self._cut(part)]
+        self._segments = [segment for segment, _ in segments]
+        self._device_segments = [segment for segment, on_host in segments if not on_host]
+        self._host_updates = HostUpdates(
+            [segment for segment, on_host in segments if on_host],
+            buffers.buckets[0].weights.device,
+            memory or HostMemory(),
+            pin_grads=not config.no_pin_cpu_grads,
+            pin_weights=not config.no_pin_cpu_params,
+        )
         self._own_gradients = own_gradients(buffers, groups)
 
     @property
@@ -77,23 +101,54 @@ class MixedPrecisionOptimizer:
         """Names of the tensors that are kept of each parameter."""
         return (MASTER, *self.rule.state_names)
 
-    def _new_state(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Masters and the rule's state of the part of a bucket that this rank updates, flat."""
-        weights = bucket.weights[self.buffers.owned(bucket)]
+    @property
+    def host_bytes(self) -> int:
+        """Of the state in the host's memory, and of the buffers on the way there; 0 without `optimizer_cpu_offload`."""
+        state = [tensor for part in self._parts if part.on_host for tensor in part.state.values()]
+        weights = {bucket.weights.untyped_storage()._cdata for bucket in self.buffers.buckets}
+        return self._host_updates.staging_bytes + sum(
+            tensor.nbytes for tensor in state if tensor.untyped_storage()._cdata not in weights
+        )
+
+    def _new_parts(self, memory: HostMemory) -> list[_Part]:
+        buckets, places = self.buffers.buckets, [self.buffers.owned(bucket) for bucket in self.buffers.buckets]
+        shares = [0] * len(buckets)
+        if self.config.optimizer_cpu_offload:
+            shares = on_the_host((place.stop - place.start for place in places), self.config.optimizer_offload_fraction)
+            memory.claim(sum(share * self._state_bytes(bucket) for bucket, share in zip(buckets, shares, strict=True)))
+        parts = []
+        for bucket, place, share in zip(buckets, places, shares, strict=True):
+            cut = place.start + share
+            for piece, on_host in ((slice(place.start, cut), True), (slice(cut, place.stop), False)):
+                if piece.start < piece.stop:
+                    device = bucket.weights.device
+                    new = memory.zeros if on_host else functools.partial(zeros, device=device)
+                    parts.append(_Part(bucket, piece, self._new_state(bucket.weights[piece], new), on_host))
+        return parts
+
+    def _state_bytes(self, bucket: Bucket) -> int:
+        """Of one element that the masters and the rule keep; masters that are the weights take none."""
+        master_type = torch.promote_types(bucket.weights.dtype, torch.float32)
+        return master_type.itemsize * (len(self.rule.state_names) + (bucket.weights.dtype != master_type))
+
+    def _new_state(self, weights: Tensor, new: Callable[[int, torch.dtype], Tensor]) -> dict[str, Tensor]:
+        """Masters and the rule's state of weights [n]."""
         master_type = torch.promote_types(weights.dtype, torch.float32)
-        state = {name: zeros(weights.numel(), master_type, weights.device) for name in self.rule.state_names}
+        state = {name: new(weights.numel(), master_type) for name in self.rule.state_names}
         if weights.dtype == master_type:
             return {MASTER: weights, **state}
-        return {MASTER: zeros(weights.numel(), master_type, weights.device).copy_(weights), **state}
+        master = new(weights.numel(), master_type)
+        copy_in_pieces(master, weights)
+        return {MASTER: master, **state}
 
-    def _cut(self, bucket: Bucket, state: dict[str, Tensor]) -> Iterator[Segment]:
-        """The runs of one kind in the part of a bucket that this rank updates."""
-        part = self.buffers.owned(bucket)
+    def _cut(self, part: _Part) -> Iterator[Segment]:
+        """The runs of one kind in a part of a bucket."""
+        bucket, state = part.bucket, part.state
         weights = None if state[MASTER].dtype == bucket.weights.dtype else bucket.weights
-        for kind, run in itertools.groupby(bucket.pieces(part), key=self._kind):
+        for kind, run in itertools.groupby(bucket.pieces(part.place), key=self._kind):
             pieces = tuple(run)
             start, end = pieces[0].offset, pieces[-1].offset + pieces[-1].end - pieces[-1].start
-            place = slice(start - part.start, end - part.start)
+            place = slice(start - part.place.start, end - part.place.start)
             yield Segment(
                 kind=kind,
                 pieces=tuple(piece._replace(offset=piece.offset - start) for piece in pieces),
@@ -117,6 +172,7 @@ class MixedPrecisionOptimizer:
         if losses is None:
             losses = self.buffers.buckets[0].grads.new_zeros(())
         scale = self.scaler.scale
+        self._host_updates.begin()
         norm = gradient_norm(self._own_gradients, losses, self.groups.world) / scale
         overflow = not math.isfinite(norm)
         result = StepResult(not overflow, norm, scale, self.scaler.can_lower)
@@ -126,7 +182,8 @@ class MixedPrecisionOptimizer:
         clip = self.config.clip_grad
         factor = GradientFactors(loss_scale=scale).update(clip / (norm + 1e-6) if clip and norm > clip else 1.0)
         self.steps_taken += 1
-        for segment in self._segments:
+
+        def apply(segment: Segment) -> None:
             kind = segment.kind
             update = Update(
                 number=self.steps_taken,
@@ -135,6 +192,10 @@ class MixedPrecisionOptimizer:
                 factor=factor,
             )
             self.rule.update(segment, update)
+
+        for segment in self._device_segments:  # a GPU is only told to, and works on them while the host does its own
+            apply(segment)
+        self._host_updates.run(apply)
         self.buffers.gather_parameters()
         return result
 
@@ -143,7 +204,7 @@ class MixedPrecisionOptimizer:
         """Resets the masters to the model's parameters, after weights were loaded into it."""
         for segment in self._segments:
             if segment.weights is not None:
-                segment.master.copy_(segment.weights)
+                copy_in_pieces(segment.master, segment.weights)
 
     def state_pieces(self) -> Iterator[StatePiece]:
         """The state that this rank keeps, parameter by parameter; empty where another rank owns all of one.
@@ -167,7 +228,7 @@ class MixedPrecisionOptimizer:
         self.scaler.load(scalars)
         for segment in self._segments:
             if segment.weights is not None:
-                segment.weights.copy_(segment.master)
+                copy_in_pieces(segment.weights, segment.master)
         self.buffers.gather_parameters()
         self.buffers.wait_for_parameters()
 
@@ -178,17 +239,29 @@ class MixedPrecisionOptimizer:
         Ranks that do not `keep` it take part and get an empty dictionary.
         """
         whole: dict[str, Any] = {}
-        for bucket, state in zip(self.buffers.buckets, self._states, strict=True):
-            for name, own in state.items():
-                flat = own
-                if self.buffers.sharded and bucket.group.size > 1:
-                    flat = own.new_empty(bucket.weights.numel())
-                    collectives.all_gather_single(flat, own, group=bucket.group.handle)
+        for bucket in self.buffers.buckets:
+            for name in self.state_names:
+                flat = self._whole(bucket, name)
                 if keep:
                     for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
                         values = flat[offset : offset + parameter.numel()].view_as(parameter)
                         whole.setdefault(self.buffers.names[parameter], {})[name] = values.to("cpu", copy=True)
         return {"scalars": self.scalars(), "parameters": whole} if keep else {}
+
+    def _whole(self, bucket: Bucket, name: str) -> Tensor:
+        """One tensor of the state of a bucket, flat, its shards brought together on the device."""
+        own = [part.state[name] for part in self._parts if part.bucket is bucket]
+        gathered = self.buffers.sharded and bucket.group.size > 1
+        if gathered:
+            own = [tensor.to(bucket.weights.device) for tensor in own]
+        elif len(own) > 1:
+            own = [to_host(tensor) for tensor in own]
+        joined = own[0] if len(own) == 1 else torch.cat(own)
+        if not gathered:
+            return joined
+        flat = joined.new_empty(bucket.weights.numel())
+        collectives.all_gather_single(flat, joined, group=bucket.group.handle)
+        return flat
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, naming parameters, if `state` is not of this model."""
