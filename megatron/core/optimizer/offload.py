@@ -134,17 +134,16 @@ class _Stage:
         """Begins to bring down what the update of a part reads."""
         self.arrived = [down.copy(_typed(self.grad, part.grad), part.grad)]
         if part.weights is None:  # where these come down to, the weights of the piece before go up from
-            self.arrived.append(down.copy(_typed(self.weights, part.master), part.master, after=self.left))
+            weights = _passing_weights(part)
+            self.arrived.append(down.copy(_typed(self.weights, weights), weights, after=self.left))
 
     def update(self, part: Segment, rule: Callable[[Segment], None], up: Copies) -> None:
         """Updates a part that was loaded, and begins to bring its weights up."""
         self._await(self.arrived)
         self._await(self.left)
-        grad = _typed(self.grad, part.grad)
-        target = part.master if part.weights is None else part.weights
+        target = _passing_weights(part)
         weights = _typed(self.weights, target)
-        staged = replace(part, grad=grad)
-        rule(replace(staged, master=weights) if part.weights is None else replace(staged, weights=weights))
+        rule(_staged(part, _typed(self.grad, part.grad), weights))
         self.left = [up.copy(target, weights)]
 
     @staticmethod
@@ -153,6 +152,17 @@ class _Stage:
             for copied in copies:
                 copied.synchronize()
         copies.clear()
+
+
+def _passing_weights(part: Segment) -> Tensor:
+    """The weights on the device that an update sets."""
+    return part.master if part.weights is None else part.weights
+
+
+def _staged(part: Segment, grad: Tensor, weights: Tensor) -> Segment:
+    """The part with what is on the device replaced by what has come down."""
+    part = replace(part, grad=grad)
+    return replace(part, master=weights) if part.weights is None else replace(part, weights=weights)
 
 
 def _typed(buffer: Tensor, like: Tensor) -> Tensor:
@@ -216,5 +226,5 @@ def staging_sizes(segments: Iterable[Segment]) -> tuple[int, int]:
     for segment in segments:
         elements = min(segment.grad.numel(), PIECE)
         grads = max(grads, elements * segment.grad.itemsize)
-        weights = max(weights, elements * (segment.master if segment.weights is None else segment.weights).itemsize)
+        weights = max(weights, elements * _passing_weights(segment).itemsize)
     return grads, weights

@@ -1,6 +1,5 @@
 """A rule's updates on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -116,14 +115,17 @@ class MixedPrecisionOptimizer:
         if self.config.optimizer_cpu_offload:
             shares = on_the_host((place.stop - place.start for place in places), self.config.optimizer_offload_fraction)
             memory.claim(sum(share * self._state_bytes(bucket) for bucket, share in zip(buckets, shares, strict=True)))
+
+        def host_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return memory.zeros(size, dtype)
+
         parts = []
         for bucket, place, share in zip(buckets, places, shares, strict=True):
             cut = place.start + share
             for piece, on_host in ((slice(place.start, cut), True), (slice(cut, place.stop), False)):
                 if piece.start < piece.stop:
-                    device = bucket.weights.device
-                    new = memory.zeros if on_host else functools.partial(zeros, device=device)
-                    parts.append(_Part(bucket, piece, self._new_state(bucket.weights[piece], new), on_host))
+                    state = self._new_state(bucket.weights[piece], host_zeros if on_host else zeros)
+                    parts.append(_Part(bucket, piece, state, on_host))
         return parts
 
     def _state_bytes(self, bucket: Bucket) -> int:
@@ -131,13 +133,13 @@ class MixedPrecisionOptimizer:
         master_type = torch.promote_types(bucket.weights.dtype, torch.float32)
         return master_type.itemsize * (len(self.rule.state_names) + (bucket.weights.dtype != master_type))
 
-    def _new_state(self, weights: Tensor, new: Callable[[int, torch.dtype], Tensor]) -> dict[str, Tensor]:
-        """Masters and the rule's state of weights [n]."""
+    def _new_state(self, weights: Tensor, new: Callable[[int, torch.dtype, torch.device], Tensor]) -> dict[str, Tensor]:
+        """Masters and the rule's state of weights [n], in memory made by `new`."""
         master_type = torch.promote_types(weights.dtype, torch.float32)
-        state = {name: new(weights.numel(), master_type) for name in self.rule.state_names}
+        state = {name: new(weights.numel(), master_type, weights.device) for name in self.rule.state_names}
         if weights.dtype == master_type:
             return {MASTER: weights, **state}
-        master = new(weights.numel(), master_type)
+        master = new(weights.numel(), master_type, weights.device)
         copy_in_pieces(master, weights)
         return {MASTER: master, **state}
 
