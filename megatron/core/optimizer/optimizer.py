@@ -101,20 +101,28 @@ class MixedPrecisionOptimizer:
         return (MASTER, *self.rule.state_names)
 
     @property
+    def device_bytes(self) -> int:
+        """Of the state on the device; masters that are the weights take none."""
+        return self._state_bytes(on_host=False)
+
+    @property
     def host_bytes(self) -> int:
         """Of the state in the host's memory, and of the buffers on the way there; 0 without `optimizer_cpu_offload`."""
-        state = [tensor for part in self._parts if part.on_host for tensor in part.state.values()]
+        return self._state_bytes(on_host=True) + self._host_updates.staging_bytes
+
+    def _state_bytes(self, on_host: bool) -> int:
         weights = {bucket.weights.untyped_storage()._cdata for bucket in self.buffers.buckets}
-        return self._host_updates.staging_bytes + sum(
-            tensor.nbytes for tensor in state if tensor.untyped_storage()._cdata not in weights
-        )
+        tensors = [tensor for part in self._parts if part.on_host == on_host for tensor in part.state.values()]
+        return sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage()._cdata not in weights)
 
     def _new_parts(self, memory: HostMemory) -> list[_Part]:
         buckets, places = self.buffers.buckets, [self.buffers.owned(bucket) for bucket in self.buffers.buckets]
         shares = [0] * len(buckets)
         if self.config.optimizer_cpu_offload:
             shares = on_the_host((place.stop - place.start for place in places), self.config.optimizer_offload_fraction)
-            memory.claim(sum(share * self._state_bytes(bucket) for bucket, share in zip(buckets, shares, strict=True)))
+            memory.claim(
+                sum(share * self._bytes_an_element(bucket) for bucket, share in zip(buckets, shares, strict=True))
+            )
 
         def host_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             return memory.zeros(size, dtype)
@@ -128,8 +136,8 @@ class MixedPrecisionOptimizer:
                     parts.append(_Part(bucket, piece, state, on_host))
         return parts
 
-    def _state_bytes(self, bucket: Bucket) -> int:
-        """Of one element that the masters and the rule keep; masters that are the weights take none."""
+    def _bytes_an_element(self, bucket: Bucket) -> int:
+        """What `_new_state` takes."""
         master_type = torch.promote_types(bucket.weights.dtype, torch.float32)
         return master_type.itemsize * (len(self.rule.state_names) + (bucket.weights.dtype != master_type))
 
