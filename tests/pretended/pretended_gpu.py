@@ -280,7 +280,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         (torch.cuda, "Stream", lambda device: Stream(gpu)),
         (torch.cuda, "Event", lambda blocking: Event(gpu)),
         (torch.cuda, "stream", use),
-        (torch.cuda, "current_stream", lambda: gpu.stream),
+        (torch.cuda, "current_stream", lambda device=DEVICE: gpu.stream),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # its own reads number by number
     ]
     with ExitStack() as stack:

@@ -46,15 +46,15 @@ class StreamCopies:
     """A stream of a CUDA device for copies in one direction."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
     def follow(self) -> None:
         """See `Copies`."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def lead(self) -> None:
         """See `Copies`."""
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def copy(self, target: Tensor, source: Tensor, after: Sequence[Any] = ()) -> Copied:
         """See `Copies`."""

@@ -71,7 +71,7 @@ class OptimizerConfig:
     hysteresis: int = 2
     """From which overflow on the dynamic loss scale is halved; the count is reset when the scale doubles."""
     optimizer_cpu_offload: bool = False
-    """Keep masters and moments in the host's memory and update them there, see --optimizer-offload-fraction."""
+    """Keep masters and moments of a GPU's parameters in the host's memory, and update them there."""
     optimizer_offload_fraction: float = 1.0
     """Share of the optimizer's state in the host's memory, with --optimizer-cpu-offload; the rest is on the device."""
     no_pin_cpu_grads: bool = False

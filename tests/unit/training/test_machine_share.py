@@ -1,6 +1,7 @@
 """What ranks of a machine share: cores by affinity, and memory that all of them claim before one takes it."""
 
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, local
@@ -8,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_testing import tiny_trainer
+from model_testing import tiny_arguments
 
 from megatron.core import collectives
 from megatron.core.parallel_state import Group, ProcessGroups
 from megatron.training import machine_share
 from megatron.training.environment import Environment, read_environment
 from megatron.training.initialize import SharedError
+from megatron.training.logs.summary import summary
 from megatron.training.machine_share import MachineMemory, fair_threads, share_cores
 
 ALL = range(16)
@@ -100,3 +104,13 @@ def test_threads_are_set_where_nobody_has_chosen(monkeypatch: pytest.MonkeyPatch
     job = _Job(monkeypatch)
     assert job.run(share_cores) == ["", "", ""]
     assert job.threads == {0: 2, 2: 4}
+
+
+def test_the_run_says_where_the_state_is() -> None:
+    whole, half = (
+        summary(tiny_trainer(tiny_arguments("bfloat16", settings)))
+        for settings in ({}, {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5})
+    )
+    assert half.startswith(whole) and "optimizer" not in whole
+    last = half.removeprefix(whole).strip()
+    assert re.fullmatch(r"optimizer on the first rank: 0\.00 GiB on the device, 0\.00 GiB in .* by \d+ thread.*", last)

@@ -109,14 +109,16 @@ class _Memory(HostMemory):
         return self.zeros(size, torch.uint8).fill_(0x7F)  # far from any gradient or weight
 
 
-def _optimizer(dtype: str, memory: HostMemory | None = None, **settings: Any) -> MixedPrecisionOptimizer:
+def _optimizer(
+    dtype: str, memory: HostMemory | None = None, device: str = "cpu", **settings: Any
+) -> MixedPrecisionOptimizer:
     """Of a model whose weights are drawn from a seed, in several buckets."""
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     arguments = tiny_arguments(dtype, settings)
-    model = pretrain_gpt.model_provider(arguments, ProcessGroups(), torch.device("cpu"))
+    model = pretrain_gpt.model_provider(arguments, ProcessGroups(), torch.device(device))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     buffers = GradientBuffers(model, ProcessGroups(), arguments.parallel)
     return MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, ProcessGroups(), memory)
 
@@ -224,6 +226,18 @@ def test_a_forgotten_wait_changes_bits(wait: str, device: _Stream, monkeypatch: 
     expected = _all_on_the_device(name, device)
     found = _staged(name, 1.0, eager, device, monkeypatch, lost)
     assert not all(map(torch.equal, found, expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_a_gpus_state_on_the_host_has_the_bits_of_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without clipping, since a device's norm may have other last bits."""
+    monkeypatch.setattr(offload, "PIECE", PIECE)
+    settings = {**OVERLAP, "clip_grad": 0.0, "optimizer_cpu_offload": True}
+    expected, found = (
+        _train(_optimizer(name, None, device, **settings), _Stream(eager=True)) for device in ("cpu", "cuda")
+    )
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "bytes_an_element"), [("bfloat16", 12), ("float32", 8)])
