@@ -167,7 +167,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> _Stream:
     return device
 
 
-OVERLAP = {"overlap_grad_reduce": True, "ddp_bucket_size": 6000}
+OVERLAP = {"num_layers": 1, "overlap_grad_reduce": True, "ddp_bucket_size": 6000}
 TYPES = {
     "bfloat16": {},
     "float32": {},
