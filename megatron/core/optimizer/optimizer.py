@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import collectives
-from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
+from megatron.core.distributed.gradient_buffers import ALIGNMENT, Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import HostMemory, zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.optimizer.clip_grads import gradient_norm, own_gradients
@@ -82,14 +82,15 @@ class MixedPrecisionOptimizer:
         self.buffers, self.rule, self.config, self.groups = buffers, rule, config, groups
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
-        self._parts = self._new_parts(memory or HostMemory())
+        memory = memory or HostMemory()
+        self._parts = self._new_parts(memory)
         segments = [(segment, part.on_host) for part in self._parts for segment in self._cut(part)]
         self._segments = [segment for segment, _ in segments]
         self._device_segments = [segment for segment, on_host in segments if not on_host]
         self._host_updates = HostUpdates(
             [segment for segment, on_host in segments if on_host],
             buffers.buckets[0].weights.device,
-            memory or HostMemory(),
+            memory,
             pin_grads=not config.no_pin_cpu_grads,
             pin_weights=not config.no_pin_cpu_params,
         )
@@ -103,26 +104,26 @@ class MixedPrecisionOptimizer:
     @property
     def device_bytes(self) -> int:
         """Of the state on the device; masters that are the weights take none."""
-        return self._state_bytes(on_host=False)
+        return sum(self._kept_bytes(part.state) for part in self._parts if not part.on_host)
 
     @property
     def host_bytes(self) -> int:
         """Of the state in the host's memory, and of the buffers on the way there; 0 without `optimizer_cpu_offload`."""
-        return self._state_bytes(on_host=True) + self._host_updates.staging_bytes
+        state = sum(self._kept_bytes(part.state) for part in self._parts if part.on_host)
+        return state + self._host_updates.staging_bytes
 
-    def _state_bytes(self, on_host: bool) -> int:
+    def _kept_bytes(self, state: dict[str, Tensor]) -> int:
         weights = {bucket.weights.untyped_storage()._cdata for bucket in self.buffers.buckets}
-        tensors = [tensor for part in self._parts if part.on_host == on_host for tensor in part.state.values()]
-        return sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage()._cdata not in weights)
+        return sum(kept.nbytes for kept in state.values() if kept.untyped_storage()._cdata not in weights)
 
     def _new_parts(self, memory: HostMemory) -> list[_Part]:
         buckets, places = self.buffers.buckets, [self.buffers.owned(bucket) for bucket in self.buffers.buckets]
         shares = [0] * len(buckets)
         if self.config.optimizer_cpu_offload:
             shares = on_the_host((place.stop - place.start for place in places), self.config.optimizer_offload_fraction)
-            memory.claim(
-                sum(share * self._bytes_an_element(bucket) for bucket, share in zip(buckets, shares, strict=True))
-            )
+            samples = [self._new_state(bucket.weights[:ALIGNMENT], zeros) for bucket in buckets]
+            kept = [self._kept_bytes(sample) for sample in samples]
+            memory.claim(sum(share * size // ALIGNMENT for share, size in zip(shares, kept, strict=True)))
 
         def host_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             return memory.zeros(size, dtype)
@@ -135,11 +136,6 @@ class MixedPrecisionOptimizer:
                     state = self._new_state(bucket.weights[piece], host_zeros if on_host else zeros)
                     parts.append(_Part(bucket, piece, state, on_host))
         return parts
-
-    def _bytes_an_element(self, bucket: Bucket) -> int:
-        """What `_new_state` takes."""
-        master_type = torch.promote_types(bucket.weights.dtype, torch.float32)
-        return master_type.itemsize * (len(self.rule.state_names) + (bucket.weights.dtype != master_type))
 
     def _new_state(self, weights: Tensor, new: Callable[[int, torch.dtype, torch.device], Tensor]) -> dict[str, Tensor]:
         """Masters and the rule's state of weights [n], in memory made by `new`."""
