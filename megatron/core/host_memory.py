@@ -1,6 +1,8 @@
-"""How the process gets memory from the operating system."""
+"""How the process gets memory from the operating system, and how much of it there is."""
 
 import ctypes
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,3 +53,78 @@ def zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
         _prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor.zero_()
+
+
+class HostMemory:
+    """What a rank takes of its machine's memory for as long as the run lasts."""
+
+    def claim(self, size: int) -> None:
+        """Called once, before `size` bytes are taken. Raises ValueError if the machine has not so many free."""
+        free = available_memory()
+        if free is not None and size > free:
+            raise ValueError(too_much(size, free, 1))
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        """[size] that only the host works on. Raises ValueError if there is no such memory."""
+        try:
+            return zeros(size, dtype, torch.device("cpu"))
+        except RuntimeError as error:  # of torch's allocator, whose errors have no class of their own
+            raise ValueError(
+                f"the system refuses {size * dtype.itemsize / 2**30:.1f} GiB of host memory: lower "
+                "--optimizer-offload-fraction, or raise the limit on the memory of a process (ulimit -v)"
+            ) from error
+
+    def staging(self, size: int, pinned: bool) -> Tensor:
+        """[size] bytes that copies from and to the device pass through. Raises ValueError if they cannot be pinned."""
+        if not pinned:
+            return self.zeros(size, torch.uint8)
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the system pins no {size / 2**20:.0f} MiB of host memory ({str(error).splitlines()[0]}): raise the "
+                "limit on locked memory (ulimit -l, --ulimit memlock=-1 of a container), or add --no-pin-cpu-grads "
+                "and --no-pin-cpu-params, with which copies do not overlap"
+            ) from error
+
+
+def too_much(size: int, free: int, ranks: int) -> str:
+    """What to say if the ranks of a machine together want `size` bytes, and `free` bytes are there."""
+    who = "this rank" if ranks == 1 else f"the {ranks} ranks of a machine"
+    return (
+        f"--optimizer-cpu-offload needs {size / 2**30:.1f} GiB of host memory for {who}, of which {free / 2**30:.1f} "
+        "GiB are free: lower --optimizer-offload-fraction, share the state out over data-parallel ranks by "
+        "--use-distributed-optimizer, or take a machine with more memory"
+    )
+
+
+def available_memory(system: Path = Path("/")) -> int | None:
+    """Bytes that processes of this machine, or of this container, can still get; None where the system does not say."""
+    return min((*_free_of_machine(system), *_free_of_groups(system)), default=None)
+
+
+def _free_of_machine(system: Path) -> Iterator[int]:
+    for line in _lines(system / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _free_of_groups(system: Path) -> Iterator[int]:
+    """What the limits of this process's control groups (version 2) leave; cached files make way."""
+    for line in _lines(system / "proc/self/cgroup"):
+        if not line.startswith("0::"):
+            continue
+        group = system / "sys/fs/cgroup" / line.removeprefix("0::").strip("/")
+        while group.is_relative_to(system / "sys/fs/cgroup"):
+            limit, used = ("".join(_lines(group / f"memory.{name}")) for name in ("max", "current"))
+            if limit.isdecimal() and used.isdecimal():
+                stat = dict(line.split() for line in _lines(group / "memory.stat"))
+                yield max(int(limit) - int(used) + int(stat.get("inactive_file", 0)), 0)
+            group = group.parent
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -31,6 +31,8 @@ WITHOUT_EFFECT = {
         "weight_decay_incr_style", "override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler",
         # where a dynamic scale begins
         "initial_loss_scale",
+        # where it is done
+        "optimizer_cpu_offload", "optimizer_offload_fraction", "no_pin_cpu_grads", "no_pin_cpu_params",
         # what is converted, which is said where that is done
         "use_precision_aware_optimizer", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype",
     ),

@@ -38,8 +38,9 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         no-bias-swiglu-fusion no-bias-gelu-fusion no-bias-dropout-fusion use-rotary-position-embeddings
         attention-softmax-in-fp32 use-cpu-initialization no-create-attention-mask-in-dataloader auto-detect-ckpt-format
         no-check-for-nan-in-loss-and-grad overlap-p2p-communication overlap-p2p-communication-warmup-flush use-dist-ckpt
-        dist-ckpt-optim-fully-reshardable verify-integrity log-validation-ppl-to-tensorboard
-        log-loss-scale-to-tensorboard log-batch-size-to-tensorboard log-learning-rate-to-tensorboard
+        overlap-cpu-optimizer-d2h-h2d dist-ckpt-optim-fully-reshardable verify-integrity
+        log-validation-ppl-to-tensorboard log-loss-scale-to-tensorboard log-batch-size-to-tensorboard
+        log-learning-rate-to-tensorboard
     """),
     # kernels, streams and memory
     **_flags("no effect", "", """
@@ -47,14 +48,12 @@ COMPATIBILITY_FLAGS: dict[str, CompatibilityFlag] = {
         no-rope-fusion no-persist-layer-norm cross-entropy-loss-fusion disable-jit-fuser use-transformer-engine-op-fuser
         use-te-activation-func fused-residual-rmsnorm enable-experimental apply-query-key-layer-scaling
         delay-wgrad-compute defer-embedding-wgrad-compute distribute-saved-activations enable-cuda-graph
-        external-cuda-graph cuda-graph-retain-backward-graph te-rng-tracker optimizer-cpu-offload optimizer-cuda-graph
-        use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d no-pin-cpu-grads no-pin-cpu-params
-        fine-grained-activation-offloading init-model-with-meta-device
+        external-cuda-graph cuda-graph-retain-backward-graph te-rng-tracker optimizer-cuda-graph
+        use-torch-optimizer-for-cpu-offload fine-grained-activation-offloading init-model-with-meta-device
     """),
     **_flags("no effect", "one", """
         transformer-impl attention-backend flash-attention-version cross-entropy-fusion-impl wgrad-deferral-limit
-        cuda-graph-impl cuda-graph-warmup-steps optimizer-offload-fraction cpu-offloading-num-layers
-        empty-unused-memory-level
+        cuda-graph-impl cuda-graph-warmup-steps cpu-offloading-num-layers empty-unused-memory-level
     """),
     **_flags("no effect", "many", "cuda-graph-scope cuda-graph-modules offload-modules"),
     # messages between ranks

@@ -17,7 +17,7 @@ from megatron.core.models.common import ModelStage
 from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.stages import Stage
 from megatron.training.config import Arguments
-from megatron.training.live_memory import LiveMemory
+from megatron.training.live_memory import HostWithoutValues, LiveMemory
 from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
 
@@ -51,6 +51,9 @@ class DryRun:
     weights: int
     gradients: int
     optimizer: int
+    """The optimizer's state on the device."""
+    host: int
+    """What --optimizer-cpu-offload keeps in the host's memory, with the optimizer that the flags ask for."""
     sharded_optimizer: int
     """The optimizer's state with --use-distributed-optimizer."""
     activations: int
@@ -78,14 +81,15 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             gathers = distributed and arguments.parallel.overlap_param_gather
             parallel = replace(arguments.parallel, use_distributed_optimizer=distributed, overlap_param_gather=gathers)
             changed = replace(arguments, parallel=parallel)
-            return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False)
+            host = HostWithoutValues(memory)
+            return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False, memory=host)
 
         distributed = arguments.parallel.use_distributed_optimizer
         with LiveMemory(META.type) as memory:
             trainer = build(distributed)
             step = step_memory(trainer, memory)
         optimizer, sharded = (
-            _optimizer_bytes(trainer if either == distributed else build(either)) for either in (False, True)
+            (trainer if either == distributed else build(either)).optimizer.device_bytes for either in (False, True)
         )
         return DryRun(
             groups=groups,
@@ -95,6 +99,7 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             weights=sum(bucket.weights.nbytes for bucket in trainer.buffers.buckets),
             gradients=sum(bucket.grads.nbytes for bucket in trainer.buffers.buckets),
             optimizer=optimizer,
+            host=trainer.optimizer.host_bytes,
             sharded_optimizer=sharded,
             activations=step.peak - step.state,
             live=trainer.pipeline.peak_live(groups.pp.rank, trainer.num_microbatches),
@@ -154,12 +159,3 @@ def _report(trainer: Trainer, chunk: ModelStage, kept: int) -> ChunkReport:
         output_shape=() if chunk.stage.has_output else trainer.link.shape,
         activation_bytes=kept,
     )
-
-
-def _optimizer_bytes(trainer: Trainer) -> int:
-    """Masters and moments; a float32 parameter is its own master."""
-    weights = {bucket.weights.untyped_storage()._cdata for bucket in trainer.buffers.buckets}
-    kept = [stored for piece in trainer.optimizer.state_pieces() for stored in piece.state.values()]
-    tensors = [tensor for stored in kept for tensor in (stored.data, stored.exponents) if tensor is not None]
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(size for storage, size in storages.items() if storage not in weights)

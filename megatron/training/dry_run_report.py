@@ -12,6 +12,9 @@ from megatron.training.dry_run import DryRun, dry_run, parse_rank, representativ
 from megatron.training.memory_model import GIB, LibraryMemory
 from megatron.training.setup import ForwardStep, ModelProvider
 
+RANKS_OF_A_MACHINE = 8
+"""At most; a dry run does not know the machines of the job."""
+
 
 def print_dry_run(
     arguments: Arguments,
@@ -108,6 +111,12 @@ def table(result: DryRun, arguments: Arguments) -> str:
     ]
     lines.append("memory of the rank")
     lines += [f"{name:22} {_gib(size):>15}" for name, size in rows]
+    if result.host:
+        ranks = min(groups.world.size, RANKS_OF_A_MACHINE)
+        lines.append(
+            f"and in the host's memory {_gib(result.host)} of the optimizer, {_gib(ranks * result.host)} on a machine "
+            f"with {ranks} such ranks"
+        )
     if result.sharded_optimizer < result.optimizer == optimizer:
         lines.append(
             f"with --use-distributed-optimizer the optimizer's state would lie on {result.groups.dp_cp.size} ranks: "

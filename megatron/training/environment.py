@@ -23,6 +23,8 @@ class Environment:
     """Whether torchrun started this process."""
     farewell_file: str | None = None
     """Where the first rank of a machine tells tools/launch.py that all is well, and what it has not printed itself."""
+    sets_threads: bool = False
+    """Whether somebody has chosen the number of threads (OMP_NUM_THREADS); torchrun sets 1 where nobody has."""
     waits_for_saves: bool = True
     """Whether torchrun waits longer than 30 seconds after it has passed on a signal."""
 
@@ -39,6 +41,7 @@ def read_environment() -> Environment:
         machines=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         launched="TORCHELASTIC_RUN_ID" in os.environ,
         farewell_file=os.environ.get("MEGATRON_FAREWELL_FILE"),
+        sets_threads=os.environ.get("OMP_NUM_THREADS", "1") != "1",
         waits_for_saves="TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ,
     )
 

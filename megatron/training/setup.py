@@ -11,6 +11,7 @@ from megatron.core import collectives
 from megatron.core.datasets.blended_dataset import fingerprints
 from megatron.core.datasets.sampler import PretrainingSampler
 from megatron.core.distributed.gradient_buffers import GradientBuffers
+from megatron.core.host_memory import HostMemory
 from megatron.core.microbatch import Microbatch
 from megatron.core.models.common import ModelChunks, ModelStage
 from megatron.core.optimizer.adamw import AdamW
@@ -143,10 +144,12 @@ def build_trainer(
     forward_step: ForwardStep,
     initialize: bool = True,
     plan: RunPlan | None = None,
+    memory: HostMemory | None = None,
 ) -> Trainer:
     """Model, gradient buffers, optimizer and pipeline link of this rank, for the `plan` if there is one already.
 
-    Without `initialize` the weights are left as they come, for a checkpoint to be loaded into.
+    Without `initialize` the weights are left as they come, for a checkpoint to be loaded into. The optimizer's state on
+    the host is in `memory`.
     """
     training = arguments.training
     plan = plan or plan_run(arguments, groups.dp.size)
@@ -171,7 +174,7 @@ def build_trainer(
         device=device,
         model=model,
         buffers=buffers,
-        optimizer=MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, groups),
+        optimizer=MixedPrecisionOptimizer(buffers, AdamW(arguments.optimizer), arguments.optimizer, groups, memory),
         schedule=plan.schedule,
         forward_step=forward_step,
         pipeline=plan.pipeline,

@@ -46,6 +46,7 @@ from megatron.training.logs.metrics_log import MetricsLog
 from megatron.training.logs.peak import peak_tflops
 from megatron.training.logs.step_monitor import StepMonitor
 from megatron.training.logs.summary import data_tables, summary
+from megatron.training.machine_share import MachineMemory, share_cores
 from megatron.training.microbatches import run_microbatches, sum_of_losses
 from megatron.training.progress import Progress, RunRecord
 from megatron.training.run_plan import RunPlan, plan_run
@@ -111,7 +112,10 @@ def _pretrain(
             if remark is not None:
                 print_once(groups, f"note: {remark}")
         providers = (model_provider, datasets_provider, forward_step)
-        _start_and_train(arguments, plan, groups, device, providers, monitor, stop_signal, lock)
+        memory = MachineMemory(groups, environment, keeps_copies=arguments.checkpoint.async_save)
+        if arguments.optimizer.optimizer_cpu_offload and device.type != "cpu":
+            share_cores(groups, environment)
+        _start_and_train(arguments, plan, groups, device, providers, monitor, stop_signal, lock, memory)
     finally:
         if lock is not None:
             lock.release()
@@ -129,6 +133,7 @@ def _start_and_train(
     monitor: StepMonitor | None,
     stop_signal: StopSignal,
     lock: FolderLock | None,
+    memory: MachineMemory,
 ) -> None:
     model_provider, datasets_provider, forward_step = providers
     tokenizer = together(lambda: build_tokenizer(arguments.tokenizer, arguments.model.vocab_size), groups)
@@ -136,7 +141,7 @@ def _start_and_train(
     arguments = replace(arguments, model=model)
     together(lambda: datasets_provider(arguments, (0, 0, 0), tokenizer), groups)  # opens the files, builds nothing yet
     source = locate_checkpoint(arguments, groups)
-    trainer = build_trainer(arguments, groups, device, model_provider, forward_step, source is None, plan)
+    trainer = build_trainer(arguments, groups, device, model_provider, forward_step, source is None, plan, memory)
     progress, begun, loaded = load_checkpoint(source, trainer)
     schedule = together(lambda: resolve_resumed_schedule(trainer, begun.schedule), groups)
     trainer = replace(trainer, schedule=schedule, monitor=monitor)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import pretrain_gpt
 from megatron.core.config import ParallelConfig
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, main_grad
+from megatron.core.optimizer import offload
 from megatron.core.optimizer.adamw import AdamW
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
@@ -37,7 +38,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+OFFLOAD = {"optimizer_cpu_offload": True, "no_pin_cpu_grads": True, "no_pin_cpu_params": True}
+HALF = OFFLOAD | {"optimizer_offload_fraction": 0.5}
+OFFLOADED = [OFFLOAD, VARIANTS["zero_overlap"] | HALF]
+
+
 def _train_all(rank: int, world_size: int, variants: list[dict[str, Any]]) -> list[StepOutcome]:
+    """Each variant; state on the host is updated through copies, as from a GPU."""
+    offload.new_copies = lambda device: offload.ImmediateCopies()
+    offload.PIECE = 4096
     # without clipping, since the norm's last bits depend on how its terms are grouped
     return [train_tiny(rank, world_size, settings | {"clip_grad": 0.0}, "bfloat16", 3) for settings in variants]
 
@@ -45,17 +54,21 @@ def _train_all(rank: int, world_size: int, variants: list[dict[str, Any]]) -> li
 def test_all_ways_give_the_same_bits_in_bf16() -> None:
     """With two ranks; the order in which more ranks' gradients are summed is the communication library's."""
     bf16 = {"grad_reduce_in_bf16": True}
-    runs = [{}, *VARIANTS.values(), bf16, *(settings | bf16 for settings in VARIANTS.values())]
+    ways = [*VARIANTS.values(), *OFFLOADED]
+    runs = [{}, *ways, bf16, *(settings | bf16 for settings in ways)]
     for outcomes in run_distributed(_train_all, 2, runs):
-        for theirs, variants in ((outcomes[0], outcomes[1:5]), (outcomes[5], outcomes[6:])):
+        middle = len(runs) // 2
+        for theirs, variants in ((outcomes[0], outcomes[1:middle]), (outcomes[middle], outcomes[middle + 1 :])):
             for ours in variants:
                 assert [step["lm_loss"] for step in ours.numbers] == [step["lm_loss"] for step in theirs.numbers]
                 for step, expected in zip(ours.numbers, theirs.numbers, strict=True):
                     assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
                 for key, (weight, *_) in theirs.weights.items():
                     assert torch.equal(ours.weights[key][0], weight), key
-        assert outcomes[5].weights.keys() == outcomes[0].weights.keys()
-        assert any(not torch.equal(outcomes[5].weights[key][0], outcomes[0].weights[key][0]) for key in theirs.weights)
+        assert outcomes[middle].weights.keys() == outcomes[0].weights.keys()
+        assert any(
+            not torch.equal(outcomes[middle].weights[key][0], outcomes[0].weights[key][0]) for key in theirs.weights
+        )
 
 
 def _bytes_alive() -> int:

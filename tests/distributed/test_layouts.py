@@ -44,6 +44,8 @@ ZERO = {"use_distributed_optimizer": True}
 # buckets so small that most tensors have their own, and some neighbours share one
 OVERLAP_GRADS = {"overlap_grad_reduce": True, "ddp_bucket_size": 2000}
 ZERO_OVERLAP = ZERO | OVERLAP_GRADS | {"overlap_param_gather": True}
+OFFLOAD = {"optimizer_cpu_offload": True}
+HALF = OFFLOAD | {"optimizer_offload_fraction": 0.5}
 EP2 = {"expert_model_parallel_size": 2}
 EP4 = {"expert_model_parallel_size": 4}
 ETP1 = {"expert_tensor_parallel_size": 1}
@@ -131,7 +133,13 @@ LAYOUTS = {
     "pp2_v2_dp2_zero": Layout(4, PP2 | V2 | ZERO_OVERLAP),
     "tp2_sp_dp2_zero": Layout(4, TP2 | SP | ZERO_OVERLAP, quick=True),
     "tp2_sp_ep2_etp1_zero_recompute": Layout(4, TP2 | SP | EP2 | ETP1 | ZERO_OVERLAP | FULL),
-    "ep2_zero_grads_overlap": Layout(2, EP2 | ZERO_OVERLAP, quick=True),
+    "ep2_zero_grads_overlap": Layout(2, EP2 | ZERO_OVERLAP),
+    "ep2_zero_offload": Layout(2, EP2 | ZERO_OVERLAP | HALF, quick=True),
+    "dp4_zero_offload": Layout(4, ZERO | OFFLOAD),
+    "tp2_sp_dp2_offload": Layout(4, TP2 | SP | HALF),
+    "pp2_v2_dp2_zero_offload": Layout(4, PP2 | V2 | ZERO_OVERLAP | HALF),
+    "cp2_tp2_sp_ep4_etp1_zero_offload": Layout(4, CP2 | TP2 | SP | EP4 | ETP1 | ZERO | OFFLOAD),
+    "tp2_sp_pp2_dp2_zero_offload": Layout(8, TP2 | SP | PP2 | ZERO_OVERLAP | HALF),
 }
 QUICK_OR_SLOW = [pytest.param(name, marks=() if LAYOUTS[name].quick else pytest.mark.slow) for name in LAYOUTS]
 

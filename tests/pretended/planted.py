@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.core import collectives
 from megatron.core.fusions.kernels.triton import permute, persistent_gradient
 from megatron.core.microbatch import Microbatch
+from megatron.core.optimizer import offload
 from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.pipeline_parallel.schedules import Pass
 from megatron.core.transformer import transformer_block
@@ -96,6 +97,16 @@ def _descriptors_of_one_thread() -> AbstractContextManager[Any]:
     return mock.patch.object(persistent_gradient.triton, "set_allocator", lambda allocator: None)
 
 
+def _copies_in_turn() -> AbstractContextManager[Any]:
+    """Gradients and weights of the state on the host are copied in the stream that everything else is in."""
+
+    def in_turn(copies: offload.StreamCopies, target: Tensor, source: Tensor, after: Any = ()) -> Any:
+        target.copy_(source, non_blocking=True)
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(blocking=True))
+
+    return mock.patch.object(offload.StreamCopies, "copy", in_turn)
+
+
 PLANTED: dict[str, Plant] = {
     "index on the host": _index_on_the_host,
     "receives on the host": _receives_on_the_host,
@@ -105,4 +116,5 @@ PLANTED: dict[str, Plant] = {
     "tall grid": _tall_grid,
     "strided message": _strided_message,
     "descriptors of one thread": _descriptors_of_one_thread,
+    "copies in turn": _copies_in_turn,
 }

@@ -74,6 +74,7 @@ class PretendedGPU(LiveMemory):
         unmarked: those of them that the monitor of a run would take for work.
         collectives: how often each was begun.
         launches: how often each of Triton's kernels was launched.
+        copies: bytes of copies between host and device that the host does not wait for, by direction.
     """
 
     def __init__(self) -> None:
@@ -82,11 +83,14 @@ class PretendedGPU(LiveMemory):
         self.unmarked: Counter[Wait] = Counter()
         self.collectives: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        self.stream = self.default_stream = Stream(self)
+        self._pinned: set[int] = set()
 
     def start(self) -> None:
         """Resets the counts."""
         self.peak = self.live
-        for counter in (self.waits, self.unmarked, self.collectives, self.launches):
+        for counter in (self.waits, self.unmarked, self.collectives, self.launches, self.copies):
             counter.clear()
 
     def wait(self, kind: str) -> None:
@@ -145,11 +149,27 @@ class PretendedGPU(LiveMemory):
                 args[0].device if func is aten.copy_.default else torch.device(kwargs.get("device") or source.device)
             )
             if target.type != source.device.type:
-                # without pinned memory, copies to the device are no more asynchronous than those to the host
-                self.wait("copy to the host" if self.holds(source) else "copy to the device")
+                direction = "copy to the host" if self.holds(source) else "copy to the device"
+                if func is aten.copy_.default and self._is_asynchronous(*args, **kwargs):
+                    self.copies[direction] += source.nbytes
+                else:
+                    # without pinned memory, copies to the device are no more asynchronous than those to the host
+                    self.wait(direction)
         else:
             mixed = [tensor for tensor in tensors if tensor.dim() and not self.holds(tensor)]
             assert not mixed, f"{place()}: {func} of tensors on host and device"
+
+    def _is_asynchronous(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> bool:
+        """Whether the host goes on: between types it would convert in memory that is not pinned."""
+        host = source if self.holds(target) else target
+        pinned = host.untyped_storage().data_ptr() in self._pinned
+        assert not pinned or self.stream is not self.default_stream, f"{place()}: a copy that holds up the device"
+        return non_blocking and pinned and target.dtype == source.dtype
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Marks memory of the host as pinned, for good."""
+        self._pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         """Checks a launch of a Triton kernel."""
@@ -175,6 +195,39 @@ class PretendedGPU(LiveMemory):
         self.launches[name] += 1
 
 
+class Event:
+    """A place in a stream."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self._gpu = gpu
+        self.recorded = False
+
+    def synchronize(self) -> None:
+        """The host waits for it."""
+        assert self.recorded, f"{place()}: an event is awaited that was not recorded"
+        self._gpu.wait("event")
+
+
+class Stream:
+    """A stream, whose work is not done: that its order is kept is tested elsewhere."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self._gpu = gpu
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """A stream waits for another one, not the host."""
+        assert stream is not self, f"{place()}: a stream waits for itself"
+
+    def wait_event(self, event: Event) -> None:
+        """As `wait_stream`."""
+        assert event.recorded, f"{place()}: an event is awaited that was not recorded"
+
+    def record_event(self, event: Event) -> Event:
+        """Puts an event after what the stream has to do."""
+        event.recorded = True
+        return event
+
+
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -189,7 +242,7 @@ def _fused_attention(
     return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
 
-_tensor = torch.tensor
+_tensor, _empty = torch.tensor, torch.empty
 
 
 def _made_and_moved(data: Any, *, device: Any = None, **options: Any) -> Tensor:
@@ -208,13 +261,26 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     def synchronize(*_: object) -> None:
         gpu.wait("synchronize")
 
+    def empty(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return gpu.pin(_empty(*size, **options)) if pin_memory else _empty(*size, **options)
+
+    @contextmanager
+    def use(stream: Stream) -> Iterator[None]:
+        with mock.patch.object(gpu, "stream", stream):
+            yield
+
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (cuda, "_is_hopper_or_blackwell", lambda device: True),
         (persistent_gradient, "_multiprocessors", lambda device: _MULTIPROCESSORS),
         (JITFunction, "run", launch),
         (F, "scaled_dot_product_attention", _fused_attention),
         (torch, "tensor", _made_and_moved),
+        (torch, "empty", empty),
         (torch.cuda, "synchronize", synchronize),
+        (torch.cuda, "Stream", lambda device: Stream(gpu)),
+        (torch.cuda, "Event", lambda blocking: Event(gpu)),
+        (torch.cuda, "stream", use),
+        (torch.cuda, "current_stream", lambda device=DEVICE: gpu.stream),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # its own reads number by number
     ]
     with ExitStack() as stack:

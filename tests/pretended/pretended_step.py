@@ -57,6 +57,8 @@ class Seen:
     """Those that `megatron.core.waiting` does not know of."""
     collectives: dict[str, int]
     launches: dict[str, int]
+    copies: dict[str, int]
+    """Bytes between host and device that the host does not wait for."""
     seconds: float
 
 
@@ -83,6 +85,7 @@ def watch_step(flags: list[str]) -> Seen:
         unmarked=[f"{wait.kind}: {wait.place}" for wait in sorted(gpu.unmarked)],
         collectives=dict(sorted(gpu.collectives.items())),
         launches=dict(sorted(gpu.launches.items())),
+        copies=dict(sorted(gpu.copies.items())),
         seconds=time.perf_counter() - start,
     )
 
@@ -139,5 +142,6 @@ def report(seen: Seen) -> str:
             *rows("the host waits in a step", seen.waits),
             *rows("operations of torch.distributed in a step", seen.collectives),
             *rows("launches of Triton's kernels in a step", seen.launches),
+            *rows("bytes copied while the host goes on", seen.copies),
         )
     )

@@ -37,6 +37,7 @@ OF_SHARE = ("copy to the device: training/training.py:_set_expert_share",)
 OF_FALLBACK = ("fallback of grouped_mm: core/fusions/kernels/library/cuda.py:grouped_product",)
 # Those that need no mark: the copies are from memory that is staged at once, the fallback is torch's own.
 MEANT = {OF_ALL_TO_ALL[1], *OF_DOCUMENTS, *OF_FALLBACK}
+PIECES = "event: core/optimizer/offload.py:_await"
 PERSISTENT = "weight gradients by the persistent kernel"
 
 
@@ -107,6 +108,9 @@ SLOW = {
         "--bf16 --global-batch-size 1 --moe-router-load-balancing-type global_aux_loss --dry-run 0/1", OF_SHARE, 1
     ),
     "gradients in bfloat16": Layout(f"--bf16 --global-batch-size 4 --grad-reduce-in-bf16 {ZERO} --dry-run 0/2"),
+    "state on the host with ZeRO": Layout(
+        f"--bf16 --global-batch-size 4 {ZERO} --num-layers 2 --optimizer-cpu-offload --dry-run 1/2", (PIECES,), 20
+    ),
 }
 # What is planted, in which layout, and what is said of it.
 FAULTS = {
@@ -128,9 +132,15 @@ FAULTS = {
         "--moe-grouped-wgrad-backend persistent --dry-run 0/1",
         "Kernel requires a runtime memory allocation, but no allocator was set",
     ),
+    "copies in turn": (
+        "--num-layers 1 --vocab-size 3200 --optimizer-cpu-offload --dry-run 0/1",
+        "offload.py:load: a copy that holds up the device",
+    ),
     "strided message": (f"{TP2} --dry-run 0/2", r"mappings.py:all_gather_first: .* of strides \(1, "),
 }
 READ = "number read"
+OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"
+HALF = "half of the state on the host"
 
 
 def _watch(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -158,7 +168,8 @@ def quick() -> dict[str, dict[str, Any]]:
     small = f"{MODEL} --bf16 --global-batch-size 1 --num-layers 2"
     flags = {fault: flags for fault, (flags, _) in FAULTS.items()} | {READ: "--dry-run 0/1"}
     faults = {fault: {"flags": f"{small} {more}".split(), "plant": fault} for fault, more in flags.items()}
-    return _watch({**_jobs(QUICK), **faults})
+    half = {"flags": f"{small} --num-layers 1 --vocab-size 3200 --dry-run 0/1 {OFFLOAD} 0.5".split()}
+    return _watch({**_jobs(QUICK), **faults, HALF: half})
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +194,20 @@ def _check(seen: dict[str, Any], layout: Layout) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_a_step_of_a_pretended_gpu(name: str, quick: dict[str, dict[str, Any]]) -> None:
     _check(quick[name], QUICK[name])
+
+
+def test_state_in_the_hosts_memory_is_updated_while_the_device_works(quick: dict[str, dict[str, Any]]) -> None:
+    """Gradients come down and weights go up, and the host waits for pieces of them and for nothing else."""
+    seen = quick[HALF]
+    assert "error" not in seen, seen["error"]
+    moved = seen["copies"]["copy to the host"] // 4
+    assert seen["copies"]["copy to the device"] == 2 * moved
+    # two pieces, of experts; for each the host waits for its gradients, and until other weights are out of its way
+    assert seen["waits"] == AT_THE_END | {PIECES: 2 * 2} and not seen["unmarked"]
+    assert seen["predicted"] == pytest.approx(seen["peak"], abs=0.01 * (seen["peak"] - seen["state"]))
+    # 18 bytes a parameter but for those on the host, to an element of what parameters and memory are padded to
+    elements = (seen["state"] + 12 * moved) / 18
+    assert moved == pytest.approx(elements / 2, abs=64 + 10 * 512 / 18)
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ class Layout:
 _TP, _PP, _EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--expert-model-parallel-size"
 LAYOUTS = (
     Layout("1 rank", 1),
+    Layout("1 rank, optimizer's state on the host", 1, ("--optimizer-cpu-offload",), True),
     Layout("DP=2, ZeRO-1", 2, ("--use-distributed-optimizer",), True),
     Layout("TP=2, sequence parallel", 2, (_TP, 2, "--sequence-parallel")),
     Layout("PP=2", 2, (_PP, 2)),

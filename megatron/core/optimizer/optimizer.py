@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import collectives
-from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
-from megatron.core.fusions.stored import StateType, Stored, narrow_, new_stored
-from megatron.core.host_memory import zeros
+from megatron.core.distributed.gradient_buffers import ALIGNMENT, Bucket, GradientBuffers, Piece
+from megatron.core.fusions.stored import StateType, Stored, Zeros, narrow_, new_stored
+from megatron.core.host_memory import HostMemory, zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.optimizer.clip_grads import gradient_norm, own_gradients
 from megatron.core.optimizer.loss_scaler import new_loss_scaler
+from megatron.core.optimizer.offload import HostUpdates, on_the_host
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.optimizer.update_rule import ParameterKind, Segment, Update, UpdateRule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
+from megatron.core.waiting import to_host
 
 MASTER = "master"
 """Name of the masters next to the rule's state in `StatePiece.tensors` and checkpoints."""
@@ -57,25 +59,47 @@ class StatePiece(NamedTuple):
         return {name: stored.read() for name, stored in self.state.items()}
 
 
+class _Part(NamedTuple):
+    """A part of a bucket that this rank updates, its state on the device or in the host's memory."""
+
+    bucket: Bucket
+    place: slice
+    state: dict[str, Stored]
+    """Masters and the rule's state."""
+    on_host: bool
+
+
 class MixedPrecisionOptimizer:
     """Keeps float32 masters of 16-bit parameters, which a rule updates; wider parameters are their own masters.
 
     Masters have 4 bytes a parameter in 16-bit types, or 2 besides those of the weights; the rule's tensors have the
     types that it says. All are divided by the number of ranks that hold the parameter if the optimizer is distributed.
+    With `optimizer_cpu_offload` a share of them is in `memory`; raises ValueError if there is not so much.
     """
 
     def __init__(
-        self, buffers: GradientBuffers, rule: UpdateRule, config: OptimizerConfig, groups: ProcessGroups
+        self,
+        buffers: GradientBuffers,
+        rule: UpdateRule,
+        config: OptimizerConfig,
+        groups: ProcessGroups,
+        memory: HostMemory | None = None,
     ) -> None:
         self.buffers, self.rule, self.config, self.groups = buffers, rule, config, groups
         self.steps_taken = 0
         self.scaler = new_loss_scaler(config, any(b.weights.dtype == torch.float16 for b in buffers.buckets))
-        self._states = [self._new_state(bucket) for bucket in buffers.buckets]
-        self.segments = [
-            segment
-            for bucket, state in zip(buffers.buckets, self._states, strict=True)
-            for segment in self._cut(bucket, state)
-        ]
+        memory = memory or HostMemory()
+        self._parts = self._new_parts(memory)
+        segments = [(segment, part.on_host) for part in self._parts for segment in self._cut(part)]
+        self.segments = [segment for segment, _ in segments]
+        self._device_segments = [segment for segment, on_host in segments if not on_host]
+        self._host_updates = HostUpdates(
+            [segment for segment, on_host in segments if on_host],
+            buffers.buckets[0].weights.device,
+            memory,
+            pin_grads=not config.no_pin_cpu_grads,
+            pin_weights=not config.no_pin_cpu_params,
+        )
         self._own_gradients = own_gradients(buffers, groups)
 
     @property
@@ -83,32 +107,67 @@ class MixedPrecisionOptimizer:
         """Names of the tensors that are kept of each parameter."""
         return (MASTER, *self.rule.state_types)
 
-    def _new_state(self, bucket: Bucket) -> dict[str, Stored]:
-        """Masters and the rule's state of the part of a bucket that this rank updates, flat."""
-        weights = bucket.weights[self.buffers.owned(bucket)]
-        state = {name: new_stored(kind, weights, zeros) for name, kind in self.rule.state_types.items()}
+    @property
+    def device_bytes(self) -> int:
+        """Of the state on the device; masters that are the weights take none."""
+        return sum(self._kept_bytes(part.state) for part in self._parts if not part.on_host)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the state in the host's memory, and of the buffers on the way there; 0 without `optimizer_cpu_offload`."""
+        state = sum(self._kept_bytes(part.state) for part in self._parts if part.on_host)
+        return state + self._host_updates.staging_bytes
+
+    def _kept_bytes(self, state: dict[str, Stored]) -> int:
+        weights = {bucket.weights.untyped_storage()._cdata for bucket in self.buffers.buckets}
+        tensors = [tensor for kept in state.values() for tensor in (kept.data, kept.exponents) if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors if tensor.untyped_storage()._cdata not in weights)
+
+    def _new_parts(self, memory: HostMemory) -> list[_Part]:
+        buckets, places = self.buffers.buckets, [self.buffers.owned(bucket) for bucket in self.buffers.buckets]
+        shares = [0] * len(buckets)
+        if self.config.optimizer_cpu_offload:
+            shares = on_the_host((place.stop - place.start for place in places), self.config.optimizer_offload_fraction)
+            samples = [self._new_state(bucket.weights[:ALIGNMENT], zeros) for bucket in buckets]
+            kept = [self._kept_bytes(sample) for sample in samples]
+            memory.claim(sum(share * size // ALIGNMENT for share, size in zip(shares, kept, strict=True)))
+
+        def host_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return memory.zeros(size, dtype)
+
+        parts = []
+        for bucket, place, share in zip(buckets, places, shares, strict=True):
+            cut = place.start + share
+            for piece, on_host in ((slice(place.start, cut), True), (slice(cut, place.stop), False)):
+                if piece.start < piece.stop:
+                    state = self._new_state(bucket.weights[piece], host_zeros if on_host else zeros)
+                    parts.append(_Part(bucket, piece, state, on_host))
+        return parts
+
+    def _new_state(self, weights: Tensor, new: Zeros) -> dict[str, Stored]:
+        """Masters and the rule's state of weights [n], in memory made by `new`."""
+        state = {name: new_stored(kind, weights, new) for name, kind in self.rule.state_types.items()}
         if weights.dtype == torch.promote_types(weights.dtype, torch.float32):
             return {MASTER: Stored(weights), **state}
-        master = new_stored(StateType(self.config.main_params_dtype), weights, zeros)
+        master = new_stored(StateType(self.config.main_params_dtype), weights, new)
         if master.plain:  # without remainders, masters are the weights already
             master.write(weights)
         return {MASTER: master, **state}
 
-    def _cut(self, bucket: Bucket, state: dict[str, Stored]) -> Iterator[Segment]:
-        """The runs of one kind in the part of a bucket that this rank updates."""
-        part = self.buffers.owned(bucket)
-        master = state[MASTER]
+    def _cut(self, part: _Part) -> Iterator[Segment]:
+        """The runs of one kind in a part of a bucket."""
+        bucket, master = part.bucket, part.state[MASTER]
         held = master.weights is not None or master.data.dtype == bucket.weights.dtype
         weights = None if held else bucket.weights
-        for kind, run in itertools.groupby(bucket.pieces(part), key=self._kind):
+        for kind, run in itertools.groupby(bucket.pieces(part.place), key=self._kind):
             pieces = tuple(run)
             start, end = pieces[0].offset, pieces[-1].offset + pieces[-1].end - pieces[-1].start
-            place = slice(start - part.start, end - part.start)
+            place = slice(start - part.place.start, end - part.place.start)
             yield Segment(
                 kind=kind,
                 pieces=tuple(piece._replace(offset=piece.offset - start) for piece in pieces),
                 master=master.part(place),
-                state={name: state[name].part(place) for name in self.rule.state_types},
+                state={name: part.state[name].part(place) for name in self.rule.state_types},
                 grad=bucket.grads[start:end],
                 weights=None if weights is None else weights[start:end],
             )
@@ -127,6 +186,7 @@ class MixedPrecisionOptimizer:
         if losses is None:
             losses = self.buffers.buckets[0].grads.new_zeros(())
         scale = self.scaler.scale
+        self._host_updates.begin()
         norm = gradient_norm(self._own_gradients, losses, self.groups.world) / scale
         overflow = not math.isfinite(norm)
         result = StepResult(not overflow, norm, scale, self.scaler.can_lower)
@@ -136,7 +196,8 @@ class MixedPrecisionOptimizer:
         clip = self.config.clip_grad
         factor = GradientFactors(loss_scale=scale).update(clip / (norm + 1e-6) if clip and norm > clip else 1.0)
         self.steps_taken += 1
-        for segment in self.segments:
+
+        def apply(segment: Segment) -> None:
             kind = segment.kind
             update = Update(
                 number=self.steps_taken,
@@ -145,6 +206,10 @@ class MixedPrecisionOptimizer:
                 factor=factor,
             )
             self.rule.update(segment, update)
+
+        for segment in self._device_segments:  # a GPU is only told to, and works on them while the host does its own
+            apply(segment)
+        self._host_updates.run(apply)
         self.buffers.gather_parameters()
         return result
 
@@ -189,17 +254,29 @@ class MixedPrecisionOptimizer:
         Ranks that do not `keep` it take part and get an empty dictionary.
         """
         whole: dict[str, Any] = {}
-        for bucket, state in zip(self.buffers.buckets, self._states, strict=True):
-            for name, stored in state.items():
-                flat = own = stored.read()
-                if self.buffers.sharded and bucket.group.size > 1:
-                    flat = own.new_empty(bucket.weights.numel())
-                    collectives.all_gather_single(flat, own, group=bucket.group.handle)
+        for bucket in self.buffers.buckets:
+            for name in self.state_names:
+                flat = self._whole(bucket, name)
                 if keep:
                     for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
                         values = flat[offset : offset + parameter.numel()].view_as(parameter)
                         whole.setdefault(self.buffers.names[parameter], {})[name] = values.to("cpu", copy=True)
         return {"scalars": self.scalars(), "parameters": whole} if keep else {}
+
+    def _whole(self, bucket: Bucket, name: str) -> Tensor:
+        """One tensor of the state of a bucket, flat, its shards brought together on the device."""
+        own = [part.state[name].read() for part in self._parts if part.bucket is bucket]
+        gathered = self.buffers.sharded and bucket.group.size > 1
+        if gathered:
+            own = [tensor.to(bucket.weights.device) for tensor in own]
+        elif len(own) > 1:
+            own = [to_host(tensor) for tensor in own]
+        joined = own[0] if len(own) == 1 else torch.cat(own)
+        if not gathered:
+            return joined
+        flat = joined.new_empty(bucket.weights.numel())
+        collectives.all_gather_single(flat, joined, group=bucket.group.handle)
+        return flat
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, naming parameters, if `state` is not of this model."""

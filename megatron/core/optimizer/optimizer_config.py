@@ -81,6 +81,14 @@ class OptimizerConfig:
     """Steps without overflow after which the dynamic loss scale doubles."""
     hysteresis: int = 2
     """From which overflow on the dynamic loss scale is halved; the count is reset when the scale doubles."""
+    optimizer_cpu_offload: bool = False
+    """Keep masters and moments of a GPU's parameters in the host's memory, and update them there."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the optimizer's state in the host's memory, with --optimizer-cpu-offload; the rest is on the device."""
+    no_pin_cpu_grads: bool = False
+    """Let gradients pass through host memory that is not pinned, where a GPU's copies do not overlap."""
+    no_pin_cpu_params: bool = False
+    """Let weights pass through host memory that is not pinned, where a GPU's copies do not overlap."""
 
     def __post_init__(self) -> None:
         require_finite(self)
@@ -99,6 +107,7 @@ class OptimizerConfig:
             raise ValueError("--lr-warmup-iters, --lr-warmup-samples and --lr-warmup-init must not be negative")
         self._check_decoupled()
         self._check_weight_decay()
+        self._check_offload()
         self._check_precision()
         if self.use_checkpoint_opt_param_scheduler and self.override_opt_param_scheduler:
             raise ValueError(
@@ -146,3 +155,12 @@ class OptimizerConfig:
                 f"--weight-decay-incr-style {self.weight_decay_incr_style} needs --start-weight-decay and "
                 f"--end-weight-decay of at least 0, got {ends[0]} and {ends[1]}"
             )
+
+    def _check_offload(self) -> None:
+        if not 0 <= self.optimizer_offload_fraction <= 1:
+            raise ValueError(
+                f"--optimizer-offload-fraction is a share from 0 to 1, got {self.optimizer_offload_fraction}"
+            )
+        for name in ("optimizer_offload_fraction", "no_pin_cpu_grads", "no_pin_cpu_params"):
+            if not self.optimizer_cpu_offload and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name.replace('_', '-')} needs --optimizer-cpu-offload: add it")

@@ -1,6 +1,6 @@
 """What `MixedPrecisionOptimizer` and the rule that it applies know of each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -33,6 +33,24 @@ class Segment:
     """Those of the model in their narrower type, to be set by `narrow_`; None if the masters are the weights or hold
     them."""
 
+    def part(self, start: int, end: int) -> "Segment":
+        """Elements `start` to `end`, as views of the same memory."""
+        place = slice(start, end)
+        pieces = []
+        for piece in self.pieces:
+            first, last = max(start - piece.offset, 0), min(end - piece.offset, piece.end - piece.start)
+            if first < last:
+                offset = piece.offset + first - start
+                pieces.append(Piece(piece.parameter, piece.start + first, piece.start + last, offset))
+        return replace(
+            self,
+            pieces=tuple(pieces),
+            master=self.master.part(place),
+            state={name: stored.part(place) for name, stored in self.state.items()},
+            grad=self.grad[place],
+            weights=None if self.weights is None else self.weights[place],
+        )
+
 
 class Update(NamedTuple):
     """The numbers of one update of a segment."""
@@ -48,7 +66,8 @@ class Update(NamedTuple):
 class UpdateRule(Protocol):
     """Updates masters from gradients; it knows nothing of communication, loss scaling and checkpoints.
 
-    With the distributed optimizer, segments begin and end anywhere in a parameter, which suits elementwise rules.
+    With the distributed optimizer, and in the host's memory (`offload.py`), segments begin and end anywhere in a
+    parameter, which suits elementwise rules.
     A rule of whole matrices (Muon) finds them in `segment.pieces` and updates other parameters as AdamW does. It needs
 
     - an option of `GradientBuffers` that ends shards at whole parameters; now they may cut any of them;

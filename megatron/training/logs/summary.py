@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
+
 from megatron.core.config import DataConfig
 from megatron.core.datasets.blended_dataset import blend_summary, source_table
 from megatron.training.setup import Trainer
 
 
 def summary(trainer: Trainer) -> str:
-    """Model, layout and batch in two lines."""
+    """Model, layout and batch in two lines, and where the optimizer's state is if the host has a share of it."""
     groups, model, kind = trainer.groups, trainer.arguments.model, trainer.model.first.kind
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     context = f"context {groups.cp.size} x " if groups.cp.size > 1 else ""
@@ -18,7 +20,18 @@ def summary(trainer: Trainer) -> str:
         f"{groups.world.size} {trainer.device.type} process(es): tensor {groups.tp.size} x pipeline {groups.pp.size} x "
         f"{context}data {groups.dp.size}, sequence parallel {'on' if trainer.model.sequence_parallel else 'off'}; "
         f"{parameters:,} parameters on the first rank; batch {trainer.batch_size} = {groups.dp.size} x "
-        f"{trainer.num_microbatches} microbatches of {trainer.arguments.training.micro_batch_size}"
+        f"{trainer.num_microbatches} microbatches of {trainer.arguments.training.micro_batch_size}{_offloaded(trainer)}"
+    )
+
+
+def _offloaded(trainer: Trainer) -> str:
+    optimizer = trainer.optimizer
+    if not optimizer.host_bytes:
+        return ""
+    return (
+        f"\noptimizer on the first rank: {optimizer.device_bytes / 2**30:.2f} GiB on the device, "
+        f"{optimizer.host_bytes / 2**30:.2f} GiB in the host's memory, updated there by {torch.get_num_threads()} "
+        "thread(s)"
     )
 
 

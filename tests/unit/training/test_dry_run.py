@@ -159,6 +159,25 @@ def test_recomputation_keeps_less() -> None:
     assert kept[-1] == pytest.approx(8 * 1024 * HIDDEN * 2, rel=0.1)
 
 
+def test_state_in_the_hosts_memory_is_not_on_the_device() -> None:
+    """All of its bytes, to a few elements, and nothing else of a step."""
+    wider = "--num-layers 1 --hidden-size 256 --dry-run 1/2"
+    zero = "--use-distributed-optimizer --overlap-grad-reduce --optimizer-cpu-offload --optimizer-offload-fraction"
+    whole, *shares = (
+        _run(parse_arguments([*TINY.split(), *wider.split(), *zero.split(), fraction])[0])
+        for fraction in ("0", "0.25", "1")
+    )
+    state = whole.sharded_optimizer
+    assert whole.host == 0 and state > 2**20
+    for share, fraction in zip(shares, (0.25, 1.0), strict=True):
+        moved = state - share.sharded_optimizer
+        assert fraction * state - 64 * 12 < moved <= fraction * state
+        assert whole.peak - share.peak == pytest.approx(moved, abs=4096)  # the allocator's blocks
+        assert moved < share.host <= moved + 2 * 6 * state / 12
+    arguments = parse_arguments([*TINY.split(), *wider.split(), *zero.split(), "1"])[0]
+    assert " GiB on a machine with 2 such ranks" in table(shares[1], arguments)
+
+
 @pytest.mark.parametrize("text", ["16/16", "3", "-1/4", "a/b", "1/0", ""])
 def test_bad_ranks(text: str) -> None:
     with pytest.raises(ValueError, match="RANK/WORLD"):

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron.training.live_memory import LiveMemory
+from megatron.training.live_memory import HostWithoutValues, LiveMemory
 
 META = torch.device("meta")
 KIB = 1024
@@ -52,3 +52,21 @@ def test_values_that_are_read() -> None:
         assert (int(number), float(number.double()), bool(number > 0)) == (1, 1.0, True)
         assert number.new_empty(2, 3).cpu().tolist() == [[0, 0, 0], [0, 0, 0]]
         assert torch.ones(3).sum().item() == 3.0, "the host's own numbers are read as they are"
+
+
+def test_what_stands_for_the_hosts_memory_is_counted_apart() -> None:
+    with LiveMemory("meta") as memory:
+        host = HostWithoutValues(memory)
+        state, buffer = host.zeros(KIB, torch.float32), host.staging(2 * KIB, pinned=True)
+        grad = torch.empty(KIB, dtype=torch.bfloat16, device=META)
+        assert (memory.host, memory.live) == (6 * KIB, 2 * KIB)
+        state[:10].mul_(2)
+        staged = buffer.view(torch.bfloat16).copy_(grad)
+        wide = staged.float()
+        assert (memory.host, memory.live) == (10 * KIB, 2 * KIB), "computed from nothing but the host's"
+        back = torch.empty_like(grad).copy_(staged)
+        assert (memory.host, memory.live) == (10 * KIB, 4 * KIB)
+        del wide, state, back
+        assert (memory.host, memory.live, memory.peak) == (2 * KIB, 2 * KIB, 4 * KIB)
+        del staged, buffer, grad
+    assert memory.host == memory.live == 0
