@@ -262,11 +262,8 @@ def add_build_index(parser: argparse.ArgumentParser) -> None:
     add("--data-args-path", metavar="FILE", help="file with the values of --data-path")
     add("--per-split-data-args-path", metavar="FILE", help="JSON file with the values for train, valid and test")
     add("--split", metavar="A,B,C", help="shares of train, validation and test (default: 969,30,1)")
-    add(
-        "--data-cache-path",
-        metavar="DIR",
-        help="where indices go; a folder 'cache' next to the first data set if absent",
-    )
+    add("--data-cache-path", metavar="DIR",
+        help="where indices go; a folder 'cache' next to the first data set if absent")  # fmt: skip
     add("--seq-length", type=int, default=4096, metavar="N", help="tokens in a sample (default: 4096)")
     add("--seed", type=int, default=1234, metavar="N", help="seed of the order (default: 1234)")
     length = parser.add_mutually_exclusive_group(required=True)

@@ -65,11 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-bad-fraction", type=float, default=0.1, metavar="F",
         help="refuse the result if more than this share of the input's bytes on disk is in bad lines, or in files or "
         "ends of files that cannot be read; blank lines do not count (default: 0.1)")  # fmt: skip
-    add(
-        "--allow-damaged-files",
-        action="store_true",
-        help="accept files that ended early or of which nothing could be used, within --max-bad-fraction",
-    )
+    add("--allow-damaged-files", action="store_true",
+        help="accept files that ended early or of which nothing could be used, within --max-bad-fraction")  # fmt: skip
     add("--resume", action="store_true", help="go on where an interrupted run of the same command stopped")
     add("--preview", type=int, default=0, metavar="N", help="decode the first N stored documents and show them")
     add("--workers", type=int, default=available_cores(), metavar="N",

@@ -103,9 +103,8 @@ class Demo:
             steps = report.read_metrics(self.metrics).steps
             if not steps or steps[-1][0] <= first:
                 return 0.0, "starting four processes"
-            return (steps[-1][0] - first) / (
-                last - first
-            ), f"iteration {steps[-1][0]}/{self.steps} loss {steps[-1][1]:.3f}"
+            iteration, loss = steps[-1]
+            return (iteration - first) / (last - first), f"iteration {iteration}/{self.steps} loss {loss:.3f}"
 
         self.command(
             "bash mixtral_4x7b_example.sh --adam-beta2 0.95 --exit-interval", self.half, log=log,
