@@ -19,7 +19,7 @@ from megatron.core.config import ParallelConfig
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.core.tensor_parallel.parameter import spec_of
+from megatron.core.tensor_parallel.parameter import is_allocated, spec_of
 
 # Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 16-bit types, which
 # matrix products and NCCL like, and more than any kernel requires.
@@ -114,7 +114,7 @@ class GradientBuffers:
             self._wait_before_use(model)
 
     def _build(self, parameters: list[nn.Parameter]) -> list[Bucket]:
-        """Moves the parameters into flat buffers and returns the buckets in the order of the backward pass."""
+        """Moves the parameters into flat buffers, or makes those without memory there; buckets in backward order."""
         order = {parameter: number for number, parameter in enumerate(parameters)}
         buckets: list[Bucket] = []
         for is_expert, group in ((False, self.groups.dp_cp), (True, self.groups.edp)):
@@ -299,7 +299,8 @@ def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, gr
         bucket = Bucket(group, parameters, offsets, weights[part], grads[part])
         for parameter, offset in zip(parameters, offsets, strict=True):
             place = slice(offset, offset + parameter.numel())
-            bucket.weights[place].copy_(parameter.detach().reshape(-1))
+            if is_allocated(parameter):
+                bucket.weights[place].copy_(parameter.detach().reshape(-1))
             parameter.data = bucket.weights[place].view_as(parameter)
             parameter.main_grad = bucket.grads[place].view_as(parameter)  # type: ignore[attr-defined]
         buckets.append(bucket)
