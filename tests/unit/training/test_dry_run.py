@@ -147,6 +147,13 @@ def test_recomputation_keeps_less() -> None:
     assert kept[-1] == pytest.approx(8 * 1024 * HIDDEN * 2, rel=0.1)
 
 
+def test_recomputed_norms_give_up_their_outputs_alone() -> None:
+    """Two in each of eight layers, gathered along the sequence."""
+    flags = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")
+    kept = [_run(_mixtral(8, 4, "4/16", *flags, *more)).chunks[0].activation_bytes for more in ((), ("layernorm",))]
+    assert 0 < kept[0] - kept[1] <= 2 * 8 * 4096 * HIDDEN * 2
+
+
 @pytest.mark.parametrize("text", ["16/16", "3", "-1/4", "a/b", "1/0", ""])
 def test_bad_ranks(text: str) -> None:
     with pytest.raises(ValueError, match="RANK/WORLD"):
