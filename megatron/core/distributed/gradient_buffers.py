@@ -25,6 +25,9 @@ from megatron.core.tensor_parallel.parameter import is_allocated, spec_of
 # matrix products and NCCL like, and more than any kernel requires.
 ALIGNMENT = 64
 
+# Elements of a bucket that are brought together at once where memory for the whole is not to be had.
+PIECE = 1 << 25
+
 
 class Piece(NamedTuple):
     """The part of one parameter that lies in a range of a bucket."""
@@ -133,6 +136,23 @@ class GradientBuffers:
     def owned(self, bucket: Bucket) -> slice:
         """The part of a bucket that this rank updates."""
         return bucket.own if self.sharded else slice(0, bucket.weights.numel())
+
+    def gathered(self, bucket: Bucket, read: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """The whole of a tensor that is shared out as the bucket is, in pieces: their places in the bucket and values.
+
+        `read` gives a part of what this rank has of it, flat. Collective over the bucket's ranks if they own shards.
+        """
+        own = self.owned(bucket)
+        size, ranks = own.stop - own.start, bucket.group.size if self.sharded else 1
+        step = max(PIECE // ranks, 1)
+        for start in range(0, size, step):
+            values = read(slice(start, min(start + step, size)))
+            joined = values
+            if ranks > 1:
+                joined = values.new_empty(ranks * values.numel())
+                collectives.all_gather_single(joined, values, group=bucket.group.handle)
+            for rank, part in enumerate(joined.view(ranks, -1)):
+                yield slice(rank * size + start, rank * size + start + part.numel()), part
 
     def start_step(self, num_microbatches: int) -> None:
         """Forgets the gradients; every parameter will receive at most one from each microbatch.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import Bucket, GradientBuffers, Piece
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
@@ -180,14 +179,14 @@ class MixedPrecisionOptimizer:
         whole: dict[str, Any] = {}
         for bucket, state in zip(self.buffers.buckets, self._states, strict=True):
             for name, own in state.items():
-                flat = own
-                if self.buffers.sharded and bucket.group.size > 1:
-                    flat = own.new_empty(bucket.weights.numel())
-                    collectives.all_gather_single(flat, own, group=bucket.group.handle)
-                if keep:
-                    for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
-                        values = flat[offset : offset + parameter.numel()].view_as(parameter)
-                        whole.setdefault(self.buffers.names[parameter], {})[name] = values.to("cpu", copy=True)
+                for place, values in self.buffers.gathered(bucket, own.__getitem__):
+                    for piece in bucket.pieces(place) if keep else ():
+                        kept = whole.setdefault(self.buffers.names[piece.parameter], {})
+                        if name not in kept:
+                            kept[name] = torch.empty(piece.parameter.shape, dtype=own.dtype)
+                        begin = piece.offset - place.start
+                        part = values[begin : begin + piece.end - piece.start]
+                        kept[name].view(-1)[piece.start : piece.end].copy_(part)
         return {"scalars": self.scalars(), "parameters": whole} if keep else {}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
