@@ -18,7 +18,7 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.stages import Stage
 from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
-from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
+from megatron.training.memory_model import LibraryMemory, library_memory, rehearse
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
 
 META = torch.device("meta")
@@ -54,14 +54,22 @@ class DryRun:
     sharded_optimizer: int
     """The optimizer's state with --use-distributed-optimizer."""
     activations: int
-    """What a step has alive besides these at its peak: activations, temporary tensors and messages."""
+    """What a run has alive besides these at its peak: activations, temporary tensors and messages."""
     live: int
     """The most chunks' microbatches that are alive at once."""
     microbatches: int
-    peak: int
-    """The most bytes of tensors alive at once, with the optimizer that the flags ask for."""
+    peaks: dict[str, int]
+    """The most bytes of tensors alive at once in each phase of a run, with the optimizer that the flags ask for."""
     libraries: LibraryMemory
     """Estimated, on top of all tensors."""
+
+    chosen_optimizer: int
+    """The optimizer's state as the flags say."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors alive at once."""
+        return max(self.peaks.values())
 
     @property
     def needed(self) -> int:
@@ -83,24 +91,25 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
         distributed = arguments.parallel.use_distributed_optimizer
         with LiveMemory(META.type) as memory:
             trainer = build(distributed)
-            step = step_memory(trainer, memory)
+            run = rehearse(trainer, memory)
         optimizer, sharded = (
             _optimizer_bytes(trainer if either == distributed else build(either)) for either in (False, True)
         )
         return DryRun(
             groups=groups,
-            chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, step.kept, strict=True)),
+            chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, run.kept, strict=True)),
             model=trainer.model.first.kind,
             model_parameters=trainer.model.first.table.elements,
             weights=sum(bucket.weights.nbytes for bucket in trainer.buffers.buckets),
             gradients=sum(bucket.grads.nbytes for bucket in trainer.buffers.buckets),
             optimizer=optimizer,
             sharded_optimizer=sharded,
-            activations=step.peak - step.state,
+            chosen_optimizer=sharded if distributed else optimizer,
+            activations=run.peak - run.state,
             live=trainer.pipeline.peak_live(groups.pp.rank, trainer.num_microbatches),
             microbatches=trainer.num_microbatches,
-            peak=step.peak,
-            libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, step.peak - step.state),
+            peaks=run.peaks,
+            libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, run.peak - run.state),
         )
 
 

@@ -98,7 +98,7 @@ def table(result: DryRun, arguments: Arguments) -> str:
         lines.append(
             f"{name:22} {chunk.parameters:15,}  {ends[0]:>17}  {ends[1]:>17}  {_gib(chunk.activation_bytes):>20}"
         )
-    optimizer = result.sharded_optimizer if arguments.parallel.use_distributed_optimizer else result.optimizer
+    optimizer = result.chosen_optimizer
     rows = [
         ("weights", result.weights),
         ("gradients", result.gradients),
@@ -117,6 +117,10 @@ def table(result: DryRun, arguments: Arguments) -> str:
         f"activations are those of {result.live} live microbatches ({result.microbatches} in a step), with temporary "
         "tensors and messages"
     )
+    lines.append("peak by phase")
+    worst = max(result.peaks, key=lambda phase: result.peaks[phase])
+    for phase, size in result.peaks.items():
+        lines.append(f"{phase:22} {_gib(size):>15}" + ("  the most, which is judged" if phase == worst else ""))
     lines.append(libraries_line(result.libraries))
     return "\n".join(lines)
 

@@ -17,11 +17,9 @@ from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
 from megatron.training.dry_run import dry_run, parse_rank
 from megatron.training.dry_run_report import libraries_line
-from megatron.training.logs.averages import average_over_ranks
-from megatron.training.memory_model import batches_without_values, spread_evenly
-from megatron.training.microbatches import run_microbatches
+from megatron.training.memory_model import batches_without_values, evaluate_without_values, spread_evenly
 from megatron.training.progress import Progress
-from megatron.training.setup import Trainer, build_trainer
+from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 
 STEPS = 2
@@ -77,7 +75,7 @@ def watch_step(flags: list[str]) -> Seen:
         rank=f"{rank} of {world_size}",
         state=state,
         peak=gpu.peak,
-        predicted=predicted.peak,
+        predicted=predicted.peaks["step"],
         libraries=libraries_line(predicted.libraries),
         waits={f"{wait.kind}: {wait.place}": count for wait, count in sorted(gpu.waits.items())},
         unmarked=[f"{wait.kind}: {wait.place}" for wait in sorted(gpu.unmarked)],
@@ -93,21 +91,13 @@ def _run(arguments: Arguments, groups: ProcessGroups, gpu: PretendedGPU) -> int:
         arguments, groups, DEVICE, pretrain_gpt.model_provider, pretrain_gpt.forward_step, initialize=False
     )
     spread_evenly(trainer)
-    _evaluate(trainer)
+    evaluate_without_values(trainer)
     source, state, progress = batches_without_values(arguments, DEVICE), gpu.live, Progress()
     for step in range(STEPS):
         print(f"step {step + 1} of {STEPS}", file=sys.stderr, flush=True)
         gpu.start()
         train_step(trainer, source, progress)
     return state
-
-
-def _evaluate(trainer: Trainer) -> None:
-    source, number = batches_without_values(trainer.arguments, DEVICE), trainer.num_microbatches
-    trainer.model.eval()
-    results = run_microbatches(trainer, source, number, forward_only=True)
-    average_over_ranks(results, number, trainer.groups, trainer.arguments.model, DEVICE)
-    trainer.model.train()
 
 
 def run_jobs(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -71,6 +71,9 @@ class CheckpointFormat(Protocol):
     def prepare(self, step: StepToSave) -> PreparedStep:
         """Makes ready to write a step; collective. With --async-save later updates do not reach what is written."""
 
+    def rehearse(self, optimizer: MixedPrecisionOptimizer) -> None:
+        """Takes the memory of the optimizer's device that saving its state would take, and keeps and writes nothing."""
+
     def load(self, source: "CheckpointSource", trainer: Trainer) -> LoadedState:
         """Loads the weights and, as `source` says, the optimizer and the random state; collective.
 
