@@ -161,7 +161,7 @@ def count_phases(
         counter.save(trainer, progress, f"save {name}", where)
     del trainer
     for name in names:
-        counter.load(f"load {name}", CheckpointConfig(load=str(folder / name)))
+        counter.load(f"load {name}", CheckpointConfig(load=str(folder / name), no_load_rng=True))
     return counter.counted
 
 

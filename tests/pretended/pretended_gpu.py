@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -197,6 +198,13 @@ def _made_and_moved(data: Any, *, device: Any = None, **options: Any) -> Tensor:
     return _tensor(data, **options).to(device or "cpu")
 
 
+class _HostGenerator(torch.Generator):
+    """Any device's: a torch without CUDA has none for a GPU."""
+
+    def __new__(cls, device: Any = "cpu") -> "_HostGenerator":
+        return super().__new__(cls)
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
     """Lets the device exist; the helper of `device_guard` has to be loaded."""
@@ -214,7 +222,9 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         (JITFunction, "run", launch),
         (F, "scaled_dot_product_attention", _fused_attention),
         (torch, "tensor", _made_and_moved),
+        (torch, "Generator", _HostGenerator),
         (torch.cuda, "synchronize", synchronize),
+        (torch.cuda, "current_stream", lambda *_: SimpleNamespace(synchronize=synchronize)),
         (FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()),  # its own reads number by number
     ]
     with ExitStack() as stack:

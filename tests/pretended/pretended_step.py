@@ -1,12 +1,15 @@
 """Training steps of one rank on the pretended device: what was seen of them, and the dry run's word on their memory."""
 
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from memory_testing import PhaseCounter, count_phases, problems
 from planted import PLANTED
 from pretended_gpu import DEVICE, PretendedGPU, pretended_gpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -34,6 +37,8 @@ class Job(NamedTuple):
     """Of pretrain_gpt.py, with --dry-run RANK/WORLD."""
     plant: str | None = None
     """A fault of `planted` to be put in."""
+    phases: bool = False
+    """Whether the phases of a run are watched instead of one step; for one process."""
 
 
 @dataclass(kw_only=True)
@@ -100,14 +105,24 @@ def _run(arguments: Arguments, groups: ProcessGroups, gpu: PretendedGPU) -> int:
     return state
 
 
+def watch_phases(flags: list[str]) -> list[str]:
+    """All phases of a run, with each way to save: those that take other memory than the dry run says."""
+    arguments, _ = parse_arguments(flags)
+    with pretended_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
+        counter = PhaseCounter(arguments, ProcessGroups(), DEVICE, gpu)
+        formats = ("torch_dist", False), ("torch_dist", True), ("torch", False)
+        counted = count_phases(counter, lambda: batches_without_values(arguments, DEVICE), Path(folder), formats)
+    return problems(counted, dry_run(arguments, pretrain_gpt.model_provider, pretrain_gpt.forward_step))
+
+
 def run_jobs(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What was seen of each, or under `error` what ended it."""
     results = {}
     for name, job in jobs.items():
-        flags, plant = Job(**job)
+        flags, plant, phases = Job(**job)
         try:
             with PLANTED[plant]() if plant else nullcontext():
-                results[name] = asdict(watch_step(flags))
+                results[name] = {"problems": watch_phases(flags)} if phases else asdict(watch_step(flags))
         except Exception as error:  # what a planted fault leads to is part of the result
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     return results

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_testing import run_distributed
-from memory_testing import Counted, PhaseCounter, TensorMemory, count_phases, problems
+from memory_testing import Counted, CudaMemory, PhaseCounter, TensorMemory, count_phases, problems
 
 import pretrain_gpt
 from megatron.core.models.mixtral.mixtral_model import MixtralModel
@@ -48,15 +48,19 @@ def _predicted(flags: str, rank: int = 0, world_size: int = 1) -> DryRun:
     return dry_run(_arguments(flags, rank, world_size), pretrain_gpt.model_provider, pretrain_gpt.forward_step)
 
 
+def _random_batches(seed: int, length: int, device: torch.device) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        tokens = torch.randint(0, 256, (1, length), generator=generator).to(device)
+        yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, length, device=device)}
+
+
 def _count(rank: int, world_size: int, flags: str, folder: str) -> Counted:
     """One rank's; weights and tokens are random, so that the experts get about the same number of tokens."""
     arguments = _arguments(flags, rank, world_size)
 
     def source() -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(rank)
-        while True:
-            tokens = torch.randint(0, 256, (1, 64), generator=generator)
-            yield {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 64)}
+        return _random_batches(rank, 64, CPU)
 
     with TensorMemory() as memory:
         groups = build_process_groups(arguments.parallel, rank, world_size) if world_size > 1 else ProcessGroups()
@@ -83,6 +87,21 @@ def test_phases_of_a_model_that_is_dense(tmp_path: Path) -> None:
 def test_phases_on_two_ranks(flags: str, tmp_path: Path) -> None:
     for rank, counted in enumerate(run_distributed(_count, 2, flags, str(tmp_path))):
         assert problems(counted, _predicted(flags, rank, 2)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", ["", "--recompute-granularity full"])
+def test_phases_on_a_gpu(more: str, tmp_path: Path) -> None:
+    """350 million parameters, next to which the workspaces of cuBLAS are small."""
+    wide = MODEL.replace("hidden-size 128", "hidden-size 1024").replace("ffn-hidden-size 384", "ffn-hidden-size 3584")
+    long = wide.replace("seq-length 64", "seq-length 512").replace("embeddings 64", "embeddings 512")
+    flags = f"{long.replace('device cpu', 'device cuda')} --num-experts 8 {more}"
+    device = torch.device("cuda", 0)
+    torch.ones(64, 64, device=device, dtype=torch.bfloat16).mm(torch.ones(64, 64, device=device, dtype=torch.bfloat16))
+    counter = PhaseCounter(_arguments(flags), ProcessGroups(), device, CudaMemory())
+    formats = ("torch_dist", False), ("torch_dist", True), ("torch", False)
+    counted = count_phases(counter, lambda: _random_batches(0, 512, device), tmp_path, formats)
+    assert problems(counted, _predicted(flags)) == []
 
 
 @pytest.mark.slow
