@@ -45,6 +45,8 @@ class TrainingConfig:
     parameters and memory, and end."""
     gpu_memory: float | None = None
     """GiB of memory of a GPU, for --dry-run to say whether the job fits; that of this machine's GPU if not given."""
+    suggest: float | None = None
+    """GiB of memory of a GPU: with --dry-run, find the cheapest change of flags with which the job fits."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -63,6 +65,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.gpu_memory is not None and (self.dry_run is None or not self.gpu_memory > 0):
             raise ValueError(f"--gpu-memory is a number of GiB for --dry-run, got {self.gpu_memory}")
+        if self.suggest is not None and (self.dry_run is None or not self.suggest > 0):
+            raise ValueError(f"--suggest is a number of GiB for --dry-run, got {self.suggest}")
         if self.micro_batch_size <= 0:
             raise ValueError(f"--micro-batch-size must be positive, got {self.micro_batch_size}")
         if (self.train_iters is None) == (self.train_samples is None):

@@ -8,6 +8,7 @@ for its memory (`memory_model`) are the real ones.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,14 @@ class DryRun:
         return self.peak + self.libraries.total
 
 
+class StateMemory(NamedTuple):
+    """Bytes of what lasts as long as the run: weights, gradients and the optimizer's state."""
+
+    live: int
+    peak: int
+    """The most while they were made."""
+
+
 def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> DryRun:
     """Builds the rank that --dry-run names. Raises ValueError if the layout, the batch or the model do not fit."""
     rank, world_size = parse_rank(arguments.training.dry_run or "")
@@ -85,8 +94,7 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
         def build(distributed: bool) -> Trainer:
             gathers = distributed and arguments.parallel.overlap_param_gather
             parallel = replace(arguments.parallel, use_distributed_optimizer=distributed, overlap_param_gather=gathers)
-            changed = replace(arguments, parallel=parallel)
-            return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False)
+            return _build(replace(arguments, parallel=parallel), groups, model_provider, forward_step)
 
         distributed = arguments.parallel.use_distributed_optimizer
         with LiveMemory(META.type) as memory:
@@ -111,6 +119,22 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             peaks=run.peaks,
             libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, run.peak - run.state),
         )
+
+
+def state_memory(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> StateMemory:
+    """Builds the rank that --dry-run names, which takes a tenth of a second. Raises ValueError as `dry_run` does."""
+    rank, world_size = parse_rank(arguments.training.dry_run or "")
+    with _fake_job(arguments.parallel, rank, world_size) as groups, LiveMemory(META.type) as memory:
+        trainer = _build(arguments, groups, model_provider, forward_step)
+        state = StateMemory(memory.live, memory.peak)
+        del trainer
+    return state
+
+
+def _build(
+    arguments: Arguments, groups: ProcessGroups, model_provider: ModelProvider, forward_step: ForwardStep
+) -> Trainer:
+    return build_trainer(arguments, groups, META, model_provider, forward_step, initialize=False)
 
 
 def representative_ranks(arguments: Arguments) -> list[int]:

@@ -181,6 +181,8 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert note.startswith("note: ") and "--use-flash-attn" in note
     assert lines[0] == "dry run of rank 3 of 4: pipeline 1 of 2, data 0 of 1, context 0 of 1, tensor 1 of 2"
     assert lines[3].startswith("layers 2-3, loss") and lines[9].startswith("total")
+    assert [line.split()[0] for line in lines[12:17]] == ["build", "load", "step", "evaluation", "save"]
+    assert [line for line in lines[12:17] if line.endswith("the most, which is judged")] == [lines[14]]
     assert [line.split()[0] for line in lines[-3:]] == ["plus", "in", "fits"]
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match="without torchrun"):
@@ -190,6 +192,18 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "does not fit a GPU of 1.0 GiB" in capsys.readouterr().out
 
 
+def test_the_program_suggests_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = f"{TINY} --dry-run 0/2"
+    assert _print(f"{flags} --suggest 80", monkeypatch, capsys)[-1] == "fits 80.0 GiB: no change is needed"
+    with pytest.raises(SystemExit, match="1"):
+        _print(f"{flags} --suggest 0.5", monkeypatch, capsys)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("nothing that was tried fits 0.5 GiB")
+    first = next(number for number, line in enumerate(lines) if line.startswith("changes of flags to fit 0.5 GiB"))
+    needs = [float(line.split()[0]) for line in lines[first + 1 : -1]]
+    assert needs and needs == sorted(needs, reverse=True) and needs[-1] > 0.5
+
+
 def test_neither_data_nor_a_tokenizer_are_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,8 +211,9 @@ def test_neither_data_nor_a_tokenizer_are_needed(
     assert _print(f"{bare} --dry-run 0/1", monkeypatch, capsys)[0].startswith("dry run of rank 0")
     with pytest.raises(ValueError, match="give --vocab-size or --tokenizer-model"):
         _print(bare.replace("--vocab-size 203", "--dry-run 0/1"), monkeypatch, capsys)
-    with pytest.raises(ValueError, match="--gpu-memory is a number of GiB for --dry-run"):
-        parse_arguments([*TINY.split(), "--gpu-memory", "80"])
+    for flag in ("--gpu-memory", "--suggest"):
+        with pytest.raises(ValueError, match=f"{flag} is a number of GiB for --dry-run"):
+            parse_arguments([*TINY.split(), flag, "80"])
 
 
 @pytest.mark.parametrize(
