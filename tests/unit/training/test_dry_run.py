@@ -193,10 +193,16 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_the_program_suggests_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = f"{TINY} --dry-run 0/2"
-    assert _print(f"{flags} --suggest 80", monkeypatch, capsys)[-1] == "fits 80.0 GiB: no change is needed"
+    lines = _print(f"{TINY} --dry-run 0/2 --suggest 80", monkeypatch, capsys)
+    assert lines[-1] == "fits 80.0 GiB: no change is needed" and lines[-2].endswith(" GiB  as given")
+
+
+@pytest.mark.slow
+def test_the_program_says_that_nothing_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="1"):
-        _print(f"{flags} --suggest 0.5", monkeypatch, capsys)
+        _print(f"{TINY} --dry-run 0/2 --suggest 0.5", monkeypatch, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("nothing that was tried fits 0.5 GiB")
     first = next(number for number, line in enumerate(lines) if line.startswith("changes of flags to fit 0.5 GiB"))
