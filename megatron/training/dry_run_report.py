@@ -90,7 +90,8 @@ def print_suggestions(arguments: Arguments, world_size: int, size: float, tools:
     found = None
     for found in suggestions(arguments, world_size, size, tools):
         cost = f": {found.cost}" if found.cost else ""
-        print(f"{found.needed / GIB:8.1f} GiB  {found.flags or 'as given'}{cost}", flush=True)
+        bound = "over" if found.at_least else "    "
+        print(f"{bound} {found.needed / GIB:7.1f} GiB  {found.flags or 'as given'}{cost}", flush=True)
     assert found is not None
     if found.needed > size:
         print(f"nothing that was tried fits {size / GIB:.1f} GiB: take more ranks, a smaller --seq-length, or both")

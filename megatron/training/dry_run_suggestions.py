@@ -68,6 +68,8 @@ class Suggestion:
     """What they cost, in words."""
     needed: int
     """Bytes, on the rank that needs most if they fit."""
+    at_least: bool = False
+    """Whether these are the bytes of the state alone, which are too many already."""
 
 
 @dataclass(frozen=True)
@@ -213,18 +215,22 @@ def suggestions(arguments: Arguments, world_size: int, size: float, tools: Tools
 
     Other layouts, and shares on the host, are looked into only if they fit together with all other changes.
     """
-    estimates, least = _Estimates(tools), float("inf")
+    estimates = _Estimates(tools)
+    least = dict.fromkeys((False, True), float("inf"))
     for changes in _sets(arguments, world_size, size, estimates):
         job = _with(arguments, changes)
         if job is None:
             continue
-        need = estimates.needed(job)
-        if need <= size:  # then every rank is looked at
-            need = tools.worst(job)
-        if need < least:
-            least = need
+        need = estimates.state(job).live
+        at_least = need > size
+        if not at_least:
+            need = estimates.needed(job)
+            if need <= size:  # then every rank is looked at
+                need = tools.worst(job)
+        if need < least[at_least]:
+            least[at_least] = need
             cost = ", ".join(change.cost for change in changes if change.cost)
-            yield Suggestion(flags_of(arguments, changes), cost, need)
+            yield Suggestion(flags_of(arguments, changes), cost, need, at_least)
         if need <= size:
             return
 

@@ -34,7 +34,7 @@ def row(model: str, gpus: int, memory: float) -> str:
     lines = done.stdout.splitlines()
     if not lines or not lines[-1].startswith(("fits", "nothing")):
         raise ValueError(f"{model} on {gpus} GPUs: {done.stderr.strip() or done.stdout.strip()}")
-    need = lines[-2].split()[0]
+    need = lines[-2].partition(" GiB")[0].strip()
     if lines[-1].startswith("nothing"):
         return f"| {model} | {gpus} | nothing that was tried | {need} |"
     _, _, added = lines[-1].partition(": add ")

@@ -206,7 +206,7 @@ def test_the_program_says_that_nothing_fits(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("nothing that was tried fits 0.5 GiB")
     first = next(number for number, line in enumerate(lines) if line.startswith("changes of flags to fit 0.5 GiB"))
-    needs = [float(line.split()[0]) for line in lines[first + 1 : -1]]
+    needs = [float(line.split(" GiB")[0].split()[-1]) for line in lines[first + 1 : -1]]
     assert needs and needs == sorted(needs, reverse=True) and needs[-1] > 0.5
 
 
