@@ -26,7 +26,7 @@ RUN = "--vocab-size 32000 --bf16 --seq-length 4096 --micro-batch-size 1 --global
 
 
 def row(model: str, gpus: int, memory: float) -> str:
-    """A row of the table. Raises ValueError with what the program said if it refuses the job."""
+    """Model, GPUs, what a rank needs, and flags. Raises ValueError with what the program said if it refuses the job."""
     experts, shape = MODELS[model]
     layout = f"--expert-model-parallel-size {min(experts, gpus)}"
     flags = f"{shape} --num-experts {experts} {RUN} {layout} --dry-run 0/{gpus} --suggest {memory}"
@@ -34,11 +34,10 @@ def row(model: str, gpus: int, memory: float) -> str:
     lines = done.stdout.splitlines()
     if not lines or not lines[-1].startswith(("fits", "nothing")):
         raise ValueError(f"{model} on {gpus} GPUs: {done.stderr.strip() or done.stdout.strip()}")
-    need = lines[-2].partition(" GiB")[0].strip()
-    if lines[-1].startswith("nothing"):
-        return f"| {model} | {gpus} | nothing that was tried | {need} |"
+    need = " ".join(lines[-2].partition(" GiB")[0].split())
     _, _, added = lines[-1].partition(": add ")
-    return f"| {model} | {gpus} | `{f'{layout} {added}'.strip()}` | {need} |"
+    flags = f"{layout} {added}" if lines[-1].startswith("fits") else "nothing that was tried is enough"
+    return f"{model:5} on {gpus:2} GPUs  {need:>10} GiB  {flags}".rstrip()
 
 
 def main() -> None:
@@ -48,7 +47,6 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[4, 8, 16, 64], help="numbers of GPUs")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU (default: 80)")
     arguments = parser.parse_args()
-    print("| model | GPUs | flags | GiB needed |\n|---|---|---|---|", flush=True)
     for model in arguments.models:
         for gpus in arguments.gpus:
             print(f"{model} on {gpus} GPUs ...", file=sys.stderr, flush=True)
