@@ -21,8 +21,10 @@ set -euo pipefail
 : "${PRECISION:=bf16}" # bf16, fp16 or fp32
 : "${TP:=4}"
 : "${PP:=2}"
+: "${EP:=1}" # ranks that share out the experts of a layer
+: "${MEMORY:=}" # low: the same training in less memory, for some time (docs/memory.md)
 : "${SEQUENCE_PARALLEL:=1}" # 0 turns it off
-: "${GPUS_PER_NODE:=}"      # TP x PP if not given, at most 8 on GPUs
+: "${GPUS_PER_NODE:=}"      # TP x PP x EP if not given, at most 8 on GPUs
 : "${NNODES:=1}"
 : "${NODE_RANK:=0}"
 : "${MASTER_ADDR:=localhost}"
@@ -117,11 +119,12 @@ PretrainedTokenizerFromHF | Llama2Tokenizer)
 esac
 [[ $DEVICE =~ ^(auto|cpu|cuda)$ ]] || fail "DEVICE must be auto, cuda or cpu, got '$DEVICE'"
 [[ $PRECISION =~ ^(bf16|fp16|fp32)$ ]] || fail "PRECISION must be bf16, fp16 or fp32, got '$PRECISION'"
+[[ $MEMORY =~ ^(|low)$ ]] || fail "MEMORY must be low or empty, got '$MEMORY'"
 [[ $NUMA_BINDING =~ ^(|node|socket|exclusive|core-complex)$ ]] ||
     fail "NUMA_BINDING must be node, socket, exclusive or core-complex, got '$NUMA_BINDING'"
-require_whole_numbers TP PP NNODES NODE_RANK MAX_RESTARTS
+require_whole_numbers TP PP EP NNODES NODE_RANK MAX_RESTARTS
 if [[ -z $GPUS_PER_NODE ]]; then
-    GPUS_PER_NODE=$((TP * PP))
+    GPUS_PER_NODE=$((TP * PP * EP))
     [[ $DEVICE == cpu || $GPUS_PER_NODE -le 8 ]] || GPUS_PER_NODE=8
 fi
 require_whole_numbers GPUS_PER_NODE
@@ -129,15 +132,15 @@ require_whole_numbers GPUS_PER_NODE
 [[ $NNODES == 1 || -n $dry_run || ! $MASTER_ADDR =~ ^(localhost|127\..*|::1)$ ]] ||
     fail "MASTER_ADDR=$MASTER_ADDR is every machine's own name for itself: set it to the address of the first of the $NNODES machines"
 ((10#$NODE_RANK < 10#$NNODES)) || fail "NODE_RANK=$NODE_RANK is not below NNODES=$NNODES: machines are numbered from 0"
-((NNODES * GPUS_PER_NODE % (TP * PP) == 0)) ||
-    fail "NNODES x GPUS_PER_NODE = $((NNODES * GPUS_PER_NODE)) processes cannot be divided by TP x PP = $((TP * PP)): change NNODES, GPUS_PER_NODE, TP or PP"
+((NNODES * GPUS_PER_NODE % (TP * PP * EP) == 0)) ||
+    fail "NNODES x GPUS_PER_NODE = $((NNODES * GPUS_PER_NODE)) processes cannot be divided by TP x PP x EP = $((TP * PP * EP)): change NNODES, GPUS_PER_NODE, TP, PP or EP"
 
 torchrun="$(command -v torchrun || true)"
 [[ -n $torchrun || ! -x $here/.venv/bin/torchrun ]] || torchrun="$here/.venv/bin/torchrun"
 if [[ $DEVICE != cpu && -z $dry_run ]]; then
     gpus="$(count_gpus)"
     ((gpus >= GPUS_PER_NODE)) ||
-        fail "this machine has $gpus GPUs, but $GPUS_PER_NODE processes are to run on it (TP=$TP PP=$PP NNODES=$NNODES GPUS_PER_NODE=$GPUS_PER_NODE): set smaller TP, PP or GPUS_PER_NODE (several machines: NNODES), or train a small model on the CPU with DEVICE=cpu and smaller sizes (NUM_LAYERS, HIDDEN_SIZE, ...)"
+        fail "this machine has $gpus GPUs, but $GPUS_PER_NODE processes are to run on it (TP=$TP PP=$PP EP=$EP NNODES=$NNODES GPUS_PER_NODE=$GPUS_PER_NODE): set smaller TP, PP, EP or GPUS_PER_NODE (several machines: NNODES), or train a small model on the CPU with DEVICE=cpu and smaller sizes (NUM_LAYERS, HIDDEN_SIZE, ...)"
     [[ -z $NUMA_BINDING ]] || command -v numactl >/dev/null ||
         fail "NUMA_BINDING=$NUMA_BINDING needs the program numactl: install it, or leave NUMA_BINDING empty"
     # Collectives start in the order they were given, before the kernels that come after them.
@@ -235,6 +238,9 @@ flags=(
 )
 [[ -z $CHECKPOINT_PATH ]] || flags+=(--load "$CHECKPOINT_PATH" --save "$CHECKPOINT_PATH" --save-interval "$SAVE_INTERVAL")
 ((${#data[@]} == 0)) || flags+=(--data-path "${data[@]}")
+# What docs/memory.md says of them: optimizer shared out, layers computed twice, gradients in 16 bits.
+[[ $MEMORY == "" ]] || flags+=(--use-distributed-optimizer --recompute-granularity full --grad-reduce-in-bf16)
+((EP == 1)) || flags+=(--expert-model-parallel-size "$EP")
 [[ $PRECISION == fp32 ]] || flags+=("--$PRECISION")
 [[ $SEQUENCE_PARALLEL == 0 || $TP == 1 ]] || flags+=(--sequence-parallel)
 [[ -z $TOKENIZER_MODEL ]] || flags+=(--tokenizer-model "$TOKENIZER_MODEL")

@@ -27,9 +27,13 @@ from megatron.training.training import pretrain
 
 
 def model_provider(
-    arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage | None = None
+    arguments: Arguments,
+    groups: ProcessGroups,
+    device: torch.device,
+    stage: Stage | None = None,
+    allocate: bool = True,
 ) -> MixtralModel:
-    """One stage of the model, the whole of it if no `stage` is given."""
+    """One stage of the model, the whole of it if no `stage` is given; see `Placement` for `allocate`."""
     return MixtralModel(
         arguments.model,
         groups=groups,
@@ -37,6 +41,7 @@ def model_provider(
         device=device,
         stage=stage,
         recompute=arguments.recompute,
+        allocate=allocate,
     )
 
 

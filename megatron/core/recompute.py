@@ -118,13 +118,13 @@ class _Piece(NamedTuple):
 
 @contextmanager
 def _without_keeping(output: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
-    storage = output.untyped_storage().data_ptr()
+    storage = output.untyped_storage()._cdata  # unlike an address, it tells tensors without values apart, too
     dtype, waiting = output.dtype, 0
     again: Tensor | None = None
 
     def pack(tensor: Tensor) -> Tensor | _Piece:
         nonlocal waiting
-        if tensor.dtype != dtype or tensor.untyped_storage().data_ptr() != storage:
+        if tensor.dtype != dtype or tensor.untyped_storage()._cdata != storage:
             return tensor
         waiting += 1
         return _Piece(tensor.shape, tensor.stride(), int(tensor.storage_offset()))

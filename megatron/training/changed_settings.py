@@ -41,6 +41,7 @@ WITHOUT_EFFECT = {
     "training": (
         "train_iters", "train_samples", "eval_interval", "eval_iters", "exit_interval", "exit_duration_in_mins",
         "exit_signal_handler", "max_skipped_iterations", "check_for_nan_in_loss_and_grad", "dry_run", "gpu_memory",
+        "suggest",
         "device", "distributed_timeout_minutes", "deterministic_mode", "skip_train", "manual_gc", "manual_gc_interval",
         "no_manual_gc_eval",
     ),

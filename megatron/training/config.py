@@ -46,6 +46,8 @@ class TrainingConfig:
     parameters and memory, and end."""
     gpu_memory: float | None = None
     """GiB of memory of a GPU, for --dry-run to say whether the job fits; that of this machine's GPU if not given."""
+    suggest: float | None = None
+    """GiB of memory of a GPU: with --dry-run, find the cheapest change of flags with which the job fits."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the data."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -64,6 +66,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.gpu_memory is not None and (self.dry_run is None or not self.gpu_memory > 0):
             raise ValueError(f"--gpu-memory is a number of GiB for --dry-run, got {self.gpu_memory}")
+        if self.suggest is not None and (self.dry_run is None or not self.suggest > 0):
+            raise ValueError(f"--suggest is a number of GiB for --dry-run, got {self.suggest}")
         require_positive(self, "micro_batch_size", "global_batch_size", "exit_interval", "exit_duration_in_mins")
         if (self.train_iters is None) == (self.train_samples is None):
             raise ValueError("give exactly one of --train-iters and --train-samples")

@@ -8,6 +8,7 @@ for its memory (`memory_model`) are the real ones.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megatron.core.parallel_state import ProcessGroups, build_process_groups
 from megatron.core.stages import Stage
 from megatron.training.config import Arguments
 from megatron.training.live_memory import HostWithoutValues, LiveMemory
-from megatron.training.memory_model import LibraryMemory, library_memory, step_memory
+from megatron.training.memory_model import LibraryMemory, library_memory, rehearse
 from megatron.training.setup import ForwardStep, ModelProvider, Trainer, build_trainer
 
 META = torch.device("meta")
@@ -57,19 +58,35 @@ class DryRun:
     sharded_optimizer: int
     """The optimizer's state with --use-distributed-optimizer."""
     activations: int
-    """What a step has alive besides these at its peak: activations, temporary tensors and messages."""
+    """What a run has alive besides these at its peak: activations, temporary tensors and messages."""
     live: int
     """The most chunks' microbatches that are alive at once."""
     microbatches: int
-    peak: int
-    """The most bytes of tensors alive at once, with the optimizer that the flags ask for."""
+    peaks: dict[str, int]
+    """The most bytes of tensors alive at once in each phase of a run, with the optimizer that the flags ask for."""
     libraries: LibraryMemory
     """Estimated, on top of all tensors."""
+
+    chosen_optimizer: int
+    """The optimizer's state as the flags say."""
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors alive at once."""
+        return max(self.peaks.values())
 
     @property
     def needed(self) -> int:
         """Tensors and libraries."""
         return self.peak + self.libraries.total
+
+
+class StateMemory(NamedTuple):
+    """Bytes of what lasts as long as the run: weights, gradients and the optimizer's state."""
+
+    live: int
+    peak: int
+    """The most while they were made."""
 
 
 def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> DryRun:
@@ -80,20 +97,18 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
         def build(distributed: bool) -> Trainer:
             gathers = distributed and arguments.parallel.overlap_param_gather
             parallel = replace(arguments.parallel, use_distributed_optimizer=distributed, overlap_param_gather=gathers)
-            changed = replace(arguments, parallel=parallel)
-            host = HostWithoutValues(memory)
-            return build_trainer(changed, groups, META, model_provider, forward_step, initialize=False, memory=host)
+            return _build(replace(arguments, parallel=parallel), groups, model_provider, forward_step, memory)
 
         distributed = arguments.parallel.use_distributed_optimizer
         with LiveMemory(META.type) as memory:
             trainer = build(distributed)
-            step = step_memory(trainer, memory)
+            run = rehearse(trainer, memory)
         optimizer, sharded = (
             (trainer if either == distributed else build(either)).optimizer.device_bytes for either in (False, True)
         )
         return DryRun(
             groups=groups,
-            chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, step.kept, strict=True)),
+            chunks=tuple(_report(trainer, *chunk) for chunk in zip(trainer.model, run.kept, strict=True)),
             model=trainer.model.first.kind,
             model_parameters=trainer.model.first.table.elements,
             weights=sum(bucket.weights.nbytes for bucket in trainer.buffers.buckets),
@@ -101,12 +116,34 @@ def dry_run(arguments: Arguments, model_provider: ModelProvider, forward_step: F
             optimizer=optimizer,
             host=trainer.optimizer.host_bytes,
             sharded_optimizer=sharded,
-            activations=step.peak - step.state,
+            chosen_optimizer=sharded if distributed else optimizer,
+            activations=run.peak - run.state,
             live=trainer.pipeline.peak_live(groups.pp.rank, trainer.num_microbatches),
             microbatches=trainer.num_microbatches,
-            peak=step.peak,
-            libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, step.peak - step.state),
+            peaks=run.peaks,
+            libraries=library_memory(groups, arguments.model.moe_token_dispatcher_type, run.peak - run.state),
         )
+
+
+def state_memory(arguments: Arguments, model_provider: ModelProvider, forward_step: ForwardStep) -> StateMemory:
+    """Builds the rank that --dry-run names, which takes a tenth of a second. Raises ValueError as `dry_run` does."""
+    rank, world_size = parse_rank(arguments.training.dry_run or "")
+    with _fake_job(arguments.parallel, rank, world_size) as groups, LiveMemory(META.type) as memory:
+        trainer = _build(arguments, groups, model_provider, forward_step, memory)
+        state = StateMemory(memory.live, memory.peak)
+        del trainer
+    return state
+
+
+def _build(
+    arguments: Arguments,
+    groups: ProcessGroups,
+    model_provider: ModelProvider,
+    forward_step: ForwardStep,
+    memory: LiveMemory,
+) -> Trainer:
+    host = HostWithoutValues(memory)
+    return build_trainer(arguments, groups, META, model_provider, forward_step, initialize=False, memory=host)
 
 
 def representative_ranks(arguments: Arguments) -> list[int]:

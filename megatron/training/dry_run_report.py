@@ -1,14 +1,16 @@
 """What a dry run says: one rank's shapes, parameters and memory, the rank that needs most, and whether it fits."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from megatron.core.tokenizers import build_tokenizer
 from megatron.training.config import Arguments
-from megatron.training.dry_run import DryRun, dry_run, parse_rank, representative_ranks
+from megatron.training.dry_run import DryRun, dry_run, parse_rank, representative_ranks, state_memory
+from megatron.training.dry_run_suggestions import Tools, suggestions
 from megatron.training.memory_model import GIB, LibraryMemory
 from megatron.training.setup import ForwardStep, ModelProvider
 
@@ -23,9 +25,10 @@ def print_dry_run(
     model_provider: ModelProvider,
     forward_step: ForwardStep,
 ) -> None:
-    """Prints the rank that --dry-run asks for, the one that needs most memory, and whether that fits.
+    """Prints the rank that --dry-run asks for, the one that needs most memory, whether that fits, and what would.
 
-    Ends with status 1 if it does not fit --gpu-memory. Raises ValueError in a job of several processes.
+    Ends with status 1 if it does not fit --gpu-memory, or nothing that was tried fits --suggest. Raises
+    ValueError in a job of several processes.
     """
     if world_size > 1:
         raise ValueError("--dry-run is for one process: start it with python, without torchrun")
@@ -36,25 +39,68 @@ def print_dry_run(
             raise ValueError("--dry-run needs the size of the vocabulary: give --vocab-size or --tokenizer-model")
         tokenizer = build_tokenizer(arguments.tokenizer, None)
         arguments = replace(arguments, model=replace(arguments.model, vocab_size=tokenizer.vocab_size))
-    ours, *others = representative_ranks(arguments)
-    result = dry_run(arguments, model_provider, forward_step)
+
+    @functools.cache
+    def run(job: Arguments) -> DryRun:
+        return dry_run(job, model_provider, forward_step)
+
+    ours, ranks = parse_rank(arguments.training.dry_run or "")
+    result = run(arguments)
     print(table(result, arguments), flush=True)
-    needs = {ours: result.needed}
+    needs = _needs(arguments, run, {ours: result.needed})
+    print(most_needed(needs, ours), flush=True)
+    fits = _judge(arguments, max(needs.values()))
+    if arguments.training.suggest is not None:
+        worst = _at_rank(arguments, max(needs, key=lambda rank: needs[rank]))
+        tools = Tools(
+            state=lambda job: state_memory(job, model_provider, forward_step),
+            run=run,
+            worst=lambda job: max(_needs(job, run, {}).values()),
+        )
+        fits = print_suggestions(worst, ranks, arguments.training.suggest * GIB, tools) and fits
+    if not fits:
+        sys.exit(1)
+
+
+def _at_rank(arguments: Arguments, rank: int) -> Arguments:
     _, ranks = parse_rank(arguments.training.dry_run or "")
-    for rank in others:
-        training = replace(arguments.training, dry_run=f"{rank}/{ranks}")
-        needs[rank] = dry_run(replace(arguments, training=training), model_provider, forward_step).needed
-    print(most_needed(needs, ours))
+    return replace(arguments, training=replace(arguments.training, dry_run=f"{rank}/{ranks}"))
+
+
+def _needs(arguments: Arguments, run: Callable[[Arguments], DryRun], known: dict[int, int]) -> dict[int, int]:
+    """Bytes by rank, of those that may need most; `known` need not be run."""
+    ranks = representative_ranks(arguments)
+    return {rank: known[rank] if rank in known else run(_at_rank(arguments, rank)).needed for rank in ranks}
+
+
+def _judge(arguments: Arguments, need: int) -> bool:
+    """Prints whether `need` bytes fit; False if they do not fit what was asked for."""
     if arguments.training.gpu_memory is not None:
         size = arguments.training.gpu_memory * GIB
     elif torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
     else:
-        print("--gpu-memory GIB says whether that fits a GPU")
-        return
-    print(verdict(max(needs.values()), size))
-    if arguments.training.gpu_memory is not None and max(needs.values()) > size:
-        sys.exit(1)
+        if arguments.training.suggest is None:
+            print("--gpu-memory GIB says whether that fits a GPU, --suggest GIB with which flags it would")
+        return True
+    print(verdict(need, size))
+    return arguments.training.gpu_memory is None or need <= size
+
+
+def print_suggestions(arguments: Arguments, world_size: int, size: float, tools: Tools) -> bool:
+    """Prints what was tried as it is found, a line each; whether anything fits `size` bytes."""
+    print(f"changes of flags to fit {size / GIB:.1f} GiB, cheapest first; each needs less than those above it")
+    found = None
+    for found in suggestions(arguments, world_size, size, tools):
+        cost = f": {found.cost}" if found.cost else ""
+        bound = "over" if found.at_least else "    "
+        print(f"{bound} {found.needed / GIB:7.1f} GiB  {found.flags or 'as given'}{cost}", flush=True)
+    assert found is not None
+    if found.needed > size:
+        print(f"nothing that was tried fits {size / GIB:.1f} GiB: take more ranks, a smaller --seq-length, or both")
+        return False
+    print(f"fits {size / GIB:.1f} GiB: {f'add {found.flags}' if found.flags else 'no change is needed'}")
+    return True
 
 
 def most_needed(needs: dict[int, int], ours: int) -> str:
@@ -101,7 +147,7 @@ def table(result: DryRun, arguments: Arguments) -> str:
         lines.append(
             f"{name:22} {chunk.parameters:15,}  {ends[0]:>17}  {ends[1]:>17}  {_gib(chunk.activation_bytes):>20}"
         )
-    optimizer = result.sharded_optimizer if arguments.parallel.use_distributed_optimizer else result.optimizer
+    optimizer = result.chosen_optimizer
     rows = [
         ("weights", result.weights),
         ("gradients", result.gradients),
@@ -126,6 +172,10 @@ def table(result: DryRun, arguments: Arguments) -> str:
         f"activations are those of {result.live} live microbatches ({result.microbatches} in a step), with temporary "
         "tensors and messages"
     )
+    lines.append("peak by phase")
+    worst = max(result.peaks, key=lambda phase: result.peaks[phase])
+    for phase, size in result.peaks.items():
+        lines.append(f"{phase:22} {_gib(size):>15}" + ("  the most, which is judged" if phase == worst else ""))
     lines.append(libraries_line(result.libraries))
     return "\n".join(lines)
 

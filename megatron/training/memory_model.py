@@ -1,11 +1,11 @@
-"""The memory of a training step, from the step itself on tensors without values, and what the libraries add to it.
+"""The memory of a run's phases, from these themselves on tensors without values, and what the libraries add to it.
 
 Model, buffers, optimizer, schedule and messages are the real ones, so that what is alive at once is not modelled but
 happens. What depends on values, the number of tokens of each expert, is taken to be even. What NCCL, CUDA and torch's
 allocator take besides is estimated by a rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.parallel_state import CHANNEL_CTAS, Group, ProcessGroups
 from megatron.core.pipeline_parallel.schedules import Pipeline
 from megatron.core.transformer.moe.exchange import gather_counts
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.training.checkpoints.formats import SAVED_FORMATS
 from megatron.training.config import Arguments
 from megatron.training.live_memory import LiveMemory
 from megatron.training.loader import Batch
@@ -54,15 +55,20 @@ class LibraryMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepMemory:
+class RunMemory:
     """Bytes of tensors alive on the device of a rank."""
 
     state: int
-    """Weights, gradients and the optimizer's state, before the step."""
-    peak: int
-    """The most at any moment of the step."""
+    """Weights, gradients and the optimizer's state, between all phases."""
+    peaks: dict[str, int]
+    """The most at any moment of each phase of a run: build, load, step, evaluation and save."""
     kept: tuple[int, ...]
     """Of one microbatch in each chunk of layers, between its forward and its backward pass."""
+
+    @property
+    def peak(self) -> int:
+        """The most at any moment of a run."""
+        return max(self.peaks.values())
 
 
 def spread_evenly(trainer: Trainer) -> None:
@@ -104,15 +110,36 @@ def enough_microbatches(pipeline: Pipeline, rank: int, microbatches: int) -> int
     return min(microbatches, fewest + unit)  # one more, which begins while the others are still alive
 
 
-def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
-    """Runs a step of as few microbatches as needed; the trainer is of no use afterwards.
+def rehearse(trainer: Trainer, memory: LiveMemory) -> RunMemory:
+    """Runs what a run does on the device, each as short as shows its peak; the trainer is of no use afterwards.
 
-    `memory` is active, and was when the trainer was built.
+    `memory` is active, and was when the trainer was built. A checkpoint is read in pieces in the host's memory and
+    copied to where it belongs; so loading is what happens after that.
     """
     spread_evenly(trainer)
-    chunks = list(trainer.model)
-    number = enough_microbatches(trainer.pipeline, trainer.groups.pp.rank, trainer.num_microbatches)
-    kept = [0] * len(chunks)
+    state, kept = memory.live, [0] * len(trainer.model)
+    optimizer, checkpoint = trainer.optimizer, trainer.arguments.checkpoint
+    phases: dict[str, Callable[[], object]] = {
+        "load": lambda: optimizer.finish_loading(optimizer.scalars()),
+        "step": lambda: _step(trainer, memory, kept),
+        "evaluation": lambda: evaluate_without_values(trainer),
+        "save": lambda: None if checkpoint.no_save_optim else SAVED_FORMATS[checkpoint.ckpt_format].rehearse(optimizer),
+    }
+    peaks = {"build": memory.peak}
+    for name, phase in phases.items():
+        memory.peak = memory.live
+        phase()
+        peaks[name] = memory.peak
+    return RunMemory(state=state, peaks=peaks, kept=tuple(kept))
+
+
+def _microbatches(trainer: Trainer) -> int:
+    return enough_microbatches(trainer.pipeline, trainer.groups.pp.rank, trainer.num_microbatches)
+
+
+def _step(trainer: Trainer, memory: LiveMemory, kept: list[int]) -> None:
+    """A step of training; writes to `kept` what stays of a microbatch in each chunk."""
+    chunks, number = list(trainer.model), _microbatches(trainer)
 
     def watched(
         model: ModelStage, batch: Batch | None, hidden: Tensor | None, microbatch: Microbatch
@@ -122,7 +149,6 @@ def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
         kept[chunks.index(model)] = memory.live - before
         return result
 
-    state = memory.peak = memory.live
     trainer.buffers.start_step(number)
     source = batches_without_values(trainer.arguments, trainer.device)
     scale = trainer.optimizer.scaler.scale
@@ -131,7 +157,15 @@ def step_memory(trainer: Trainer, memory: LiveMemory) -> StepMemory:
     trainer.optimizer.step(trainer.schedule.rates(0), sum_of_losses(results))
     average_over_ranks(results, number, trainer.groups, trainer.arguments.model, trainer.device)
     trainer.buffers.wait_for_parameters()
-    return StepMemory(state=state, peak=memory.peak, kept=tuple(kept))
+
+
+def evaluate_without_values(trainer: Trainer) -> None:
+    """A global batch of an evaluation, or as much of it as is alive at once."""
+    source, number = batches_without_values(trainer.arguments, trainer.device), _microbatches(trainer)
+    trainer.model.eval()
+    results = run_microbatches(trainer, source, number, forward_only=True)
+    average_over_ranks(results, number, trainer.groups, trainer.arguments.model, trainer.device)
+    trainer.model.train()
 
 
 def library_memory(groups: ProcessGroups, dispatcher: str, moving: int) -> LibraryMemory:
@@ -140,7 +174,7 @@ def library_memory(groups: ProcessGroups, dispatcher: str, moving: int) -> Libra
     Args:
         groups: of the rank.
         dispatcher: --moe-token-dispatcher-type.
-        moving: bytes that come and go in a step, `peak - state` of its memory.
+        moving: bytes that come and go, `peak - state` of the memory of a run.
     """
     dense = (groups.world, groups.tp, groups.tp_cp, groups.cp)
     collectives = {group.ranks for group in (*dense, groups.ep_etp, groups.etp) if group.size > 1}

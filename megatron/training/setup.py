@@ -33,10 +33,10 @@ from megatron.training.run_plan import RunPlan, plan_run
 
 
 class ModelProvider(Protocol):
-    """Builds one stage of the model, uninitialised."""
+    """Builds one stage of the model, uninitialised; without `allocate` its parameters have shapes, but no memory."""
 
     def __call__(
-        self, arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage
+        self, arguments: Arguments, groups: ProcessGroups, device: torch.device, stage: Stage, allocate: bool
     ) -> ModelStage: ...
 
 
@@ -148,18 +148,18 @@ def build_trainer(
 ) -> Trainer:
     """Model, gradient buffers, optimizer and pipeline link of this rank, for the `plan` if there is one already.
 
-    Without `initialize` the weights are left as they come, for a checkpoint to be loaded into. The optimizer's state on
-    the host is in `memory`.
+    The parameters are made in the buffers, so that there is no second copy of them at any time. Without `initialize`
+    the weights are zeros, for a checkpoint to be loaded into. The optimizer's state on the host is in `memory`.
     """
     training = arguments.training
     plan = plan or plan_run(arguments, groups.dp.size)
     stages = arguments.parallel.stages(arguments.model.num_layers)[groups.pp.rank]
-    model = ModelChunks(model_provider(arguments, groups, device, stage) for stage in stages)
+    model = ModelChunks(model_provider(arguments, groups, device, stage, allocate=False) for stage in stages)
+    buffers = GradientBuffers(model, groups, arguments.parallel, arguments.optimizer.main_grads_dtype == "bf16")
     if initialize:
         for chunk in model:
             initialize_parameters(chunk, chunk.first_layer, training.seed)
         _share_initial_weights(model, groups)
-    buffers = GradientBuffers(model, groups, arguments.parallel, arguments.optimizer.main_grads_dtype == "bf16")
     shards = groups.cp.size * (groups.tp.size if model.sequence_parallel else 1)
     length = arguments.data.seq_length // shards
     link = StageLink(

@@ -218,6 +218,10 @@ class Stream:
         """A stream waits for another one, not the host."""
         assert stream is not self, f"{place()}: a stream waits for itself"
 
+    def synchronize(self) -> None:
+        """The host waits for all that the stream has to do."""
+        self._gpu.wait("synchronize")
+
     def wait_event(self, event: Event) -> None:
         """As `wait_stream`."""
         assert event.recorded, f"{place()}: an event is awaited that was not recorded"
@@ -250,6 +254,13 @@ def _made_and_moved(data: Any, *, device: Any = None, **options: Any) -> Tensor:
     return _tensor(data, **options).to(device or "cpu")
 
 
+class _HostGenerator(torch.Generator):
+    """Any device's: a torch without CUDA has none for a GPU."""
+
+    def __new__(cls, device: Any = "cpu") -> "_HostGenerator":
+        return super().__new__(cls)
+
+
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGPU]:
     """Lets the device exist; the helper of `device_guard` has to be loaded."""
@@ -275,6 +286,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         (JITFunction, "run", launch),
         (F, "scaled_dot_product_attention", _fused_attention),
         (torch, "tensor", _made_and_moved),
+        (torch, "Generator", _HostGenerator),
         (torch, "empty", empty),
         (torch.cuda, "synchronize", synchronize),
         (torch.cuda, "Stream", lambda device: Stream(gpu)),

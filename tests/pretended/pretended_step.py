@@ -1,12 +1,15 @@
 """Training steps of one rank on the pretended device: what was seen of them, and the dry run's word on their memory."""
 
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from memory_testing import PhaseCounter, count_phases, problems
 from planted import PLANTED
 from pretended_gpu import DEVICE, PretendedGPU, pretended_gpu
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -17,11 +20,9 @@ from megatron.training.arguments import parse_arguments
 from megatron.training.config import Arguments
 from megatron.training.dry_run import dry_run, parse_rank
 from megatron.training.dry_run_report import libraries_line
-from megatron.training.logs.averages import average_over_ranks
-from megatron.training.memory_model import batches_without_values, spread_evenly
-from megatron.training.microbatches import run_microbatches
+from megatron.training.memory_model import batches_without_values, evaluate_without_values, spread_evenly
 from megatron.training.progress import Progress
-from megatron.training.setup import Trainer, build_trainer
+from megatron.training.setup import build_trainer
 from megatron.training.training import train_step
 
 STEPS = 2
@@ -36,6 +37,8 @@ class Job(NamedTuple):
     """Of pretrain_gpt.py, with --dry-run RANK/WORLD."""
     plant: str | None = None
     """A fault of `planted` to be put in."""
+    phases: bool = False
+    """Whether the phases of a run are watched instead of one step; for one process."""
 
 
 @dataclass(kw_only=True)
@@ -79,7 +82,7 @@ def watch_step(flags: list[str]) -> Seen:
         rank=f"{rank} of {world_size}",
         state=state,
         peak=gpu.peak,
-        predicted=predicted.peak,
+        predicted=predicted.peaks["step"],
         libraries=libraries_line(predicted.libraries),
         waits={f"{wait.kind}: {wait.place}": count for wait, count in sorted(gpu.waits.items())},
         unmarked=[f"{wait.kind}: {wait.place}" for wait in sorted(gpu.unmarked)],
@@ -96,7 +99,7 @@ def _run(arguments: Arguments, groups: ProcessGroups, gpu: PretendedGPU) -> int:
         arguments, groups, DEVICE, pretrain_gpt.model_provider, pretrain_gpt.forward_step, initialize=False
     )
     spread_evenly(trainer)
-    _evaluate(trainer)
+    evaluate_without_values(trainer)
     source, state, progress = batches_without_values(arguments, DEVICE), gpu.live, Progress()
     for step in range(STEPS):
         print(f"step {step + 1} of {STEPS}", file=sys.stderr, flush=True)
@@ -105,22 +108,24 @@ def _run(arguments: Arguments, groups: ProcessGroups, gpu: PretendedGPU) -> int:
     return state
 
 
-def _evaluate(trainer: Trainer) -> None:
-    source, number = batches_without_values(trainer.arguments, DEVICE), trainer.num_microbatches
-    trainer.model.eval()
-    results = run_microbatches(trainer, source, number, forward_only=True)
-    average_over_ranks(results, number, trainer.groups, trainer.arguments.model, DEVICE)
-    trainer.model.train()
+def watch_phases(flags: list[str]) -> list[str]:
+    """All phases of a run, with each way to save: those that take other memory than the dry run says."""
+    arguments, _ = parse_arguments(flags)
+    with pretended_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
+        counter = PhaseCounter(arguments, ProcessGroups(), DEVICE, gpu)
+        formats = ("torch_dist", False), ("torch_dist", True), ("torch", False)
+        counted = count_phases(counter, lambda: batches_without_values(arguments, DEVICE), Path(folder), formats)
+    return problems(counted, dry_run(arguments, pretrain_gpt.model_provider, pretrain_gpt.forward_step))
 
 
 def run_jobs(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What was seen of each, or under `error` what ended it."""
     results = {}
     for name, job in jobs.items():
-        flags, plant = Job(**job)
+        flags, plant, phases = Job(**job)
         try:
             with PLANTED[plant]() if plant else nullcontext():
-                results[name] = asdict(watch_step(flags))
+                results[name] = {"problems": watch_phases(flags)} if phases else asdict(watch_step(flags))
         except Exception as error:  # what a planted fault leads to is part of the result
             results[name] = {"error": f"{type(error).__name__}: {error}"}
     return results

@@ -141,6 +141,7 @@ FAULTS = {
 READ = "number read"
 OFFLOAD = "--optimizer-cpu-offload --optimizer-offload-fraction"
 HALF = "half of the state on the host"
+PHASES = "--num-layers 2 --hidden-size 128 --ffn-hidden-size 384 --seq-length 64 --vocab-size 256 --eval-iters 2"
 
 
 def _watch(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -229,6 +230,13 @@ def test_a_number_read_in_a_layer_is_counted(quick: dict[str, dict[str, Any]]) -
     }
     assert quick[READ]["waits"] == AT_THE_END | more
     assert quick[READ]["unmarked"] == sorted(more)
+
+
+@pytest.mark.slow
+def test_no_phase_of_a_run_takes_more_than_the_dry_run_says() -> None:
+    """In both formats of checkpoints, also written in the background, whose copies are in the host's memory."""
+    flags = f"{MODEL} {PHASES} --bf16 --global-batch-size 2 --dry-run 0/1".split()
+    assert _watch({"run": {"flags": flags, "phases": True}}) == {"run": {"problems": []}}
 
 
 @pytest.mark.slow

@@ -92,6 +92,18 @@ def test_every_flag_is_one_that_the_trainer_knows(machine: dict[str, str]) -> No
     assert (arguments.model.vocab_size, arguments.logging.metrics_path) == (32000, "m")
 
 
+def test_low_memory_and_experts_on_several_gpus(machine: dict[str, str]) -> None:
+    from megatron.training.arguments import parse_arguments
+
+    words = command(machine | {"NUM_EXPERTS": "8", "TP": "1", "PP": "1", "EP": "8", "MEMORY": "low"})
+    assert values(words, "--nproc-per-node") == ["8"]
+    arguments, _ = parse_arguments(words[words.index(str(SCRIPT.parent / "pretrain_gpt.py")) + 1 :])
+    assert arguments.parallel.expert_model_parallel_size == 8 and arguments.parallel.use_distributed_optimizer
+    assert arguments.recompute.recompute_granularity == "full" and arguments.parallel.grad_reduce_in_bf16
+    refused = run(machine | {"MEMORY": "little"})
+    assert refused.returncode == 2 and "MEMORY must be low or empty, got 'little'" in refused.stderr
+
+
 def test_load_equals_save_and_nothing_is_left_out_of_it(machine: dict[str, str]) -> None:
     words = command(machine)
     assert values(words, "--load") == values(words, "--save") == [machine["CHECKPOINT_PATH"]]
@@ -187,7 +199,7 @@ def test_gpus_are_counted_with_nvidia_smi(machine: dict[str, str]) -> None:
         ({"PP": "0"}, "PP must be at least 1"),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 is not below NNODES=2: machines are num"),
         ({"NUMA_BINDING": "core"}, "NUMA_BINDING must be node, socket, exclusive or core-complex, got 'core'"),
-        ({"GPUS_PER_NODE": "6"}, "6 processes cannot be divided by TP x PP = 8"),
+        ({"GPUS_PER_NODE": "6"}, "6 processes cannot be divided by TP x PP x EP = 8"),
     ],
 )
 def test_bad_settings_get_a_sentence(machine: dict[str, str], change: dict[str, str], message: str) -> None:

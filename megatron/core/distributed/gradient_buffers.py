@@ -19,11 +19,14 @@ from megatron.core.config import ParallelConfig
 from megatron.core.host_memory import zeros
 from megatron.core.microbatch import GradientFactors
 from megatron.core.parallel_state import Group, ProcessGroups
-from megatron.core.tensor_parallel.parameter import spec_of
+from megatron.core.tensor_parallel.parameter import is_allocated, spec_of
 
 # Every parameter and every shard starts at a multiple of this many elements: 128 bytes in 16-bit types, which
 # matrix products and NCCL like, and more than any kernel requires.
 ALIGNMENT = 64
+
+# Elements of a bucket that are brought together at once where memory for the whole is not to be had.
+PIECE = 1 << 25
 
 
 class Piece(NamedTuple):
@@ -122,7 +125,7 @@ class GradientBuffers:
             self._wait_before_use(model)
 
     def _build(self, parameters: list[nn.Parameter]) -> list[Bucket]:
-        """Moves the parameters into flat buffers and returns the buckets in the order of the backward pass."""
+        """Moves the parameters into flat buffers, or makes those without memory there; buckets in backward order."""
         order = {parameter: number for number, parameter in enumerate(parameters)}
         buckets: list[Bucket] = []
         for is_expert, group in ((False, self.groups.dp_cp), (True, self.groups.edp)):
@@ -141,6 +144,23 @@ class GradientBuffers:
     def owned(self, bucket: Bucket) -> slice:
         """The part of a bucket that this rank updates."""
         return bucket.own if self.sharded else slice(0, bucket.weights.numel())
+
+    def gathered(self, bucket: Bucket, read: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """The whole of a tensor that is shared out as the bucket is, in pieces: their places in the bucket and values.
+
+        `read` gives a part of what this rank has of it, flat. Collective over the bucket's ranks if they own shards.
+        """
+        own = self.owned(bucket)
+        size, ranks = own.stop - own.start, bucket.group.size if self.sharded else 1
+        step = max(PIECE // ranks, 1)
+        for start in range(0, size, step):
+            values = read(slice(start, min(start + step, size)))
+            joined = values
+            if ranks > 1:
+                joined = values.new_empty(ranks * values.numel())
+                collectives.all_gather_single(joined, values, group=bucket.group.handle)
+            for rank, part in enumerate(joined.view(ranks, -1)):
+                yield slice(rank * size + start, rank * size + start + part.numel()), part
 
     def start_step(self, num_microbatches: int) -> None:
         """Forgets the gradients; every parameter will receive at most one from each microbatch.
@@ -307,7 +327,8 @@ def _fill(members: list[nn.Parameter], group: Group, bucket_size: int | None, gr
         bucket = Bucket(group, parameters, offsets, weights[part], grads[part])
         for parameter, offset in zip(parameters, offsets, strict=True):
             place = slice(offset, offset + parameter.numel())
-            bucket.weights[place].copy_(parameter.detach().reshape(-1))
+            if is_allocated(parameter):
+                bucket.weights[place].copy_(parameter.detach().reshape(-1))
             parameter.data = bucket.weights[place].view_as(parameter)
             parameter.main_grad = bucket.grads[place].view_as(parameter)  # type: ignore[attr-defined]
         buckets.append(bucket)

@@ -1,5 +1,6 @@
 """A rule's updates on flat full-precision masters, whole or sharded over the data-parallel ranks (ZeRO-1)."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron.core import collectives
 from megatron.core.distributed.gradient_buffers import ALIGNMENT, Bucket, GradientBuffers, Piece
 from megatron.core.fusions.stored import StateType, Stored, Zeros, narrow_, new_stored
 from megatron.core.host_memory import HostMemory, zeros
@@ -21,7 +21,6 @@ from megatron.core.optimizer.param_scheduler import StepRates
 from megatron.core.optimizer.update_rule import ParameterKind, Segment, Update, UpdateRule
 from megatron.core.parallel_state import ProcessGroups
 from megatron.core.tensor_parallel.parameter import spec_of
-from megatron.core.waiting import to_host
 
 MASTER = "master"
 """Name of the masters next to the rule's state in `StatePiece.tensors` and checkpoints."""
@@ -256,27 +255,25 @@ class MixedPrecisionOptimizer:
         whole: dict[str, Any] = {}
         for bucket in self.buffers.buckets:
             for name in self.state_names:
-                flat = self._whole(bucket, name)
-                if keep:
-                    for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True):
-                        values = flat[offset : offset + parameter.numel()].view_as(parameter)
-                        whole.setdefault(self.buffers.names[parameter], {})[name] = values.to("cpu", copy=True)
+                for place, values in self.buffers.gathered(bucket, functools.partial(self._read, bucket, name)):
+                    for piece in bucket.pieces(place) if keep else ():
+                        kept = whole.setdefault(self.buffers.names[piece.parameter], {})
+                        if name not in kept:
+                            kept[name] = torch.empty(piece.parameter.shape, dtype=values.dtype)
+                        begin = piece.offset - place.start
+                        part = values[begin : begin + piece.end - piece.start]
+                        kept[name].view(-1)[piece.start : piece.end].copy_(part)
         return {"scalars": self.scalars(), "parameters": whole} if keep else {}
 
-    def _whole(self, bucket: Bucket, name: str) -> Tensor:
-        """One tensor of the state of a bucket, flat, its shards brought together on the device."""
-        own = [part.state[name].read() for part in self._parts if part.bucket is bucket]
-        gathered = self.buffers.sharded and bucket.group.size > 1
-        if gathered:
-            own = [tensor.to(bucket.weights.device) for tensor in own]
-        elif len(own) > 1:
-            own = [to_host(tensor) for tensor in own]
-        joined = own[0] if len(own) == 1 else torch.cat(own)
-        if not gathered:
-            return joined
-        flat = joined.new_empty(bucket.weights.numel())
-        collectives.all_gather_single(flat, joined, group=bucket.group.handle)
-        return flat
+    def _read(self, bucket: Bucket, name: str, place: slice) -> Tensor:
+        """A part of one tensor of what this rank keeps of a bucket, on its device."""
+        first, found = self.buffers.owned(bucket).start, []
+        for part in self._parts:
+            begin = max(place.start + first, part.place.start) - part.place.start
+            end = min(place.stop + first, part.place.stop) - part.place.start
+            if part.bucket is bucket and begin < end:
+                found.append(part.state[name].part(slice(begin, end)).read().to(bucket.weights.device))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, naming parameters, if `state` is not of this model."""

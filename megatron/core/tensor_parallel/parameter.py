@@ -65,6 +65,8 @@ class Placement:
     """Ranks that its products are split over."""
     sequence_parallel: bool = False
     """Whether each of these ranks has only its slice of the sequence outside of those products."""
+    allocate: bool = True
+    """Whether parameters get memory; without, they have a shape only, until someone sets their `data`."""
 
     @property
     def sequence_group(self) -> Group:
@@ -73,16 +75,23 @@ class Placement:
 
 
 def new_parameter(spec: ParameterSpec, placement: Placement) -> nn.Parameter:
-    """An uninitialised parameter of this rank's local shape, with `spec` attached."""
+    """An uninitialised parameter of this rank's local shape, with `spec` attached, in memory if `placement` says so."""
     shape = list(spec.global_shape)
     if spec.partition_dim is not None:
         assert shape[spec.partition_dim] % (spec.group.size * spec.partition_stride) == 0, spec
         shape[spec.partition_dim] //= spec.group.size
     if spec.experts is not None:
         shape.insert(0, len(spec.experts))
-    parameter = nn.Parameter(torch.empty(shape, dtype=placement.dtype, device=placement.device))
+    # one element stands for all of them where there is no memory
+    values = torch.empty(shape if placement.allocate else (), dtype=placement.dtype, device=placement.device)
+    parameter = nn.Parameter(values.expand(shape))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
+
+
+def is_allocated(parameter: Tensor) -> bool:
+    """Whether a parameter has memory for its values."""
+    return parameter.untyped_storage().nbytes() >= parameter.nbytes
 
 
 def spec_of(parameter: Tensor) -> ParameterSpec:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core import interchange
 from megatron.core.interchange.folder_kind import is_per_rank
 from megatron.core.models.common import ModelChunks
+from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
 from megatron.core.tensor_parallel.parameter import named_shards
 from megatron.training.checkpoints.protocol import CheckpointSource, LoadedState, PreparedStep, StepToSave
 from megatron.training.checkpoints.random_states import random_states, set_random_states
@@ -84,6 +85,10 @@ class PerRank:
             interchange.save_torch(own / interchange.CHECKPOINT_FILE, content)
 
         return PreparedStep(write, lambda _: interchange.commit_step(step.root, step.progress.iteration, layout))
+
+    def rehearse(self, optimizer: MixedPrecisionOptimizer) -> None:
+        """Brings the shards of the state together, as saving does."""
+        optimizer.state_dict(keep=False)
 
     def load(self, source: CheckpointSource, trainer: Trainer) -> LoadedState:
         """Every rank reads the one file that has its part of the model."""

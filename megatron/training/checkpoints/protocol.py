@@ -83,6 +83,9 @@ class SavedFormat(CheckpointFormat, Protocol):
     def prepare(self, step: StepToSave) -> PreparedStep:
         """Makes ready to write a step; collective. With --async-save later updates do not reach what is written."""
 
+    def rehearse(self, optimizer: MixedPrecisionOptimizer) -> None:
+        """Takes the memory of the optimizer's device that saving its state would take, and keeps and writes nothing."""
+
 
 @dataclass(frozen=True)
 class CheckpointSource:

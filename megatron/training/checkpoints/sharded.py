@@ -188,6 +188,9 @@ class Sharded:
 
         return PreparedStep(lambda: dist_checkpointing.write_shards(step.folder, groups.world.rank, shards), commit)
 
+    def rehearse(self, optimizer: MixedPrecisionOptimizer) -> None:
+        """Nothing: the state is copied to the host where it lies, a part at a time."""
+
     def load(self, source: CheckpointSource, trainer: Trainer) -> LoadedState:
         """Every rank reads the parts of all files that it needs; all share the comparison of checksums."""
         groups, optimizer = trainer.groups, trainer.optimizer

@@ -172,10 +172,17 @@ def test_state_in_the_hosts_memory_is_not_on_the_device() -> None:
     for share, fraction in zip(shares, (0.25, 1.0), strict=True):
         moved = state - share.sharded_optimizer
         assert fraction * state - 64 * 12 < moved <= fraction * state
-        assert whole.peak - share.peak == pytest.approx(moved, abs=4096)  # the allocator's blocks
+        assert whole.peaks["step"] - share.peaks["step"] == pytest.approx(moved, abs=4096)  # the allocator's blocks
         assert moved < share.host <= moved + 2 * 6 * state / 12
     arguments = parse_arguments([*TINY.split(), *wider.split(), *zero.split(), "1"])[0]
     assert " GiB on a machine with 2 such ranks" in table(shares[1], arguments)
+
+
+def test_recomputed_norms_give_up_their_outputs_alone() -> None:
+    """Two in each of eight layers, gathered along the sequence."""
+    flags = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn")
+    kept = [_run(_mixtral(8, 4, "4/16", *flags, *more)).chunks[0].activation_bytes for more in ((), ("layernorm",))]
+    assert 0 < kept[0] - kept[1] <= 2 * 8 * 4096 * HIDDEN * 2
 
 
 @pytest.mark.parametrize("text", ["16/16", "3", "-1/4", "a/b", "1/0", ""])
@@ -205,6 +212,8 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert note.startswith("note: ") and "--use-flash-attn" in note
     assert lines[0] == "dry run of rank 3 of 4: pipeline 1 of 2, data 0 of 1, context 0 of 1, tensor 1 of 2"
     assert lines[3].startswith("layers 2-3, loss") and lines[9].startswith("total")
+    assert [line.split()[0] for line in lines[12:17]] == ["build", "load", "step", "evaluation", "save"]
+    assert [line for line in lines[12:17] if line.endswith("the most, which is judged")] == [lines[14]]
     assert [line.split()[0] for line in lines[-3:]] == ["plus", "in", "fits"]
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match="without torchrun"):
@@ -214,6 +223,24 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "does not fit a GPU of 1.0 GiB" in capsys.readouterr().out
 
 
+def test_the_program_suggests_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _print(f"{TINY} --dry-run 0/2 --suggest 80", monkeypatch, capsys)
+    assert lines[-1] == "fits 80.0 GiB: no change is needed" and lines[-2].endswith(" GiB  as given")
+
+
+@pytest.mark.slow
+def test_the_program_says_that_nothing_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        _print(f"{TINY} --dry-run 0/2 --suggest 0.5", monkeypatch, capsys)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("nothing that was tried fits 0.5 GiB")
+    first = next(number for number, line in enumerate(lines) if line.startswith("changes of flags to fit 0.5 GiB"))
+    needs = [float(line.split(" GiB")[0].split()[-1]) for line in lines[first + 1 : -1]]
+    assert needs and needs == sorted(needs, reverse=True) and needs[-1] > 0.5
+
+
 def test_neither_data_nor_a_tokenizer_are_needed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,8 +248,9 @@ def test_neither_data_nor_a_tokenizer_are_needed(
     assert _print(f"{bare} --dry-run 0/1", monkeypatch, capsys)[0].startswith("dry run of rank 0")
     with pytest.raises(ValueError, match="give --vocab-size or --tokenizer-model"):
         _print(bare.replace("--vocab-size 203", "--dry-run 0/1"), monkeypatch, capsys)
-    with pytest.raises(ValueError, match="--gpu-memory is a number of GiB for --dry-run"):
-        parse_arguments([*TINY.split(), "--gpu-memory", "80"])
+    for flag in ("--gpu-memory", "--suggest"):
+        with pytest.raises(ValueError, match=f"{flag} is a number of GiB for --dry-run"):
+            parse_arguments([*TINY.split(), flag, "80"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 
 class MixtralModel(ModelStage):
-    """One stage of the model, the whole of it if no `stage` is given."""
+    """One stage of the model, the whole of it if no `stage` is given; see `Placement` for `allocate`."""
 
     kind = "Mixtral"
 
@@ -29,12 +29,17 @@ class MixtralModel(ModelStage):
         device: torch.device,
         stage: Stage | None = None,
         recompute: RecomputeConfig = NO_RECOMPUTE,
+        allocate: bool = True,
     ) -> None:
         stage = stage or whole_model(config.num_layers)
         table = mixtral_table(config, config.padded_vocab_size(groups.tp.size))
         super().__init__(stage, table, groups, sequence_parallel)
         placement = Placement(
-            dtype=config.dtype, device=device, group=groups.tp, sequence_parallel=self.sequence_parallel
+            dtype=config.dtype,
+            device=device,
+            group=groups.tp,
+            sequence_parallel=self.sequence_parallel,
+            allocate=allocate,
         )
         rows = table.first + table.layer + table.last
         specs = parameter_specs(rows, table.num_experts, groups, self.sequence_parallel)

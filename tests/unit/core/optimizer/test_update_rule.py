@@ -8,7 +8,9 @@ from model_testing import tiny_arguments
 from torch import Tensor, nn
 
 import pretrain_gpt
+from megatron.core import collectives
 from megatron.core.config import ParallelConfig
+from megatron.core.distributed import gradient_buffers
 from megatron.core.distributed.gradient_buffers import GradientBuffers, main_grad
 from megatron.core.fusions.stored import StateType, narrow_
 from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
@@ -127,3 +129,26 @@ def test_shards_together_are_every_element_once(monkeypatch: pytest.MonkeyPatch)
         assert optimizer.rule.seen == [(piece.parameter, piece.start, piece.end) for piece in optimizer.state_pieces()]
     assert all((count == 1).all() for count in updated.values())
     assert cut, "no shard ends within a parameter"
+
+
+def test_shards_are_brought_together_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces end anywhere, also within a parameter; what each rank contributes to each of them is known beforehand."""
+    monkeypatch.setattr(GradientBuffers, "gather_parameters", lambda self: None)
+    monkeypatch.setattr(gradient_buffers, "PIECE", 3 * 1000)
+    reference = _optimizer(_model("bfloat16"))
+    reference.step(RATES)
+    sent: list[list[Tensor]] = []
+    monkeypatch.setattr(collectives, "all_gather_single", lambda out, x, group: sent[-1].append(x))
+    for rank in range(3):
+        optimizer = _optimizer(_model("bfloat16"), rank, 3)
+        optimizer.step(RATES)
+        sent.append([])
+        assert optimizer.state_dict(keep=False) == {}
+    pieces = iter(zip(*sent, strict=True))
+    assert max(part.numel() for parts in sent for part in parts) == 1000
+    monkeypatch.setattr(collectives, "all_gather_single", lambda out, x, group: out.copy_(torch.cat(next(pieces))))
+    whole = optimizer.state_dict()["parameters"]
+    assert next(pieces, None) is None
+    for name, expected in reference.state_dict()["parameters"].items():
+        assert whole[name].keys() == expected.keys()
+        assert all(whole[name][key].equal(expected[key]) for key in expected)
