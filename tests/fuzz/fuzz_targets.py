@@ -280,7 +280,10 @@ def _read_torch_dist(folder: Path) -> None:
         if saved.dtype in STORED_AS and saved.shape and 0 not in saved.shape:
             target = np.empty(saved.shape, STORED_AS[saved.dtype])
             checkpoint.read_into(target, key, (), range(saved.shape[0]), saved.dtype)
-            checkpoint.read_part(key, (), range(saved.shape[0]), range(saved.shape[-1]))
+            width = saved.shape[1] if len(saved.shape) > 1 else 1
+            if len(saved.shape) < 3:
+                target = np.empty((saved.shape[0], width), STORED_AS[saved.dtype])
+                checkpoint.read_part(target, key, (), range(saved.shape[0]), range(width))
 
 
 _CONFIG: dict[str, Any] = {

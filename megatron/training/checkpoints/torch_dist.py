@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron.core.dist_checkpointing import TensorShard
-from megatron.core.interchange.element_types import STORED_AS, to_torch
+from megatron.core.interchange.element_types import STORED_AS, dtype_name, from_torch, to_torch
 from megatron.core.interchange.folder_kind import is_torch_dist
 from megatron.core.interchange.torch_dist import WEIGHT, CheckpointFolder, ModelKeys, saved_arguments, saved_run
 from megatron.core.models.weight_table import WeightRule
@@ -110,8 +111,12 @@ class _Opened:
         step = max(_PIECE_BYTES // (math.prod(shard.shape[1:]) * STORED_AS[dtype].itemsize), 1)
         for rows, columns, target in shard.parts():
             for start in range(0, len(rows), step):
-                part = self._checkpoint.read_part(key, at, rows[start : start + step], columns)
-                target[start : start + step].copy_(to_torch(part, dtype))
+                piece, inner = target[start : start + step], rows[start : start + step]
+                direct = piece.device.type == "cpu" and dtype_name(piece.dtype) == dtype and piece.is_contiguous()
+                read = from_torch(piece) if direct else np.empty(piece.shape, STORED_AS[dtype])
+                self._checkpoint.read_part(read, key, at, inner, columns)
+                if not direct:
+                    piece.copy_(to_torch(read, dtype))
 
     def _as_saved(self, rule: WeightRule) -> WeightRule:
         """A weight with the vocabulary padding it has there. Raises ValueError if that is of another vocabulary."""

@@ -40,10 +40,12 @@ def test_any_part_is_read_from_any_chunks(tmp_path: Path) -> None:
         rows, columns = (range(*sorted(draw.sample(range(size + 1), 2))) for size in (12, 10))
         at = (draw.randrange(2), draw.randrange(3))
         if name == "vector":
-            found = checkpoint.read_part(name, at[:1], rows, range(1))
+            found = np.empty((len(rows), 1), np.float32)
+            checkpoint.read_part(found, name, at[:1], rows, range(1))
             assert np.array_equal(found[:, 0], VECTOR[at[0], rows.start : rows.stop].numpy())
             continue
-        found = checkpoint.read_part(name, at, rows, columns)
+        found = np.empty((len(rows), len(columns)), np.float32)
+        checkpoint.read_part(found, name, at, rows, columns)
         assert np.array_equal(found, WHOLE[(*at, slice(rows.start, rows.stop), slice(columns.start, columns.stop))])
 
 

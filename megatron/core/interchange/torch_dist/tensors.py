@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.interchange.stored_tensor import StoredTensor, ZipRecords, stored_tensor
 from megatron.core.interchange.torch_archive import Window
@@ -69,27 +67,24 @@ class CheckpointFolder:
                 found.records.verify(found.record_offset)
             before += chunk.place.length
 
-    def read_part(self, key: str, at: tuple[int, ...], rows: range, columns: range) -> Array:
-        """[rows, columns] of the matrix that `key` has at the indices `at` of its leading axes, in its own type.
+    def read_part(self, target: Array, key: str, at: tuple[int, ...], rows: range, columns: range) -> None:
+        """Fills `target` with [rows, columns] of the matrix that `key` has at the indices `at` of its leading axes.
 
-        A vector is a matrix of one column. Checksums are not compared, see `verify`.
+        It is of the type of `key`; a vector is a matrix of one column. Checksums are not compared, see `verify`.
         """
-        target = np.empty((len(rows), len(columns)), STORED_AS[self.dtype(key)])
         for chunk in self._chunks(key, at):
             top, left = (*chunk.offsets[len(at) :], 0)[:2]
             height, width = (*chunk.sizes[len(at) :], 1)[:2]
-            inner = range(max(rows.start, top), min(rows.stop, top + height))
+            down = range(max(rows.start, top), min(rows.stop, top + height))
             across = range(max(columns.start, left), min(columns.stop, left + width))
-            if len(inner) == 0 or len(across) == 0:
+            if len(down) == 0 or len(across) == 0:
                 continue
-            part = replace(self._part(key, chunk, at), records=None).read(range(inner.start - top, inner.stop - top))
-            wanted = part.reshape(len(inner), width)[:, across.start - left : across.stop - left]
-            place = (
-                slice(inner.start - rows.start, inner.stop - rows.start),
-                slice(across.start - columns.start, across.stop - columns.start),
-            )
-            target[place] = wanted
-        return target
+            place = target[down.start - rows.start :, across.start - columns.start :][: len(down), : len(across)]
+            part, inner = replace(self._part(key, chunk, at), records=None), range(down.start - top, down.stop - top)
+            if len(across) == width:
+                part.read_into(place, inner, part.dtype)
+            else:
+                place[...] = part.read(inner).reshape(len(inner), width)[:, across.start - left : across.stop - left]
 
     def _chunks(self, key: str, at: tuple[int, ...]) -> list[Chunk]:
         """Kept, since rows are read a few at a time and a key may have thousands of chunks."""
