@@ -15,7 +15,6 @@ from megatron.core.interchange import (
     Step,
     available_layout,
     find_checkpoint,
-    model_config_from_args,
 )
 from megatron.core.interchange.element_types import Array
 from megatron.core.interchange.folder_kind import is_sharded, is_torch_dist
@@ -31,6 +30,7 @@ from tools.checkpoint.stream import (
     common_dtype,
     describe_training,
     list_some,
+    model_of,
     rows_of,
     with_vocabulary,
 )
@@ -164,7 +164,7 @@ class PerRankSource:
         for ranks in self.layout.ranks():
             stored_args, files[ranks] = self._load(self.folder / self.layout.folder(*ranks) / CHECKPOINT_FILE)
             args = stored_args if ranks == (0, 0, 0) else args
-        model = model_config_from_args(args, true_vocab_size)
+        model = model_of(args, self.folder, true_vocab_size)
         self._experts = model.num_experts // self.layout.expert
         weights = {
             (ranks, chunk): plain_names(file.path, found, self._experts)

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from megatron.core.dist_checkpointing import CheckpointReader
-from megatron.core.interchange import Layout, model_config_from_args
+from megatron.core.interchange import Layout
 from megatron.core.interchange.element_types import Array, cast, dtype_name, from_torch
 from megatron.core.models.mixtral.weights import mixtral_weights
 from megatron.core.models.weight_table import WeightRule
@@ -15,6 +15,7 @@ from tools.checkpoint.stream import (
     common_dtype,
     describe_training,
     list_some,
+    model_of,
     rows_of,
     saved_sizes,
 )
@@ -35,7 +36,7 @@ class ShardedSource:
         args = SimpleNamespace(**self._reader.arguments)
         self.saved_sizes = saved_sizes(args)
         """Tensor-, pipeline- and expert-parallel size of the run that saved it."""
-        model = model_config_from_args(args)  # type: ignore[arg-type]
+        model = model_of(args, folder)  # type: ignore[arg-type]
         found = self._reader.tensors("weight")
         check_counts(model.num_layers, model.num_experts, len(found), folder)
         self.stages = {(0, 0): whole_model(model.num_layers)}

@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from megatron.core.config import ModelConfig
+from megatron.core.interchange import model_config_from_args
 from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
 from megatron.core.models.weight_table import WeightRule
@@ -284,6 +285,14 @@ class Progress:
         )
         line, end = (f"\r{text}   ", "" if share < 1 else "\n") if self._live else (text, "\n")
         print(line, end=end, file=sys.stderr, flush=True)
+
+
+def model_of(args: Namespace, folder: Path, vocab_size: int | None = None) -> ModelConfig:
+    """The model that the arguments stored in a checkpoint describe. Raises ValueError naming the folder."""
+    try:
+        return model_config_from_args(args, vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def describe_training(args: object, model: ModelConfig, dtype: str, folder: Path) -> Description:

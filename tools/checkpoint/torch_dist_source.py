@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from megatron.core.interchange import Layout, Step, model_config_from_args
+from megatron.core.interchange import Layout, Step
 from megatron.core.interchange.element_types import Array
 from megatron.core.interchange.torch_dist import CheckpointFolder, ModelKeys, saved_arguments
 from megatron.core.models.mixtral.weights import mixtral_weights
@@ -14,6 +14,7 @@ from tools.checkpoint.stream import (
     check_counts,
     common_dtype,
     describe_training,
+    model_of,
     rows_of,
     saved_sizes,
     with_vocabulary,
@@ -44,7 +45,7 @@ class TorchDistSource:
         self.saved_sizes = saved_sizes(args)
         """Tensor-, pipeline- and expert-parallel size of the run that saved it."""
         keys = ModelKeys(self._checkpoint)
-        model = model_config_from_args(args, true_vocab_size)
+        model = model_of(args, folder, true_vocab_size)
         check_counts(model.num_layers, model.num_experts, keys.tensors(), folder)
         embedding = keys.key("embedding.word_embeddings.weight")
         padded = self._checkpoint.shape(embedding)[0] if embedding is not None else 0

@@ -127,6 +127,10 @@ def test_a_plugin_of_somebody_else_is_found_by_name(
     namespace, parser = Namespace(), ArgumentParser()
     util.find_plugin("saver", "listing").add_arguments(parser)
     assert parser.parse_args([], namespace).rows == 1000
+    with pytest.raises(
+        ValueError, match=r"no saver 'torch_dist': .* ours are mixtral, mixtral_hf, mixtral_torch_dist$"
+    ):
+        util.find_plugin("saver", "torch_dist")
 
 
 @pytest.mark.slow

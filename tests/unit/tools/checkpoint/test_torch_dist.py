@@ -27,6 +27,7 @@ def write_model(
     tp: int = 2,
     padded: int = 160,
     extra: dict[str, Pieces] | None = None,
+    arguments: dict[str, Any] | None = None,
     common_state: bool = False,
     files: int = 2,
     **options: object,
@@ -48,6 +49,7 @@ def write_model(
         rotary_base=int(config.rotary_base), group_query_attention=True, padded_vocab_size=padded, vocab_size=None,
         kv_channels=config.head_dim, tensor_model_parallel_size=tp, params_dtype=torch.bfloat16,
     )  # fmt: skip
+    vars(args).update(arguments or {})
     args.attention_backend = pytest.approx  # an object of a class that is not plain
     save_torch_dist(folder, {**tensors, **(extra or {})}, args, common_state=common_state, files=files)
 
@@ -146,6 +148,7 @@ def test_what_optimizers_saved_is_left_out(make_model: MakeModel, tmp_path: Path
         ({"norms": {"decoder.final_layernorm.weight": "rng_state"}}, "lacks decoder.final_layernorm.weight"),
         ({"norms": {"linear_fc1.weight": "linear_fc1.weight_w"}, "prefix": "model.module."},
          "holds gate and up apart (model.module.decoder.layers.mlp.experts.experts.linear_fc1.weight_w)"),
+        ({"arguments": {"swiglu": False}}, "iter_0000007: the checkpoint was made with swiglu=False"),
         ({"padded": 100}, "the vocabulary has 150 entries but the embedding 100 rows"),
     ],
 )  # fmt: skip
