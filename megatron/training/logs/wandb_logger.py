@@ -12,7 +12,7 @@ class Logger(PackageLogger):
     package = "wandb"
 
     def _begin(self) -> None:
-        self._handle = self._module.init(
+        self._wandb_run = self._module.init(
             project=self._run.project,
             entity=self._run.entity,
             name=self._run.name,
@@ -23,7 +23,7 @@ class Logger(PackageLogger):
         )
 
     def _log(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        self._handle.log(dict(scalars), step=iteration)
+        self._wandb_run.log(dict(scalars), step=iteration)
 
     def _close(self) -> None:
-        self._handle.finish()
+        self._wandb_run.finish()
