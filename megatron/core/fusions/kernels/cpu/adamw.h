@@ -58,8 +58,9 @@ struct Narrow {
                 const std::uint32_t bits = float_to_bits(from[i]), sign = bits >> 31 << SIGN;
                 const float size = bits_to_float(bits & 0x7fffffff) * inverse;
                 const std::uint32_t narrow = Narrow::from(size < MOST ? size : static_cast<float>(MOST));
-                const std::uint32_t lifted = from[i] > 0.0f && narrow == 0 ? lift : narrow;
-                data[i] = static_cast<T>(lifted | sign);
+                // without branches, which would keep the loop from being vectorized
+                const std::uint32_t lost = static_cast<std::uint32_t>(from[i] > 0.0f) & (narrow == 0 ? lift : 0);
+                data[i] = static_cast<T>(narrow | lost | sign);
             }
         }
     }
