@@ -238,8 +238,12 @@ flags=(
 )
 [[ -z $CHECKPOINT_PATH ]] || flags+=(--load "$CHECKPOINT_PATH" --save "$CHECKPOINT_PATH" --save-interval "$SAVE_INTERVAL")
 ((${#data[@]} == 0)) || flags+=(--data-path "${data[@]}")
-# What docs/memory.md says of them: optimizer shared out, layers computed twice, gradients in 16 bits.
-[[ $MEMORY == "" ]] || flags+=(--use-distributed-optimizer --recompute-granularity full --grad-reduce-in-bf16)
+if [[ $MEMORY == low ]]; then
+    # What docs/memory.md says of them: the optimizer shared out and in 16 bits, layers computed twice.
+    flags+=(--use-distributed-optimizer --recompute-granularity full --grad-reduce-in-bf16)
+    flags+=(--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype fp16)
+    [[ $PRECISION != bf16 ]] || flags+=(--main-params-dtype bf16-remainder)
+fi
 ((EP == 1)) || flags+=(--expert-model-parallel-size "$EP")
 [[ $PRECISION == fp32 ]] || flags+=("--$PRECISION")
 [[ $SEQUENCE_PARALLEL == 0 || $TP == 1 ]] || flags+=(--sequence-parallel)

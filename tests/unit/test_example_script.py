@@ -100,6 +100,9 @@ def test_low_memory_and_experts_on_several_gpus(machine: dict[str, str]) -> None
     arguments, _ = parse_arguments(words[words.index(str(SCRIPT.parent / "pretrain_gpt.py")) + 1 :])
     assert arguments.parallel.expert_model_parallel_size == 8 and arguments.parallel.use_distributed_optimizer
     assert arguments.recompute.recompute_granularity == "full" and arguments.parallel.grad_reduce_in_bf16
+    optimizer = arguments.optimizer
+    kept = optimizer.main_params_dtype, optimizer.exp_avg_dtype, optimizer.exp_avg_sq_dtype
+    assert kept == ("bf16-remainder", "bf16", "fp16")
     refused = run(machine | {"MEMORY": "little"})
     assert refused.returncode == 2 and "MEMORY must be low or empty, got 'little'" in refused.stderr
 

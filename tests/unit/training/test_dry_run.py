@@ -84,7 +84,7 @@ def test_masters_and_moments_in_fewer_bits_are_counted() -> None:
     assert result.optimizer == pytest.approx((2 + 1 + 2 + 2 / 64) * parameters, rel=2e-3)
     # nor does a step hold anything of theirs besides: gradients and moments are read in the types that they have
     plain = _run(parse_arguments([*TINY.split(), "--hidden-size", "256", "--dry-run", "0/1"])[0])
-    assert result.activations == plain.activations
+    assert result.peaks["step"] - result.peaks["build"] == plain.peaks["step"] - plain.peaks["build"]
 
 
 def test_received_rows_are_kept() -> None:
@@ -213,7 +213,8 @@ def test_the_program_prints_the_table(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert lines[0] == "dry run of rank 3 of 4: pipeline 1 of 2, data 0 of 1, context 0 of 1, tensor 1 of 2"
     assert lines[3].startswith("layers 2-3, loss") and lines[9].startswith("total")
     assert [line.split()[0] for line in lines[12:17]] == ["build", "load", "step", "evaluation", "save"]
-    assert [line for line in lines[12:17] if line.endswith("the most, which is judged")] == [lines[14]]
+    # of a model this small, rounding the weights from the masters, a piece at a time, takes more than a step
+    assert [line for line in lines[12:17] if line.endswith("the most, which is judged")] == [lines[13]]
     assert [line.split()[0] for line in lines[-3:]] == ["plus", "in", "fits"]
     assert not torch.distributed.is_initialized()
     with pytest.raises(ValueError, match="without torchrun"):
