@@ -2,19 +2,23 @@
 
 import io
 import multiprocessing
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-# Children are forked from a server that has imported torch once and started no threads.
+# Children are forked from a server that has imported torch and the program once and started no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "distributed_testing"])
+_context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "distributed_testing", "model_testing"])
 
 
 def _child(function: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Any, args: tuple) -> None:
@@ -37,11 +41,21 @@ def _child(function: Callable[..., Any], rank: int, world_size: int, store: str,
     pipe.close()
 
 
+def _start_server() -> None:
+    """Starts the server, unless it runs, with the modules of this process's path.
+
+    Older Pythons' server ignores the path, and leaves what it does not find to be imported by every child.
+    """
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(os.path.abspath, sys.path))):
+        forkserver.ensure_running()
+
+
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Calls `function(rank, world_size, *args)` on every rank; returns the results in rank order.
 
     `function` must be importable. Raises AssertionError with the first failing rank's traceback.
     """
+    _start_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
