@@ -131,6 +131,8 @@ FAULTS = {
     "strided message": (f"{TP2} --dry-run 0/2", r"mappings.py:all_gather_first: .* of strides \(1, "),
 }
 READ = "number read"
+FEWER_LAYERS = "--num-layers 2"
+"""Of the jobs of the default suite; the slow ones have four, in which stages hold several."""
 
 
 def _watch(jobs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
