@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_testing import run_program
 
 from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.interchange import load_torch
@@ -96,9 +97,8 @@ def test_a_run_goes_on_from_its_middle(tmp_path: Path) -> None:
     flags = CASES["pp2_v2_rank_files"].split()
     whole, second = tmp_path / "whole", tmp_path / "second"
     for more in (["--save-interval", "3", "--save", whole], ["--load", whole / "iter_0000003", "--save", second]):
-        result = pretrain(2, *flags, *map(str, more), "--metrics-path", f"{more[-1]}.jsonl")
-        assert result.returncode == 0, result.stderr
-    assert "resumed at iteration 3" in result.stdout
+        output = run_program(2, tmp_path, *FLAGS, *flags, *map(str, more), "--metrics-path", f"{more[-1]}.jsonl")
+    assert "resumed at iteration 3" in output
     lines = _numbers(tmp_path / "whole.jsonl")
     assert len(lines) == 6 and _numbers(tmp_path / "second.jsonl") == lines[3:]
     assert_same_step(second / "iter_0000006", whole / "iter_0000006")
