@@ -44,7 +44,7 @@ test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 verify: $(STAMP) ## every layout, kernels for every GPU, a pretended GPU, every parser against damage (about an hour on two cores)
-	$(BIN)/python -m pytest -m 'not gpu' tests/distributed tests/kernels tests/pretended tests/fuzz $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' tests/conformance tests/distributed tests/kernels tests/pretended tests/fuzz $(ARGS)
 
 test-all: $(STAMP) ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)

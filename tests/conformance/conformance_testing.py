@@ -31,9 +31,9 @@ errors: list[tuple[float, float]] = []
 GPU_FORMS = ["library", "triton"] if HAS_TRITON else ["library"]
 
 
-def form_parameters() -> list[object]:
+def form_parameters() -> list[Any]:
     """(form, dtype) of everything that can run on a CPU, and what needs a GPU marked so."""
-    made: list[object] = [
+    made: list[Any] = [
         pytest.param(form, dtype, "cpu", id=f"{form}-{str(dtype).removeprefix('torch.')}")
         for form, dtypes in FORMS.items()
         for dtype in dtypes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_testing import run_program
 
 from megatron.core.dist_checkpointing import CheckpointReader
 from megatron.core.interchange import load_torch
@@ -84,12 +85,27 @@ CASES = {
     "ep2_async": f"{EP2} --ckpt-format sharded --async-save --save-interval 1",
     "zero2_async": f"{ZERO} --ckpt-format sharded --async-save --save-interval 2",
 }
-QUICK = {"pp2_v2_rank_files"}
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
-)
+def _numbers(metrics: Path) -> list[str]:
+    """The lines of a metrics file up to what was measured with a clock."""
+    return [line.partition(', "tokens_per_second"')[0] for line in metrics.read_text().splitlines()]
+
+
+def test_a_run_goes_on_from_its_middle(tmp_path: Path) -> None:
+    """One half of a restart, in two jobs instead of three: a run that went on is continued from its third step."""
+    flags = CASES["pp2_v2_rank_files"].split()
+    whole, second = tmp_path / "whole", tmp_path / "second"
+    for more in (["--save-interval", "3", "--save", whole], ["--load", whole / "iter_0000003", "--save", second]):
+        output = run_program(2, tmp_path, *FLAGS, *flags, *map(str, more), "--metrics-path", f"{more[-1]}.jsonl")
+    assert "resumed at iteration 3" in output
+    lines = _numbers(tmp_path / "whole.jsonl")
+    assert len(lines) == 6 and _numbers(tmp_path / "second.jsonl") == lines[3:]
+    assert_same_step(second / "iter_0000006", whole / "iter_0000006")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_restart_changes_nothing(tmp_path: Path, case: str) -> None:
     whole = ["--save", str(tmp_path / "whole"), "--metrics-path", str(tmp_path / "whole.jsonl")]
     halves = ["--save", str(tmp_path / "halves"), "--load", str(tmp_path / "halves")]
@@ -98,13 +114,8 @@ def test_a_restart_changes_nothing(tmp_path: Path, case: str) -> None:
         result = pretrain(2, *CASES[case].split(), *flags)
         assert result.returncode == 0, result.stderr
     assert "resumed at iteration 3" in result.stdout
-
-    def numbers(name: str) -> list[str]:
-        lines = (tmp_path / name).read_text().splitlines()
-        return [line.partition(', "tokens_per_second"')[0] for line in lines]
-
-    assert len(numbers("whole.jsonl")) == 6
-    assert numbers("whole.jsonl") == numbers("halves.jsonl")
+    lines = _numbers(tmp_path / "whole.jsonl")
+    assert len(lines) == 6 and _numbers(tmp_path / "halves.jsonl") == lines
     assert_same_step(tmp_path / "halves" / "iter_0000006", tmp_path / "whole" / "iter_0000006")
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pretrain_gpt
 from megatron.core.config import DataConfig
 from megatron.core.datasets.description import DatasetDescription, file_sha256
 from megatron.core.datasets.indexed_dataset_writer import IndexedDatasetWriter
 from megatron.core.tokenizers.null_tokenizer import NullTokenizer
+from megatron.training import training
 from megatron.training.config import TrainingConfig
+from megatron.training.environment import Environment
 from tools import data
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -130,8 +133,10 @@ def test_show(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "N is how many documents to show, at least 1" in capsys.readouterr().err
 
 
-def test_training_finds_the_indices_that_were_built_ahead(dataset: str, tmp_path: Path) -> None:
-    """In processes of their own: neither torch.distributed nor a tokenizer is needed to build."""
+def test_training_finds_the_indices_that_were_built_ahead(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built in a separate process: neither torch.distributed nor a tokenizer is needed for that."""
     other = str(tmp_path / "other")
     with IndexedDatasetWriter(other, "uint16") as writer:
         for _ in range(30):
@@ -156,11 +161,9 @@ def test_training_finds_the_indices_that_were_built_ahead(dataset: str, tmp_path
         "--tokenizer-type NullTokenizer --vocab-size 100 --exit-interval 1"
     )
     Path(f"{other}.json").unlink(missing_ok=True)
-    result = subprocess.run(
-        [sys.executable, "pretrain_gpt.py", *shape.split(), *shlex.split(flags)],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *shape.split(), *shlex.split(flags)])
+    alone = Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    training._pretrain(alone, pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == built
 
 

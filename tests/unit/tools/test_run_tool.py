@@ -1,6 +1,7 @@
 """What all tools have in common: their command line, and how they end."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,19 @@ TOOLS = [path for path, text in SCRIPTS.items() if "ArgumentParser(" in text]
 STARTED_BY_TOOLS = [path for path in SCRIPTS if path not in TOOLS and path.name != "launch.py"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [*STARTED_BY_TOOLS, *(pytest.param(path, marks=pytest.mark.slow) for path in SCRIPTS if path in TOOLS)],
-    ids=lambda path: path.name,
-)
+@pytest.mark.parametrize("path", STARTED_BY_TOOLS, ids=lambda path: path.name)
+def test_what_tools_start_says_what_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    output, error = capsys.readouterr()
+    assert (ended.value.code, error) == (0, "") and output.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_says_what_it_is(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(path), "--help"]
     done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -16,6 +16,11 @@ from megatron.training.checkpoints.steps import remove_leftovers
 QUICK = {"interval": 0.1, "patience": 2.0}
 
 
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_POLL", 0.05)
+
+
 def _hold(folder: str, ready: object, boot: str | None) -> None:
     if boot is not None:
         folder_lock._boot = lambda: boot  # type: ignore[assignment]

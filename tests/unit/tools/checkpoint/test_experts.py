@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,12 @@ import pytest
 import torch
 from conversion_testing import MakeModel, disk_tensors
 
+import pretrain_gpt
 from megatron.core.interchange.element_types import Array
 from megatron.core.models.weight_table import WeightRule
 from megatron.core.transformer.moe import experts as experts_module
+from megatron.training import training
+from megatron.training.environment import Environment
 from tools.checkpoint import loader_mistral_hf, util, verify
 from tools.checkpoint.stream import CHUNK_BYTES
 from tools.checkpoint.upcycling_check import check_logits
@@ -67,7 +69,9 @@ def test_the_busiest_experts_are_kept(make_model: MakeModel, tmp_path: Path) -> 
     _assert_kept(source, tmp_path / "hf2", [[0, 5, 6, 7], [0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 4, 6]])
 
 
-def test_the_busiest_experts_of_a_training_run(make_model: MakeModel, tmp_path: Path) -> None:
+def test_the_busiest_experts_of_a_training_run(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run's own statistic and checkpoint, against a choice made by hand."""
     model = make_model(experts=8)
     rope = json.loads((model / "config.json").read_text())["rope_parameters"]["rope_theta"]
@@ -77,10 +81,9 @@ def test_the_busiest_experts_of_a_training_run(make_model: MakeModel, tmp_path: 
         "--tokenizer-type NullTokenizer --mock-data --micro-batch-size 2 --train-iters 4 --lr 0.01 --eval-interval 0 "
         f"--bf16 --device cpu --save '{tmp_path}/run' --metrics-path '{tmp_path}/log' --moe-per-layer-logging"
     )
-    root = Path(__file__).resolve().parents[4]
-    subprocess.run(
-        [sys.executable, str(root / "pretrain_gpt.py"), *shlex.split(flags)], check=True, capture_output=True
-    )
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *shlex.split(flags)])
+    alone = Environment(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    training._pretrain(alone, pretrain_gpt.model_provider, pretrain_gpt.datasets_provider, pretrain_gpt.forward_step)
     steps = [json.loads(line)["tokens_per_expert"] for line in (tmp_path / "log").read_text().splitlines()]
     load = np.array(steps).sum(axis=0)
     assert load.shape == (4, 8) and load.sum() == 4 * 4 * 2 * 16 * 2  # layers, steps, sequences, tokens, experts each
