@@ -20,6 +20,7 @@ LAYOUTS = {
     "continue_from_hugging_face.sh": (4, 2, 4, 8),
     "laptop.sh": (2, 1, 4, 2),
     "mixtral_8x7b_16_gpus.sh": (4, 4, 8, 16),
+    "mixtral_8x7b_8_gpus.sh": (1, 1, 8, 8),
     "one_gpu.sh": (1, 1, 8, 1),
     "slurm.sbatch": (4, 4, 8, 16),
     "upcycle.sh": (4, 2, 4, 8),

@@ -31,7 +31,8 @@ struct Narrow {
     static void read(const Stored& from, long begin, long count, float* to) {
         const T* data = static_cast<const T*>(from.data) + begin;
         for (long start = 0; start < count; start += SCALED) {
-            const float scale = bits_to_float(static_cast<std::uint32_t>(from.exponents[(begin + start) / SCALED]) << 23);
+            const std::uint32_t exponent = from.exponents[(begin + start) / SCALED];
+            const float scale = bits_to_float(exponent << 23);
             const long end = std::min(count, start + SCALED);
             SIMD for (long i = start; i < end; i++) {
                 const std::uint32_t bits = data[i], sign = bits >> SIGN << 31;

@@ -1,13 +1,13 @@
 // Causal attention with grouped heads (arXiv:2307.08691), for one instruction set; included once for each, after its
-// products, inside its namespace. Sums are float32, and so is what products take, but for bfloat16 where tiles multiply:
-// there probabilities and the gradients of scores are rounded to it, as other fused kernels do.
+// products, inside its namespace. Accumulation and the products' operands are float32, except for bfloat16 on AMX:
+// there probabilities and the gradients of scores are rounded to bfloat16, as in other fused kernels.
 //
 // A task works on QUERY_ROWS queries of a head and all keys before them, so that nothing of size S x S is made and the
-// softmax needs no second pass. The backward pass makes the probabilities again from the log-sum-exp.
+// softmax needs no second pass. The backward pass recomputes the probabilities from the log-sum-exp.
 
 constexpr long QUERY_ROWS = 96;
 
-// Rows as the products take them: where they are, or converted into `space`.
+// Rows in the products' operand type: used in place, or converted into `space`.
 template <class To>
 inline Operand<To> as_operand(const To* rows, long stride, long, long, To*) {
     return {rows, stride, 1};
@@ -50,7 +50,7 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
             as_operand(shape.key.row(key, sample, group, 0), shape.key.position, keys, width, space += rows * width);
         const auto v = as_operand(shape.value.row(value, sample, group, 0), shape.value.position, keys, width,
                                   space += keys * width);
-        multiply_here(q, k.turned(), scores, keys, rows, width, keys, 0.0f);
+        multiply_here(q, k.transposed(), scores, keys, rows, width, keys, 0.0f);
         for (long row = 0; row < rows; row++)
             softmax_row(scores + row * keys, first + row + 1, keys, scale, logsumexp[pair * length + first + row]);
         const auto p = as_operand(scores, keys, rows, keys, space + keys * width);
@@ -62,8 +62,8 @@ void attention(const T* query, const T* key, const T* value, T* out, float* logs
     });
 }
 
-// Gradients of query, and of key and value for each query head by itself: [batch, heads, length, width], the last two
-// in float32 and zero before.
+// Gradients of query, and of key and value separately for each query head: [batch, heads, length, width], the last two
+// in float32; they are accumulated into and must be zero on entry.
 template <class T>
 void attention_backward(const T* grad, const T* query, const T* key, const T* value, const T* out,
                         const float* logsumexp, T* grad_query, float* grad_key, float* grad_value,
@@ -90,8 +90,8 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
             const auto q =
                 as_operand(shape.query.row(query, sample, head, first), shape.query.position, rows, width, query_space);
             const auto g = as_operand(upstream, shape.grad.position, rows, width, grad_space);
-            multiply_here(q, k.turned(), probs, keys, rows, width, keys, 0.0f);
-            multiply_here(g, v.turned(), grads, keys, rows, width, keys, 0.0f);
+            multiply_here(q, k.transposed(), probs, keys, rows, width, keys, 0.0f);
+            multiply_here(g, v.transposed(), grads, keys, rows, width, keys, 0.0f);
             for (long row = 0; row < rows; row++) {
                 const T* o = shape.out.row(out, sample, head, first + row);
                 const T* upstream_row = upstream + row * shape.grad.position;
@@ -112,8 +112,8 @@ void attention_backward(const T* grad, const T* query, const T* key, const T* va
             }
             const auto p = as_operand(probs, keys, rows, keys, probs_space);
             const auto ds = as_operand(grads, keys, rows, keys, grads_space);
-            multiply_here(p.turned(), g, dv, width, keys, rows, width, 1.0f);
-            multiply_here(ds.turned(), q, dk, width, keys, rows, width, 1.0f);
+            multiply_here(p.transposed(), g, dv, width, keys, rows, width, 1.0f);
+            multiply_here(ds.transposed(), q, dk, width, keys, rows, width, 1.0f);
             multiply_here(ds, k, dq, width, rows, keys, width, 0.0f);
             for (long row = 0; row < rows; row++) {
                 T* to = grad_query + (pair * length + first + row) * width;

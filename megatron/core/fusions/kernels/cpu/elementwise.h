@@ -1,4 +1,4 @@
-// Everything that is no product, for one instruction set; included once for each, inside its namespace.
+// All operations other than matrix products, for one instruction set; included once for each, inside its namespace.
 //
 // Elements are float32 or bfloat16 in memory and float32 in between. Every sum has one order, whatever the number of
 // threads: rows are summed by themselves, and sums over rows are made of pieces of a fixed size.
@@ -35,7 +35,7 @@ inline float exponential(float x) {
     return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : y;
 }
 
-// exponentials = exp(scale (x - the largest x)), which may take the place of x; also the largest x and their sum.
+// exponentials = exp(scale (x - the largest x)), which may alias x; also the largest x and their sum.
 template <class T>
 inline void softmax_parts(const T* x, float* exponentials, long count, float scale, float& largest, float& total) {
     float most = -INFINITY, sum = 0.0f;
@@ -102,7 +102,7 @@ void gather(const T* x, const std::int64_t* pairs, T* y, long rows, long width, 
     });
 }
 
-// Row t of x is the sum of the rows rows_TK[t] of y; negative ones do not count.
+// Row t of x is the sum of the rows rows_TK[t] of y; negative indices are skipped.
 template <class T>
 void combine(const T* y, const std::int64_t* rows_TK, T* x, long tokens, long width, long top_k, int threads) {
     for_each_piece(tokens, width, PIECE, threads, [=](long begin, long end) {
@@ -152,7 +152,7 @@ void rms_norm_backward(const T* grad, const T* x, const T* weight, const float* 
     const long pieces = (rows + piece_rows - 1) / piece_rows;
     for_each_task(pieces, threads, [=](long piece) {
         float* grad_weight = partial + piece * width;
-        const T* w = weight;  // else GCC reads it again for each element, and makes no vectors
+        const T* w = weight;  // local copy: otherwise GCC reloads it per element and does not vectorize
         for (long row = piece * piece_rows; row < std::min(rows, (piece + 1) * piece_rows); row++) {
             const T *in = x + row * width, *upstream = grad + row * width;
             T* out = grad_x + row * width;
@@ -181,7 +181,7 @@ void softmax_statistics(T* logits, const std::int64_t* ids, float* largest, floa
         for (long row = begin; row < end; row++) {
             T* in = logits + row * stride;
             target[row] = ids[row] >= 0 && ids[row] < columns ? load(in + ids[row]) : 0.0f;
-            // kept beside the row, where 16 bits would round them twice
+            // kept in a float32 buffer: stored in the row, 16 bits would round them twice
             softmax_parts(in, exponentials, columns, 1.0f, largest[row], total[row]);
             const float scale = 1.0f / total[row];
             SIMD for (long i = 0; i < columns; i++) store(in + i, exponentials[i] * scale);
@@ -189,7 +189,8 @@ void softmax_statistics(T* logits, const std::int64_t* ids, float* largest, floa
     });
 }
 
-// (softmax of all columns - one hot) * grad, from the softmax of these; 0 in the columns that are padding.
+// (softmax over the whole vocabulary - one-hot) * grad, from the softmax over this rank's columns; 0 in the columns
+// that are padding.
 template <class T>
 void softmax_gradient(T* softmax, const float* own_logsumexp, const std::int64_t* ids, const float* logsumexp,
                       const float* grad, long rows, long width, long columns, int threads) {

@@ -1,6 +1,6 @@
 // The operations of megatron.core.fusions for CPUs, compiled for several instruction sets: the best that the processor
 // has is taken when the module is loaded. Tensors come as addresses, shapes and strides, so that torch is not needed to
-// build this; wrapper.py beside this file checks them.
+// build this; wrapper.py next to this file checks them.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,7 +20,7 @@
 // GCC compiles what lies between push and pop for these instructions; other compilers get the plain set alone.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_WIDE_SETS 1
-#define HAS_TILES (__GNUC__ >= 11)  // older ones do not know them
+#define HAS_TILES (__GNUC__ >= 11)  // AMX needs GCC 11
 #if HAS_TILES
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
@@ -29,7 +29,7 @@
 namespace native::amx {
 constexpr int WIDTH = 16, ROWS = 6, VECTORS = 4;
 template <class T>
-using Element = T;  // what the products of attention take for operands of type T
+using Element = T;  // operand type of the attention products for tensors of type T
 #include "elementwise.h"
 #include "adamw.h"
 #include "products.h"

@@ -18,7 +18,8 @@ inline Parallel torch_parallel() {
     return found;
 }
 
-// Calls work(task) for all tasks in [0, tasks), each once, in no order. Which thread does a task changes nothing.
+// Calls work(task) for all tasks in [0, tasks), each once, in unspecified order; results must not depend on which
+// thread runs a task.
 template <class Work>
 void for_each_task(long tasks, int threads, const Work& work) {
     struct Shared {

@@ -1,8 +1,9 @@
 // Products of float32 matrices for one instruction set; included once for each, inside its namespace.
 //
-// A task makes a tile of C. It packs B into panels of VECTORS vectors a step of the inner axis, and takes A as it is
-// where its rows run along the inner axis (else it packs A as well); the micro-kernel then keeps ROWS x VECTORS vectors
-// of C in registers while it goes along the inner axis (Goto and van de Geijn, doi:10.1145/1356052.1356053).
+// A task computes a tile of C. It packs B into panels of VECTORS vectors per step of the inner axis, and reads A in
+// place if its rows are contiguous along the inner axis (otherwise A is packed as well); the micro-kernel then keeps
+// ROWS x VECTORS vectors of C in registers while it goes along the inner axis (Goto and van de Geijn,
+// doi:10.1145/1356052.1356053).
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -10,7 +11,7 @@ constexpr long PANEL = WIDTH * VECTORS;
 // Inner steps between two visits of a tile of C. With the values below, what a task reads again and again fits a
 // second-level cache of 1 MB; all were chosen by measuring.
 constexpr long MAX_INNER = 512;
-// A tile at most, where A is taken as it is, and where it is packed, which many columns are to repay.
+// The largest tile if A is read in place, and if it is packed (wider, to amortize the packing).
 constexpr long DIRECT_ROWS = 384, DIRECT_COLUMNS = 2 * PANEL;
 constexpr long PACKED_ROWS = 256, PACKED_COLUMNS = 512 / PANEL * PANEL;
 
@@ -167,7 +168,8 @@ inline void make_tile(const Product<float, float>& p, long row, long rows, long 
     const long row_blocks = (rows + ROWS - 1) / ROWS * ROWS;
     float* panel = buffer.floats(longest * PANEL + (direct ? 0 : longest * row_blocks));
     float* packed_rows = panel + longest * PANEL;
-    const long blocks = std::max(1L, (p.inner + MAX_INNER - 1) / MAX_INNER);  // of nothing it is beta * C
+    // at least one, so that inner == 0 gives beta * C
+    const long blocks = std::max(1L, (p.inner + MAX_INNER - 1) / MAX_INNER);
     for (long block = 0; block < blocks; block++) {
         const long k = p.inner * block / blocks, inner = p.inner * (block + 1) / blocks - k;
         const float beta = block ? 1.0f : p.beta;

@@ -1,21 +1,22 @@
 // Products of bfloat16 matrices on a processor with tile registers (Intel AMX: x86's tdpbf16ps), sums in float32.
 //
 // A tile register holds 16 rows of 64 bytes. C's holds 16 x 16 sums; A's 16 rows of 32 elements of the inner axis; B's
-// the same 32 as 16 rows of pairs, one pair for each of 16 columns. Seen as numbers of 32 bits, a pair each, a tile of
-// B is a tile of A turned. Eight registers make a block of 32 x 32 sums: 4 for them, 2 for A and 2 for B. Denormal numbers
-// of A and B count as zero, and so do those that bfloat16 is rounded from.
+// the same 32 as 16 rows of pairs, one pair for each of 16 columns. As 32-bit elements (one pair each), a
+// tile of B is a transposed tile of A. Eight registers make a block of 32 x 32 sums: 4 for them, 2 for A and 2 for B.
+// Denormal numbers of A and B count as zero, and denormal sums are flushed to zero when rounded to bfloat16.
 //
 // A task makes some blocks of C. It packs B, 32 columns at a time, into tiles that lie one after another; A is taken as
 // it is where its rows run along the inner axis and whole tiles are there, else its tiles are packed as well.
 
 constexpr long TILE = 16, STEP = 32, BLOCK = 2 * TILE;
 constexpr long TILE_ELEMENTS = TILE * STEP, BLOCK_ELEMENTS = BLOCK * BLOCK;
-// Of a task, so that the parts of A, B and C that it returns to fit a second-level cache of 2 MB; by measuring.
+// Tile sizes of a task, tuned so that the parts of A, B and C that are reused fit a second-level cache of 2 MB.
 constexpr long TILED_ROWS = 512, TILED_COLUMNS = 512, TILED_INNER = 512;
-// Outputs of so many bytes in all are written past the caches, which then need not read first what they replace.
+// Outputs of at least this many bytes in all are written by non-temporal stores, which avoid the read for ownership.
 constexpr long STREAMED_BYTES = 1 << 20;
 
-// Configures all registers of this thread as tiles of 16 rows of 64 bytes while it lives, then again as they were.
+// Configures all registers of this thread as tiles of 16 rows of 64 bytes for its lifetime, and restores the previous
+// configuration.
 class TileRegisters {
 public:
     TileRegisters() {
@@ -41,7 +42,7 @@ private:
     }
 };
 
-// 16 lines of 32 elements of the inner axis, lines of A or of B turned, as a tile of A, or of B with PAIRS.
+// 16 lines of 32 elements of the inner axis, lines of A or of B transposed, as a tile of A, or of B with PAIRS.
 template <bool PAIRS>
 inline void pack_tile(const Operand<BFloat16>& from, BFloat16* packed) {
     Vector rows[TILE];
@@ -103,7 +104,7 @@ public:
         of_row_ = ((along ? inner : lines) * static_cast<long>(sizeof(BFloat16)) + 63) / 64;
         lines_ = rows * of_row_;
     }
-    // So many lines a time, that all are fetched after `times`.
+    // Prefetches enough lines per call to cover all of them in `times` calls.
     void spread_over(long times) { count_ = (lines_ + times - 1) / std::max(1L, times); }
     void fetch() {
         for (const long end = std::min(lines_, line_ + count_); line_ < end; line_++)
@@ -212,7 +213,7 @@ private:
     void make_part(long part, float* sums, BFloat16* packed_b, BFloat16* packed_a) const {
         const long k = part * TILED_INNER, inner = std::min(TILED_INNER, p_.inner - k);
         const long steps = (inner + STEP - 1) / STEP;
-        const Operand<BFloat16> a = p_.a.from(row_, k), b = p_.b.from(k, column_).turned();
+        const Operand<BFloat16> a = p_.a.from(row_, k), b = p_.b.from(k, column_).transposed();
         std::vector<TileRows> tiles;
         for (long block = 0; block < row_blocks_; block++) {
             const Operand<BFloat16> from = a.from(block * BLOCK, 0);

@@ -37,11 +37,11 @@ struct Operand {
     Operand from(long row, long column) const {
         return {data + row * row_stride + column * column_stride, row_stride, column_stride};
     }
-    Operand turned() const { return {data, column_stride, row_stride}; }
+    Operand transposed() const { return {data, column_stride, row_stride}; }
 };
 
-// C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta 0 nothing of C counts, NaN included. In
-// bfloat16 one stride of A and one of B must be 1.
+// C = beta * C + A B, with A [rows, inner] and B [inner, columns]; with beta = 0, C is not read, so a NaN
+// in it does not propagate. In bfloat16 one stride of A and one of B must be 1.
 template <class T, class Out>
 struct Product {
     Operand<T> a, b;
