@@ -4,6 +4,7 @@ Tests and the programs that they start find the same signals and umask however t
 the background, whose shell has them ignore interrupts.
 """
 
+import gc
 import os
 import signal
 
@@ -32,3 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays until the end: no garbage collection of a test needs to go through it."""
+    gc.collect()
+    gc.freeze()
