@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from tools.doctor_checks import folder, hardware, network, software
 from tools.doctor_checks.finding import Finding, ok, problem, warning
-from tools.run_tool import parsed, positive, run_tool
+from tools.run_tool import parsed, positive, run_tool, tool_parser
 
 _PATIENCE = timedelta(seconds=120)
 _CLOCKS_APART = 5.0
@@ -117,7 +117,7 @@ def examine(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Looks at this machine, or at all of a job."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument(
         "--folder", default=".", help="where checkpoints are to go; 256 MiB are written there for a moment"
     )

@@ -7,10 +7,14 @@ Example:
   python tools/benchmarks/memory_table.py --models 8x7B --gpus 8 16
 """
 
-import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.run_tool import parsed, positive, run_tool, tool_parser
 
 PROGRAM = Path(__file__).resolve().parents[2] / "pretrain_gpt.py"
 SEVEN = "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --num-query-groups 8"
@@ -40,21 +44,23 @@ def row(model: str, gpus: int, memory: float) -> str:
     return f"{model:5} on {gpus:2} GPUs  {need:>10} GiB  {flags}".rstrip()
 
 
-def main() -> None:
+def table(models: Sequence[str], gpus: Sequence[int], memory: float) -> None:
     """Prints the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for model in models:
+        for number in gpus:
+            print(f"{model} on {number} GPUs ...", file=sys.stderr, flush=True)
+            print(row(model, number, memory), flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table."""
+    parser = tool_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--gpus", nargs="+", type=int, default=[4, 8, 16, 64], help="numbers of GPUs")
+    parser.add_argument("--gpus", nargs="+", type=positive, default=[4, 8, 16, 64], help="numbers of GPUs")
     parser.add_argument("--memory", type=float, default=80.0, help="GiB of a GPU (default: 80)")
-    arguments = parser.parse_args()
-    for model in arguments.models:
-        for gpus in arguments.gpus:
-            print(f"{model} on {gpus} GPUs ...", file=sys.stderr, flush=True)
-            try:
-                print(row(model, gpus, arguments.memory), flush=True)
-            except ValueError as error:
-                sys.exit(f"error: {error}")
+    args = parsed(parser, argv)
+    return run_tool(lambda: table(args.models, args.gpus, args.memory))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
