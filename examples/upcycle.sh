@@ -8,13 +8,13 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 : "${HF:?name the folder of the dense Mistral}" "${WORK:?name a folder for checkpoints}"
-export TP="${TP:-4}" PP="${PP:-2}" NUM_EXPERTS="${NUM_EXPERTS:-4}"
+export TP="${TP:-4}" PP="${PP:-2}" EP="${EP:-1}" NUM_EXPERTS="${NUM_EXPERTS:-4}"
 python="$here/.venv/bin/python"
 [[ -x $python ]] || python=python
 
 convert=("$python" "$here/tools/checkpoint/util.py" --loader mistral_hf --saver mixtral --load-dir "$HF"
     --save-dir "$WORK/checkpoints" --num-experts "$NUM_EXPERTS" --expert-noise "${EXPERT_NOISE:-0.001}"
-    --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP")
+    --target-tensor-parallel-size "$TP" --target-pipeline-parallel-size "$PP" --target-expert-parallel-size "$EP")
 if [[ ! -e $WORK/checkpoints/latest_checkpointed_iteration.txt ]]; then
     printf '%q ' "${convert[@]}"
     echo
