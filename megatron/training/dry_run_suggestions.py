@@ -38,7 +38,7 @@ FREE = (
 )
 """What changes neither numbers nor time: taken wherever it saves something."""
 CHANGES = (
-    (Change(_SHORT_MOMENTS, "moments rounded to bfloat16"),),
+    (Change(_SHORT_MOMENTS, "moments rounded to 16 bits"),),
     (Change({"micro_batch_size": 1}, "smaller products"),),
     (
         Change(_SELECTIVE, "attention computed twice"),
