@@ -43,6 +43,9 @@ _MULTIPROCESSORS = 132
 _MAX_GRID = (2**31 - 1, 65535, 65535)
 _WATCHERS = {live_memory.__file__, collectives.__file__, waiting.__file__, __file__}
 
+SNAPSHOT = "core/dist_checkpointing/writer.py:snapshot"
+"""The copies of --async-save, which a step waits for."""
+
 
 class Wait(NamedTuple):
     """The host waits until the device has done everything before."""
@@ -85,7 +88,7 @@ class PretendedGPU(LiveMemory):
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self.stream = self.default_stream = Stream(self)
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Any] = {}
 
     def start(self) -> None:
         """Resets the counts."""
@@ -163,12 +166,14 @@ class PretendedGPU(LiveMemory):
         """Whether the host goes on: between types it would convert in memory that is not pinned."""
         host = source if self.holds(target) else target
         pinned = host.untyped_storage().data_ptr() in self._pinned
-        assert not pinned or self.stream is not self.default_stream, f"{place()}: a copy that holds up the device"
+        apart = self.stream is not self.default_stream or place() == SNAPSHOT
+        assert not pinned or apart, f"{place()}: a copy that holds up the device"
         return non_blocking and pinned and target.dtype == source.dtype
 
     def pin(self, tensor: Tensor) -> Tensor:
-        """Marks memory of the host as pinned, for good."""
-        self._pinned.add(tensor.untyped_storage().data_ptr())
+        """Marks memory of the host as pinned, and keeps it, so that no other tensor comes to lie there."""
+        storage = tensor.untyped_storage()
+        self._pinned[storage.data_ptr()] = storage
         return tensor
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -113,7 +113,7 @@ def watch_phases(flags: list[str]) -> list[str]:
     arguments, _ = parse_arguments(flags)
     with pretended_gpu() as gpu, tempfile.TemporaryDirectory() as folder:
         counter = PhaseCounter(arguments, ProcessGroups(), DEVICE, gpu)
-        formats = ("torch_dist", False), ("torch_dist", True), ("torch", False)
+        formats = ("sharded", False), ("sharded", True), ("torch", False)
         counted = count_phases(counter, lambda: batches_without_values(arguments, DEVICE), Path(folder), formats)
     return problems(counted, dry_run(arguments, pretrain_gpt.model_provider, pretrain_gpt.forward_step))
 

