@@ -37,11 +37,11 @@ def texts_of_line(line: bytes, keys: list[str]) -> list[str]:
         strict = False
     if type(document) is not dict:
         raise BadDocument(NOT_AN_OBJECT, f"a JSON object is expected on each line, this is {_kind(document)}")
-    try:
-        texts = [document[key] for key in keys]
-    except KeyError as error:
-        names = ", ".join(map(repr, list(document)[:10])) or "none"
-        raise BadDocument("missing key", f"no key {error.args[0]!r}; its keys are {names}") from None
+    for key in keys:
+        if key not in document:
+            names = ", ".join(map(repr, list(document)[:10])) or "none"
+            raise BadDocument("missing key", f"no key {key!r}; its keys are {names}")
+    texts = [document[key] for key in keys]
     check_texts(texts, keys)
     if not strict:  # the standard library lets halves of surrogate pairs pass, orjson does not
         for key, text in zip(keys, texts):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,8 @@ class BadLines:
 
     def __init__(self) -> None:
         self.lines, self.bytes, self.blank, self.blank_bytes = 0, 0, 0, 0
+        self.is_full = False
+        """Whether more lines are not listed one by one."""
         self._listed: list[Bad] = []
         self._others: dict[str, Bad] = {}
 
@@ -72,16 +75,12 @@ class BadLines:
         self.bytes += size
         if not self.is_full:
             self._listed.append(Bad(line, *fault, lines))
+            self.is_full = len(self._listed) >= _MOST_LISTED
         elif fault.reason in self._others:
             first = self._others[fault.reason]
             self._others[fault.reason] = first._replace(line=min(first.line, line), lines=first.lines + lines)
         else:
             self._others[fault.reason] = Bad(line, *fault, lines)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether more lines are not listed one by one."""
-        return len(self._listed) >= _MOST_LISTED
 
     def entries(self) -> list[Bad]:
         """What is listed of them, in order."""
@@ -129,6 +128,14 @@ class Documents(NamedTuple):
     cut: bool
 
 
+@dataclass(slots=True)
+class _Unlisted:
+    line: int
+    fault: Fault
+    lines: int = 0
+    bytes: int = 0
+
+
 def read_documents(block: Block, keys: list[str]) -> Documents:
     """The documents of a block."""
     rows: list[tuple[int, list[str]]] = []
@@ -142,8 +149,8 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
         return Documents(rows, bad, max(len(block.columns[0]) if block.columns else 0, 1), None, False)
     lines = lines_of(block)
     faults: dict[bytes | int, Fault] = {}  # of each line that is no document: where they are many they are alike
-    unlisted: dict[bytes | int, list[int]] = {}  # blank ones, and bad ones when many are listed: the first, how many
-    number = 0
+    unlisted: dict[str, _Unlisted] = {}  # blank ones, and bad ones when many are listed, by reason
+    number, total = 0, len(lines.lines)
     for line, equal in itertools.groupby(lines.lines):
         count = len(list(equal))
         if line not in faults:
@@ -152,14 +159,19 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
                 rows += [(each, texts) for each in range(number, number + count)]
             except BadDocument as error:
                 faults[line] = Fault(error.reason, error.detail)
-        if line in faults:
-            if (faults[line].reason == BLANK or bad.is_full) and number + count < len(lines.lines):
-                unlisted.setdefault(line, [number, 0])[1] += count
+        fault = faults.get(line)
+        if fault is not None:
+            if number + count < total and (bad.is_full or fault.reason == BLANK):
+                many = unlisted.get(fault.reason)
+                if many is None:
+                    many = unlisted[fault.reason] = _Unlisted(number, fault)
+                many.lines += count
+                many.bytes += (line if isinstance(line, int) else len(line) + 1) * count
             else:
-                bad.add(number, faults[line], count, lines.size(number, count))
+                bad.add(number, fault, count, lines.size(number, count))
         number += count
-    for line, (first, count) in unlisted.items():
-        bad.add(first, faults[line], count, (line if isinstance(line, int) else len(line) + 1) * count)
+    for many in unlisted.values():
+        bad.add(many.line, many.fault, many.lines, many.bytes)
     last = lines.lines[-1] if lines.lines else b""
     cut = not lines.ends and last in faults and ends_within_a_line(last, faults[last].reason)
     return Documents(rows, bad, number, lines, cut)
