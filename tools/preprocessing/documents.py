@@ -16,9 +16,15 @@ ONE_A_LINE = "each line must be a JSON object, so write arrays and indented file
 class BadDocument(ValueError):
     """A line that cannot be used: `reason` is one of a few kinds to count by, `detail` says more."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    @property
+    def reason(self) -> str:
+        """One of a few kinds."""
+        return str(self.args[0])
+
+    @property
+    def detail(self) -> str:
+        """More than the kind, or nothing."""
+        return str(self.args[1]) if len(self.args) > 1 else ""
 
 
 def texts_of_line(line: bytes, keys: list[str]) -> list[str]:

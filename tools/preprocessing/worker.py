@@ -155,7 +155,9 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
         count = len(list(equal))
         if line not in faults:
             try:
-                texts = _texts(line, keys)
+                if isinstance(line, int):
+                    raise BadDocument(TOO_LONG)
+                texts = texts_of_line(line, keys)
                 rows += [(each, texts) for each in range(number, number + count)]
             except BadDocument as error:
                 faults[line] = Fault(error.reason, error.detail)
@@ -175,12 +177,6 @@ def read_documents(block: Block, keys: list[str]) -> Documents:
     last = lines.lines[-1] if lines.lines else b""
     cut = not lines.ends and last in faults and ends_within_a_line(last, faults[last].reason)
     return Documents(rows, bad, number, lines, cut)
-
-
-def _texts(line: bytes | int, keys: list[str]) -> list[str]:
-    if isinstance(line, int):
-        raise BadDocument(TOO_LONG)
-    return texts_of_line(line, keys)
 
 
 def measured(block: Block, found: Documents) -> dict[str, Any]:
