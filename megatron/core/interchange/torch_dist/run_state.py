@@ -1,9 +1,9 @@
 """How far the run had come that saved a folder of Megatron-LM's `torch_dist` format."""
 
 import math
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 from megatron.core.interchange.element_types import STORED_AS
@@ -17,7 +17,7 @@ from megatron.core.interchange.torch_pickle import TensorEntry
 class RunState:
     """What is not a tensor of the model or of the optimizer; None where the folder does not say it."""
 
-    arguments: Namespace
+    arguments: SimpleNamespace
     """Every setting of the run that is a plain value."""
     iteration: int | None
     consumed_samples: int | None
@@ -40,7 +40,7 @@ def saved_run(checkpoint: CheckpointFolder) -> RunState:
     if len(steps) > 1:
         raise ValueError(f"{common.path}: parts of the optimizer took {' and '.join(map(str, steps))} steps")
     return RunState(
-        arguments=Namespace(
+        arguments=SimpleNamespace(
             **{name: _named_type(value) for name, value in vars(common.args).items() if _is_plain(value)}
         ),
         iteration=_count(common.values.get("iteration")),
