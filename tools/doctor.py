@@ -35,10 +35,7 @@ def machine_findings(device: str, checkpoints: Path, processes: int, *, several:
     """All that concerns one machine, of `several`, that runs so many processes; in the order of the report."""
     yield from software.check_versions()
     yield from software.check_packages()
-    if device == "cuda" or torch.cuda.is_available() or hardware.has_driver():
-        yield from hardware.check_gpus(processes)
-    else:
-        yield ok("GPUs", "none: training runs on the CPU")
+    yield from hardware.check_gpus(processes)
     yield from software.check_kernels(device)
     yield from software.check_variables()
     yield from hardware.check_limits(device == "cuda")

@@ -26,7 +26,7 @@ from tools.preprocessing.pool import WorkerDied
 from tools.preprocessing.ranks import Place, part_prefix, place_from
 from tools.preprocessing.run import preprocess
 from tools.preprocessing.settings import Settings, TokenizerFlags
-from tools.run_tool import parsed, tool_parser
+from tools.run_tool import parsed, tool_parser, usable_cores
 
 EXAMPLES = """examples:
   python tools/preprocess_data.py --input corpus/ --output-prefix encoded/corpus --json-keys text \\
@@ -37,9 +37,8 @@ Both write encoded/corpus_text_document.bin, .idx and .json, the same bytes for 
 
 def available_cores() -> int:
     """Cores that this process may use, shared with the other processes that torchrun or srun started here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sharing = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(cores // max(int(sharing) if sharing.isascii() and sharing.isdigit() else 1, 1), 1)
+    return max(usable_cores() // max(int(sharing) if sharing.isascii() and sharing.isdigit() else 1, 1), 1)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
-"""What tools have in common: their command lines, and how they end."""
+"""What tools have in common: their command lines, how they end, and how many cores they have."""
 
 import argparse
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
@@ -39,6 +40,11 @@ def parsed(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argpars
     """The command line (`sys.argv` if not given); a reader of --help that leaves (`| head`) ends the tool quietly."""
     with terminal_output():
         return parser.parse_args(argv)
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def positive(text: str) -> int:

@@ -34,6 +34,7 @@ from megatron.core.interchange.element_types import STORED_AS, Array
 from megatron.core.models.mixtral.weights import mixtral_table, mixtral_weights
 from megatron.core.models.weight_table import WeightRule
 from tools.checkpoint.model_folder import Target
+from tools.run_tool import usable_cores
 
 _T = TypeVar("_T")
 
@@ -193,8 +194,7 @@ class ThreadBuffer(threading.local):
 
 def in_threads(action: Callable[[WeightRule], None], rules: Iterable[WeightRule]) -> None:
     """Calls `action` with every weight, several at once; the first error stops all."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(max(cores, 2), 8)) as pool:
+    with ThreadPoolExecutor(min(max(usable_cores(), 2), 8)) as pool:
         running = [pool.submit(action, rule) for rule in rules]
         try:
             done, _ = wait(running, return_when=FIRST_EXCEPTION)

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from megatron.core.fusions.swiglu import swiglu
+from megatron.core.host_memory import available_memory
 from tools.doctor_checks.finding import Finding, ok, problem, warning
 from tools.gpu_checks.probe import compiler
+from tools.run_tool import usable_cores
 
 GIB = 2**30
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -20,16 +22,11 @@ _LEAST_FILES = 4096
 _MOST_TAKEN = 0.05
 
 
-def has_driver() -> bool:
-    """Whether a driver for GPUs is there, though torch may find none."""
-    return _DRIVER.exists()
-
-
 def check_gpus(processes: int) -> Iterator[Finding]:
-    """Those that torch sees, whether they are free and joined, and whether a kernel can be compiled for them.
-
-    There is one, or a driver.
-    """
+    """Those that torch sees, whether they are free and joined, and whether a kernel can be compiled for them."""
+    if not torch.cuda.is_available() and not _DRIVER.exists():
+        yield ok("GPUs", "none: training runs on the CPU")
+        return
     if not torch.cuda.is_available():
         driver = " ".join(_DRIVER.read_text().split("\n")[0].split())
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -75,10 +72,10 @@ def check_gpus(processes: int) -> Iterator[Finding]:
 
 def check_limits(gpus: bool) -> Iterator[Finding]:
     """Cores, memory, shared memory and open files."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = _memory_available()
+    memory = available_memory()
     yield ok(
-        "CPU", f"{cores} cores; " + (f"{memory / GIB:.1f} GiB of memory available" if memory else "memory unknown")
+        "CPU",
+        f"{usable_cores()} cores; " + (f"{memory / GIB:.1f} GiB of memory available" if memory else "memory unknown"),
     )
     if _SHARED_MEMORY.is_dir():
         space = os.statvfs(_SHARED_MEMORY)
@@ -101,15 +98,6 @@ def check_limits(gpus: bool) -> Iterator[Finding]:
         yield warning(
             "locked memory", text, "in a container give --ulimit memlock=-1, otherwise raise it in limits.conf"
         )
-
-
-def _memory_available() -> int:
-    """Bytes, or 0 where the system does not say."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 def check_clock() -> Iterator[Finding]:
