@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from megatron.core.fusions.swiglu import swiglu
+from megatron.core.fusions.compiling import compile_failure
 from megatron.core.host_memory import keep_freed_memory
 from megatron.training.config import TrainingConfig
 from megatron.training.environment import Environment, set_communication_of_gpus, set_deterministic_libraries
@@ -44,14 +44,11 @@ def check_kernels(device: torch.device) -> None:
     """Raises ValueError if a GPU's kernels cannot be compiled here, rather than in the first step."""
     if device.type != "cuda":
         return
-    try:
-        swiglu(torch.ones(1, 16, device=device), torch.ones(1, device=device))
-    except Exception as error:  # a compiler's: any type, often many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if reason := compile_failure(device):
         raise ValueError(
             f"no kernel can be compiled on this machine ({reason}): Triton needs a C compiler (gcc or clang, or CC), "
             "Python's headers (python3-dev) and a folder to write to (TRITON_CACHE_DIR)"
-        ) from error
+        )
 
 
 def take_device(training: TrainingConfig, environment: Environment, store: dist.Store | None) -> torch.device:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.core.fusions.swiglu import swiglu
+from megatron.core.fusions.compiling import compile_failure
 from megatron.core.host_memory import available_memory
 from tools.doctor_checks.finding import Finding, ok, problem, warning
 from tools.gpu_checks.probe import compiler
@@ -59,15 +59,13 @@ def check_gpus(processes: int) -> Iterator[Finding]:
         yield warning("GPU links", text, remedy)
     elif count > 1:
         yield ok("GPU links", "every GPU reaches the memory of every other one")
-    try:
-        swiglu(torch.ones(1, 16, device="cuda"), torch.ones(1, device="cuda"))
-        yield ok("compiling", f"Triton compiles here, with {compiler()}")
-    except Exception as error:  # a compiler's: any type, often many lines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if reason := compile_failure(torch.device("cuda", 0)):
         remedy = (
             "Triton needs a C compiler, Python.h and a folder to write to (Debian: apt-get install gcc python3-dev)"
         )
         yield problem("compiling", f"no kernel can be compiled here ({reason})", remedy)
+    else:
+        yield ok("compiling", f"Triton compiles here, with {compiler()}")
 
 
 def check_limits(gpus: bool) -> Iterator[Finding]:

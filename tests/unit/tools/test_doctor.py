@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron.core.fusions import compiling
 from tools import doctor
 from tools.doctor_checks import folder, hardware, network, software
 from tools.doctor_checks.finding import Finding
@@ -79,7 +80,7 @@ def test_gpus_that_are_taken_apart_or_too_few(monkeypatch: pytest.MonkeyPatch) -
 
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
-    monkeypatch.setattr(hardware, "swiglu", compile_one)
+    monkeypatch.setattr(compiling, "swiglu", compile_one)
     joined = False
     found = statuses(hardware.check_gpus(4))
     assert found == {

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.training import device
+from megatron.core.fusions import compiling
 from megatron.training.device import check_kernels, choose_device, claim_gpu
 from megatron.training.environment import Environment
 from megatron.training.restarts import all_or_none
@@ -85,7 +85,7 @@ def test_a_missing_compiler_is_reported_at_the_start(monkeypatch: pytest.MonkeyP
     def fail(*_: object) -> None:
         raise RuntimeError("while compiling\nFailed to find C compiler. Please specify via CC environment variable.")
 
-    monkeypatch.setattr(device, "swiglu", fail)
+    monkeypatch.setattr(compiling, "swiglu", fail)
     monkeypatch.setattr(torch, "ones", lambda *size, device: torch.zeros(size))
     with pytest.raises(ValueError, match=r"\(Failed to find C compiler.*\): Triton needs a C compiler .*python3-dev"):
         check_kernels(torch.device("cuda", 0))
